@@ -1,0 +1,47 @@
+"""FIB-25: fly medulla, FIB-SEM, 10 x 10 x 10 nm, with a recipe for an hour on two CPU cores.
+
+Only what differs from config.py. On a GPU, widen the network, take larger patches and train longer; see README.md.
+"""
+
+from yacs.config import CfgNode
+
+_C = CfgNode()
+
+_C.SYSTEM = CfgNode()
+# One core makes batches, the other one trains.
+_C.SYSTEM.NUM_WORKERS = 1
+_C.SYSTEM.CACHE_SIZE = 10
+
+_C.DATA = CfgNode()
+_C.DATA.DATA_DIR_PATH = "data"
+_C.DATA.BRAIN_VOL = "FIB25"
+
+_C.TRAIN = CfgNode()
+_C.TRAIN.EPOCHS = 4000
+_C.TRAIN.SAVE_EVERY = 500
+_C.TRAIN.INITIAL_LR = 1e-3
+_C.TRAIN.LR_SCHEDULE = "cosine"
+_C.TRAIN.WARMUP = 100
+# On CPUs with bf16 matrix units three to ten times as fast as float32.
+_C.TRAIN.MIXED_PRECISION = "bf16"
+
+_C.MODEL_ISO = CfgNode()
+_C.MODEL_ISO.VOXEL_SIZE = (10, 10, 10)
+_C.MODEL_ISO.NUM_FMAPS = 16
+_C.MODEL_ISO.NUM_FMAPS_OUT = 16
+_C.MODEL_ISO.FMAP_INC_FACTOR = 2
+_C.MODEL_ISO.DOWNSAMPLE_FACTORS = [[2, 2, 2], [2, 2, 2], [2, 2, 2]]
+# All 64^3 voxels of a patch are supervised; a valid network would need 152^3 voxels of input for as many.
+_C.MODEL_ISO.PAD_CONV = "same"
+_C.MODEL_ISO.INPUT_SHAPE = (64, 64, 64)
+_C.MODEL_ISO.GROW_INPUT = (40, 40, 40)
+# The sections are well aligned, and mirroring and transposing alone give 48 views of a patch.
+_C.MODEL_ISO.PROB_ELASTIC = 0.15
+_C.MODEL_ISO.JITTER_SIGMA = (2, 2, 2)
+_C.MODEL_ISO.PROB_SLIP = 0.0
+_C.MODEL_ISO.PROB_SHIFT = 0.0
+_C.MODEL_ISO.MAX_MISALIGN = 0
+_C.MODEL_ISO.INTENSITYAUG_SCALE_MIN = 0.9
+_C.MODEL_ISO.INTENSITYAUG_SCALE_MAX = 1.1
+_C.MODEL_ISO.INTENSITYAUG_SHIFT_MIN = -0.1
+_C.MODEL_ISO.INTENSITYAUG_SHIFT_MAX = 0.1

@@ -1,0 +1,56 @@
+"""How every script starts and ends: arguments, config, one call, and one line for a mistake."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from config.errors import UserError
+from config.loader import EXPERIMENT, load_config
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help shows how to call {self.prog})")
+
+
+def run_script(main, *, description: str, example: str, default_config: str | None, add_arguments=None) -> None:
+    """Parse the command line, load the config and call `main(cfg)`; `main(cfg, args)` with `add_arguments`.
+
+    Args:
+        main: does the work.
+        description, example: for `--help`; the example is a whole command.
+        default_config: the config file when `-c` is not given.
+        add_arguments: called with the argparse parser, to add the script's own options.
+
+    Does not return after a mistake: exit status 2 with one line on stderr for a UserError, 130 for Ctrl-C.
+    """
+    try:
+        parser = _Parser(
+            description=description,
+            epilog=f"example:\n  {example}\n\nEvery key is explained in config/config.py.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument(
+            "-c",
+            "--config",
+            metavar="FILE",
+            default=default_config,
+            help=f".py or .yaml file; a bare name is also looked for in config/ (default: {default_config})",
+        )
+        parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="settings that win over the file")
+        if add_arguments is not None:
+            add_arguments(parser)
+        args = parser.parse_intermixed_args()
+        cfg = load_config(args.config, args.overrides)
+        if Path(EXPERIMENT).is_file():
+            print(f"settings from {Path(EXPERIMENT).resolve()} are used, too")
+        if add_arguments is None:
+            main(cfg)
+        else:
+            main(cfg, args)
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
