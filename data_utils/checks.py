@@ -1,0 +1,120 @@
+"""What a volume must be before hours of work are spent on it.
+
+Every rule that the scripts rely on is checked here, headers first and voxels last, so that each mistake ends
+in one line that names the dataset and the remedy, and not in a crash or a network that never learns.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from funlib.persistence import Array
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from config.errors import UserError
+from data_utils.create_labels_mask import is_labelled
+from data_utils.volumes import blocks, list_arrays, open_array, read, source_defaults
+
+
+def check_raw(path: Path | str, cfg: CfgNode) -> None:
+    """Check that a volume can be predicted.
+
+    Raises UserError if raw is missing, not (z, y, x) of uint8 or float, of another voxel size than
+    MODEL.VOXEL_SIZE, or holds NaN or infinite values.
+    """
+    _check_finite(_checked_raw(path, cfg), f"{cfg.DATA.RAW} in {path}")
+
+
+def check_training_volume(path: Path | str, cfg: CfgNode) -> None:
+    """Check that a volume can be trained on; the labels mask may be missing, it is made then.
+
+    Raises UserError as `check_raw`, and if raw is smaller than MODEL.INPUT_SHAPE, if the labels are missing,
+    not unsigned integers, or not inside raw on the same voxels, or if nothing is labelled.
+    """
+    raw = _checked_raw(path, cfg)
+    if any(size < least for size, least in zip(raw.shape, cfg.MODEL.INPUT_SHAPE, strict=True)):
+        raise UserError(
+            f"{cfg.DATA.RAW} in {path} has shape {raw.shape}, smaller than the network's input "
+            f"{tuple(cfg.MODEL.INPUT_SHAPE)}: lower {_section(cfg)}.INPUT_SHAPE or use a larger volume"
+        )
+    labels = _checked_labels(path, cfg, raw)
+    _check_labelled(path, cfg, labels)
+    _check_finite(raw, f"{cfg.DATA.RAW} in {path}")
+
+
+def _checked_raw(path, cfg) -> Array:
+    where = f"{cfg.DATA.RAW} in {path}"
+    raw = open_array(path, cfg.DATA.RAW, **source_defaults(cfg))
+    if raw.dims != 3 or raw.voxel_size.dims != 3:
+        raise UserError(f"{where} has shape {raw.shape}: store it with the axes z, y, x")
+    if raw.dtype != np.uint8 and not np.issubdtype(raw.dtype, np.floating):
+        raise UserError(f"{where} is {raw.dtype}: store it as uint8, or as float with values in 0..1")
+    expected = tuple(cfg.MODEL.VOXEL_SIZE)
+    if raw.voxel_size != expected:
+        raise UserError(
+            f"{where} has voxel size {tuple(raw.voxel_size)} nm, the config has {expected}: "
+            f"change {_section(cfg)}.VOXEL_SIZE or resample the volume"
+        )
+    return raw
+
+
+def _checked_labels(path, cfg, raw: Array) -> Array:
+    where = f"{cfg.DATA.NEURON_LABELS} in {path}"
+    labels = open_array(path, cfg.DATA.NEURON_LABELS, **source_defaults(cfg))
+    if labels.dtype.kind != "u":
+        raise UserError(f"{where} is {labels.dtype}: store labels as unsigned integers, e.g. uint64")
+    if labels.voxel_size != raw.voxel_size:
+        raise UserError(
+            f"{where} has voxel size {tuple(labels.voxel_size)} nm, {cfg.DATA.RAW} has "
+            f"{tuple(raw.voxel_size)}: correct its attribute resolution or resample the labels"
+        )
+    if not raw.roi.contains(labels.roi):
+        raise UserError(
+            f"{where} has shape {labels.shape} at {tuple(labels.offset)} nm, not inside {cfg.DATA.RAW} with "
+            f"{raw.shape} at {tuple(raw.offset)}: crop the labels or correct their attribute offset"
+        )
+    if any((labels.offset - raw.offset) % raw.voxel_size):
+        raise UserError(
+            f"{where} has offset {tuple(labels.offset)} nm, between the voxels of {cfg.DATA.RAW} at "
+            f"{tuple(raw.offset)}: correct its attribute offset"
+        )
+    return labels
+
+
+def _check_labelled(path, cfg, labels: Array) -> None:
+    """Labels mask: on the labels, with at least one voxel; a missing one would be made from the labels."""
+    where = f"{cfg.DATA.NEURON_LABELS_MASK} in {path}"
+    if cfg.DATA.NEURON_LABELS_MASK not in list_arrays(path):
+        if not _any(is_labelled(read(labels, block)) for block in blocks(labels)):
+            raise UserError(f"{cfg.DATA.NEURON_LABELS} in {path} has no labelled voxel: leave the volume out")
+        return
+    mask = open_array(path, cfg.DATA.NEURON_LABELS_MASK, **source_defaults(cfg))
+    if mask.roi != labels.roi or mask.voxel_size != labels.voxel_size:
+        raise UserError(
+            f"{where} has shape {mask.shape} at {tuple(mask.offset)} nm, other than {cfg.DATA.NEURON_LABELS} "
+            f"with {labels.shape} at {tuple(labels.offset)}: correct it, or delete it and it is made anew"
+        )
+    if not _any(read(mask, block) for block in blocks(mask)):
+        raise UserError(f"{where} is zero everywhere: correct it, or delete it and it is made anew")
+
+
+def _any(arrays: Iterable[np.ndarray]) -> bool:
+    return any(array.any() for array in arrays)
+
+
+def _check_finite(raw: Array, where: str) -> None:
+    if raw.dtype == np.uint8:
+        return
+    for block in tqdm(blocks(raw), desc=f"checking {where}", unit="block", delay=2, leave=False):
+        finite = np.isfinite(read(raw, block))
+        if not finite.all():
+            inside = np.unravel_index(finite.argmin(), finite.shape)
+            voxel = tuple(int(i) + along.start for i, along in zip(inside, block, strict=True))
+            raise UserError(
+                f"{where} holds NaN or infinite values, the first at voxel {voxel}: replace them, e.g. by 0"
+            )
+
+
+def _section(cfg) -> str:
+    return "MODEL_ISO" if cfg.DATA.FIB else "MODEL_ANISO"

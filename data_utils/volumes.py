@@ -1,0 +1,336 @@
+"""Arrays on disk with a voxel size and an offset.
+
+This is the one module that opens and creates zarr arrays, because three conventions for voxel sizes are in
+use and two versions of zarr. A zarr that it begins is in format 2 whichever zarr is installed, so that every
+viewer and older script can open it. Axis order is z, y, x; voxel sizes and offsets are whole nanometres,
+because `funlib.geometry.Coordinate` holds integers.
+"""
+
+import errno
+import itertools
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dask
+import numcodecs
+import numpy as np
+import zarr
+from funlib.geometry import Coordinate
+from funlib.persistence import Array
+
+from config.errors import UserError
+
+# Indexing a funlib Array computes a dask graph. Dask's thread pool hangs in a process that was forked after
+# its first use, and gunpowder's PreCache forks.
+dask.config.set(scheduler="synchronous")
+
+ZARR_VERSION = int(zarr.__version__.split(".")[0])
+# Higher levels gain a few per cent on labels and read several times slower.
+COMPRESSOR = numcodecs.Zstd(level=1)
+NANOMETERS = {
+    "": 1,
+    "nm": 1,
+    "nanometer": 1,
+    "um": 1000,
+    "µm": 1000,
+    "micron": 1000,
+    "micrometer": 1000,
+    "mm": 10**6,
+    "millimeter": 10**6,
+    "angstrom": 0.1,
+}
+
+
+def open_array(
+    path: Path | str,
+    dataset: str,
+    mode: str = "r",
+    *,
+    default_voxel_size: Sequence[float] | None = None,
+    default_offset: Sequence[float] | None = None,
+) -> Array:
+    """Open an existing array of a zarr; `array[slices]` and `array[roi]` give and take numpy arrays.
+
+    The voxel size comes from the array's attribute `resolution` (CREMI) or `voxel_size` (funlib), together
+    with `offset`, or else from the OME-NGFF scale in the group above, or else from the defaults (nm). At most
+    the last three axes are space; axes before them are channels, named `c^`.
+
+    Raises UserError if there is no such array, if its voxel size is unknown, or if voxel size or offset are
+    not whole nanometres.
+    """
+    where = f"{dataset} in {path}"
+    source = _open_zarr(Path(path), dataset, mode)
+    fallback = _ome_placement(Path(path) / dataset, where)
+    if fallback is None and default_voxel_size is not None:
+        fallback = default_voxel_size, default_offset or (0,) * len(default_voxel_size)
+    voxel_size, offset = voxel_grid(source.attrs, where, fallback)
+    dims = min(len(voxel_size), source.ndim, 3)
+    voxel_size, offset = voxel_size[-dims:], offset[-dims:]
+    channels = source.ndim - dims
+    return Array(
+        source,
+        offset=offset,
+        voxel_size=voxel_size,
+        axis_names=["c^"] * channels + ["z", "y", "x"][-dims:],
+        units=["nm"] * dims,
+        types=["channel"] * channels + ["space"] * dims,
+        chunks=source.chunks,
+    )
+
+
+def create_array(
+    path: Path | str,
+    dataset: str,
+    shape: Sequence[int],
+    *,
+    voxel_size: Sequence[int],
+    offset: Sequence[int],
+    dtype: Any,
+    chunk_shape: Sequence[int] | None = None,
+    attributes: Mapping[str, Any] | None = None,
+) -> Array:
+    """Create an array of zeros, zstd-compressed; what was there under that name is deleted.
+
+    shape and chunk_shape: voxels, with the channel axis if there is one. Chunks are 64 voxels wide (512 for
+    sections) and hold all channels unless given. voxel_size and offset: nm, spatial axes only. attributes:
+    anything that JSON can hold.
+    """
+    shape, dims = tuple(map(int, shape)), len(voxel_size)
+    where = f"{dataset} in {path}"
+    voxel_size = _whole_nanometers(voxel_size, "voxel size", where)
+    offset = _whole_nanometers(offset, "offset", where)
+    if chunk_shape is None:
+        edge = 64 if dims == 3 else 512
+        chunk_shape = shape[:-dims] + tuple(min(edge, size) for size in shape[-dims:])
+    source = zarr.open_array(
+        store=str(path),
+        path=dataset,
+        mode="w",
+        shape=shape,
+        chunks=tuple(map(int, chunk_shape)),
+        dtype=dtype,
+        fill_value=0,
+        **_format(Path(path)),
+    )
+    # resolution is this project's attribute; with the others, funlib's own open_ds finds the same place.
+    placement = {
+        "resolution": list(voxel_size),
+        "offset": list(offset),
+        "voxel_size": list(voxel_size),
+        "axis_names": ["c^"] * (len(shape) - dims) + ["z", "y", "x"][-dims:],
+        "units": ["nm"] * dims,
+    }
+    source.attrs.update({**(attributes or {}), **placement})
+    return open_array(path, dataset, "r+")
+
+
+def write_array(
+    path: Path | str,
+    dataset: str,
+    data: np.ndarray,
+    *,
+    voxel_size: Sequence[int],
+    offset: Sequence[int],
+    attributes: Mapping[str, Any] | None = None,
+) -> Array:
+    """Store a numpy array; as `create_array`."""
+    array = create_array(
+        path,
+        dataset,
+        data.shape,
+        voxel_size=voxel_size,
+        offset=offset,
+        dtype=data.dtype,
+        attributes=attributes,
+    )
+    array[:] = data
+    return array
+
+
+def source_defaults(cfg) -> dict[str, Any]:
+    """Arguments of `open_array` for the user's volumes: what PREPROCESS says of arrays without attributes."""
+    preprocess = cfg.PREPROCESS
+    return {
+        "default_voxel_size": preprocess.SOURCE_DATA_RESOLUTION,
+        "default_offset": preprocess.SOURCE_DATA_OFFSET,
+    }
+
+
+def rename_array(path: Path | str, dataset: str, new_name: str) -> None:
+    """Give a dataset another name in the same zarr; what was there under that name is deleted."""
+    target = Path(path) / new_name
+    if target.exists():
+        shutil.rmtree(target)
+    (Path(path) / dataset).rename(target)
+
+
+def read(array: Array, slices: Any = ...) -> np.ndarray:
+    """Voxels as numpy, straight from zarr: `array[slices]` without the few milliseconds of its dask graph."""
+    return np.asarray(array._source_data[slices])
+
+
+def list_arrays(path: Path | str) -> list[str]:
+    """Names of the datasets in a zarr, sorted; empty if there is no such folder."""
+    names, folders = [], [Path(path)]
+    while folders:
+        folder = folders.pop()
+        if _is_array(folder):
+            names.append(folder.relative_to(path).as_posix())
+        elif folder.is_dir():
+            folders.extend(child for child in folder.iterdir() if child.is_dir())
+    return sorted(names)
+
+
+def blocks(array: Array, max_bytes: int = 2**28) -> list[tuple[slice, ...]]:
+    """Slices that cover the array, aligned with its chunks, of at most max_bytes (but at least one chunk)."""
+    step = list(array.chunk_shape)
+    for axis in reversed(range(array.dims)):
+        chunks_that_fit = max_bytes // (math.prod(step) * array.dtype.itemsize)
+        step[axis] *= min(max(1, chunks_that_fit), math.ceil(array.shape[axis] / step[axis]))
+    ranges = [range(0, size, width) for size, width in zip(array.shape, step, strict=True)]
+    return [
+        tuple(slice(a, min(a + n, size)) for a, n, size in zip(start, step, array.shape, strict=True))
+        for start in itertools.product(*ranges)
+    ]
+
+
+def voxel_grid(
+    attributes: Mapping[str, Any], where: str, fallback: tuple[Sequence, Sequence] | None = None
+) -> tuple[Coordinate, Coordinate]:
+    """Voxel size and offset (nm) by an array's attributes, or the fallback if they give no voxel size.
+
+    where: name of the array in messages. Raises UserError as `open_array`.
+    """
+    placement = _placement(attributes, where) or fallback
+    if placement is None:
+        raise UserError(
+            f"{where} has no voxel size: set its attributes resolution and offset (z, y, x in nm) "
+            "or PREPROCESS.SOURCE_DATA_RESOLUTION"
+        )
+    voxel_size = _whole_nanometers(placement[0], "voxel size", where)
+    offset = _whole_nanometers(placement[1], "offset", where)
+    if min(voxel_size) <= 0:
+        raise UserError(f"{where} has voxel size {tuple(voxel_size)} nm: correct its attribute resolution")
+    return voxel_size, offset
+
+
+@contextmanager
+def room_on_disk(path: Path | str, needed_bytes: int = 0) -> Iterator[None]:
+    """Check that needed_bytes are free where path is or will be; watch for a full disk meanwhile.
+
+    Raises UserError: before the body if there is too little room or no permission to write, and instead of
+    the body's OSError if the disk or the quota becomes full.
+    """
+    folder = Path(path).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}: no permission to write in {folder}; write elsewhere")
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise UserError(
+            f"no room on disk for {path}: {needed_bytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; "
+            "delete something or write elsewhere"
+        )
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"no room on disk while writing {path}: {error.strerror}; delete something or write elsewhere"
+        ) from error
+
+
+def _is_array(folder: Path) -> bool:
+    if (folder / ".zarray").is_file():
+        return True
+    header = folder / "zarr.json"
+    return header.is_file() and json.loads(header.read_text())["node_type"] == "array"
+
+
+def _format(path: Path) -> dict[str, Any]:
+    """Format arguments of zarr: 2, but 3 in a zarr that is in format 3 already, where others would not be seen."""
+    if ZARR_VERSION >= 3 and (path / "zarr.json").is_file():
+        return {"zarr_format": 3}  # zstd by default
+    format_2 = {"zarr_format": 2} if ZARR_VERSION >= 3 else {}
+    return {"compressor": COMPRESSOR, "dimension_separator": "/", **format_2}
+
+
+def _open_zarr(path: Path, dataset: str, mode: str) -> zarr.Array:
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist or is not a zarr folder")
+    folder = path / dataset
+    if not _is_array(folder):
+        names = ", ".join(list_arrays(path)) or "no datasets"
+        raise UserError(f"no dataset {dataset} in {path}; it holds {names}")
+    if ZARR_VERSION < 3 and not (folder / ".zarray").is_file():
+        raise UserError(
+            f"{dataset} in {path} is in zarr format 3, which zarr {zarr.__version__} cannot read: "
+            "use Python 3.12 or newer, or store it in format 2"
+        )
+    return zarr.open_array(store=str(path), path=dataset, mode=mode)
+
+
+def _placement(attributes: Mapping[str, Any], where: str) -> tuple[list, list] | None:
+    """Voxel size and offset (nm) of an array by its own attributes."""
+    voxel_size = attributes.get("resolution", attributes.get("voxel_size"))
+    if voxel_size is None:
+        return None
+    scale = [_nanometers(unit, where) for unit in attributes.get("units", ["nm"] * len(voxel_size))]
+    offset = attributes.get("offset", [0] * len(voxel_size))
+    dims = min(len(scale), len(voxel_size), len(offset))  # units and offset may leave out a channel axis
+    return (
+        [v * s for v, s in zip(voxel_size[-dims:], scale[-dims:], strict=True)],
+        [o * s for o, s in zip(offset[-dims:], scale[-dims:], strict=True)],
+    )
+
+
+def _ome_placement(folder: Path, where: str) -> tuple[list, list] | None:
+    """Voxel size and offset (nm) of an array by the OME-NGFF metadata (0.4 or 0.5) of its group."""
+    attributes: dict = {}
+    if (folder.parent / ".zattrs").is_file():
+        attributes = json.loads((folder.parent / ".zattrs").read_text())
+    elif (folder.parent / "zarr.json").is_file():
+        attributes = json.loads((folder.parent / "zarr.json").read_text()).get("attributes", {})
+    for multiscale in attributes.get("ome", attributes).get("multiscales", []):
+        for level in multiscale["datasets"]:
+            if level["path"] != folder.name or "coordinateTransformations" not in level:
+                continue
+            axes = multiscale["axes"]
+            scale, translation = np.ones(len(axes)), np.zeros(len(axes))
+            common = multiscale.get("coordinateTransformations", [])
+            for transformation in level["coordinateTransformations"] + common:
+                if transformation["type"] == "scale":
+                    scale *= transformation["scale"]
+                    translation *= transformation["scale"]
+                elif transformation["type"] == "translation":
+                    translation += transformation["translation"]
+            space = [axis for axis, description in enumerate(axes) if description.get("type") == "space"]
+            factors = [_nanometers(axes[axis].get("unit", "nanometer"), where) for axis in space]
+            return list(scale[space] * factors), list(translation[space] * factors)
+    return None
+
+
+def _nanometers(unit: str, where: str) -> float:
+    if unit not in NANOMETERS:
+        known = ", ".join(filter(None, NANOMETERS))
+        raise UserError(f"{where} has its voxel size in {unit!r}, an unknown unit: use one of {known}")
+    return NANOMETERS[unit]
+
+
+def _whole_nanometers(values: Sequence[float], what: str, where: str) -> Coordinate:
+    rounded = [round(float(value)) for value in values]
+    if not np.allclose(values, rounded, rtol=0, atol=1e-6):
+        given = tuple(round(float(value), 6) for value in values)
+        raise UserError(
+            f"{where} has {what} {given} nm, and only whole nanometres are supported: "
+            "round its attributes resolution and offset"
+        )
+    return Coordinate(rounded)

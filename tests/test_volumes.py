@@ -1,0 +1,228 @@
+import errno
+import json
+import multiprocessing
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import zarr
+from funlib.geometry import Coordinate, Roi
+from funlib.persistence import open_ds
+
+from config.errors import UserError
+from data_utils.volumes import (
+    blocks,
+    create_array,
+    list_arrays,
+    open_array,
+    read,
+    rename_array,
+    room_on_disk,
+    source_defaults,
+    write_array,
+)
+
+ZARR_3 = int(zarr.__version__.split(".")[0]) >= 3
+FORMAT_2 = {"zarr_format": 2} if ZARR_3 else {}
+GRID = {"voxel_size": (40, 4, 4), "offset": (400, 8, 0)}
+
+
+@pytest.fixture
+def data():
+    return np.random.default_rng(0).integers(0, 255, (5, 7, 9)).astype(np.uint8)
+
+
+def bare_zarr(path, dataset, data, attributes, group_attributes=None):
+    """A zarr as other software writes it."""
+    array = zarr.open_array(store=str(path), path=dataset, mode="w", shape=data.shape, dtype=data.dtype, **FORMAT_2)
+    array[:] = data
+    array.attrs.update(attributes)
+    if group_attributes:
+        (path / dataset).parent.joinpath(".zattrs").write_text(json.dumps(group_attributes))
+
+
+def test_roundtrip(tmp_path, data):
+    write_array(tmp_path / "a.zarr", "volumes/raw", data, **GRID, attributes={"note": "x"})
+    array = open_array(tmp_path / "a.zarr", "volumes/raw")
+    assert array.voxel_size == Coordinate(40, 4, 4)
+    assert array.roi == Roi((400, 8, 0), (200, 28, 36))
+    assert array.dtype == np.uint8
+    np.testing.assert_array_equal(array[:], data)
+    np.testing.assert_array_equal(read(array), data)
+    np.testing.assert_array_equal(read(array, np.s_[1:3, :, 4]), data[1:3, :, 4])
+    np.testing.assert_array_equal(array[Roi((440, 12, 4), (80, 8, 12))], data[1:3, 1:3, 1:4])
+    assert array.attrs["resolution"] == [40, 4, 4]
+    assert array.attrs["offset"] == [400, 8, 0]
+    assert array.attrs["note"] == "x"
+
+
+def test_written_arrays_open_with_other_software(tmp_path, data):
+    write_array(tmp_path / "a.zarr", "volumes/raw", data, **GRID)
+    header = json.loads((tmp_path / "a.zarr/volumes/raw/.zarray").read_text())
+    assert header["zarr_format"] == 2
+    assert header["compressor"]["id"] == "zstd"
+    assert "raw" in zarr.open_group(str(tmp_path / "a.zarr"), mode="r")["volumes"]
+    assert open_ds(tmp_path / "a.zarr/volumes/raw").roi == Roi((400, 8, 0), (200, 28, 36))
+
+
+def test_channels_come_first_and_share_a_chunk(tmp_path):
+    array = create_array(tmp_path / "a.zarr", "affs", (3, 100, 80, 70), dtype=np.float32, **GRID)
+    assert array.axis_names == ["c^", "z", "y", "x"]
+    assert array.roi.shape == Coordinate(4000, 320, 280)
+    assert array.chunk_shape == (3, 64, 64, 64)
+    array[:, 2:4] = np.float32(0.5)
+    assert read(open_array(tmp_path / "a.zarr", "affs")).sum() == 3 * 2 * 80 * 70 * 0.5
+
+
+def test_create_replaces_and_rename_moves(tmp_path, data):
+    path = tmp_path / "a.zarr"
+    write_array(path, "x", data, **GRID)
+    create_array(path, "x", (2, 2, 2), dtype=np.uint64, **GRID)
+    assert open_array(path, "x").shape == (2, 2, 2)
+    assert not read(open_array(path, "x")).any()
+    write_array(path, "volumes/y", data, **GRID)
+    rename_array(path, "volumes/y", "x")
+    np.testing.assert_array_equal(read(open_array(path, "x")), data)
+    assert list_arrays(path) == ["x"]
+
+
+def test_forked_process_reads(tmp_path, data):
+    array = write_array(tmp_path / "a.zarr", "x", data, **GRID)
+    array[array.roi]  # a thread pool started here would hang the child
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        total = pool.apply_async(sum_in_child, (tmp_path / "a.zarr",)).get(timeout=60)
+    assert total == 2 * int(data.sum())
+
+
+def sum_in_child(path):
+    array = open_array(path, "x")
+    return int(array[array.roi].sum() + read(array).sum())
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"resolution": [40.0, 4.0, 4.0], "offset": [400.0, 8.0, 0.0]},
+        {"voxel_size": [40, 4, 4], "offset": [400, 8, 0]},
+        {"voxel_size": [0.04, 0.004, 0.004], "offset": [0.4, 0.008, 0], "units": ["um"] * 3},
+    ],
+)
+def test_attribute_conventions(tmp_path, data, attributes):
+    bare_zarr(tmp_path / "a.zarr", "x", data, attributes)
+    array = open_array(tmp_path / "a.zarr", "x")
+    assert array.voxel_size == Coordinate(40, 4, 4)
+    assert array.offset == Coordinate(400, 8, 0)
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("nanometer", 1), ("micrometer", 1e-3)])
+def test_ome_ngff(tmp_path, data, unit, factor):
+    axes = [{"name": "c", "type": "channel"}] + [{"name": n, "type": "space", "unit": unit} for n in "zyx"]
+    levels = [
+        {
+            "path": f"s{level}",
+            "coordinateTransformations": [
+                {"type": "scale", "scale": [1.0, 40 * factor, 4 * 2**level * factor, 4 * 2**level * factor]},
+                {"type": "translation", "translation": [0, 400 * factor, 8 * factor, 0]},
+            ],
+        }
+        for level in (0, 1)
+    ]
+    metadata = {"multiscales": [{"axes": axes, "datasets": levels}]}
+    bare_zarr(tmp_path / "a.zarr", "volumes/raw/s1", data[None], {}, metadata)
+    array = open_array(tmp_path / "a.zarr", "volumes/raw/s1")
+    assert array.voxel_size == Coordinate(40, 8, 8)
+    assert array.offset == Coordinate(400, 8, 0)
+
+
+def test_defaults_serve_arrays_without_attributes_only(tmp_path, data):
+    preprocess = SimpleNamespace(SOURCE_DATA_RESOLUTION=(8, 8, 8), SOURCE_DATA_OFFSET=(16, 0, 0))
+    defaults = source_defaults(SimpleNamespace(PREPROCESS=preprocess))
+    bare_zarr(tmp_path / "a.zarr", "x", data, {})
+    array = open_array(tmp_path / "a.zarr", "x", **defaults)
+    assert (array.voxel_size, array.offset) == ((8, 8, 8), (16, 0, 0))
+    write_array(tmp_path / "a.zarr", "x", data, **GRID)
+    assert open_array(tmp_path / "a.zarr", "x", **defaults).voxel_size == (40, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({}, "has no voxel size"),
+        ({"resolution": [4.4, 4, 4]}, r"voxel size \(4.4, 4.0, 4.0\) nm, and only whole nanometres"),
+        ({"resolution": [4, 4, 4], "offset": [0.5, 0, 0]}, "offset .* only whole nanometres"),
+        ({"resolution": [0, 4, 4]}, "correct its attribute resolution"),
+        ({"resolution": [4, 4, 4], "units": ["parsec"] * 3}, "'parsec', an unknown unit"),
+    ],
+)
+def test_bad_attributes(tmp_path, data, attributes, message):
+    bare_zarr(tmp_path / "a.zarr", "x", data, attributes)
+    with pytest.raises(UserError, match=message) as error:
+        open_array(tmp_path / "a.zarr", "x")
+    assert f"x in {tmp_path / 'a.zarr'}" in str(error.value)
+
+
+def test_missing(tmp_path, data):
+    with pytest.raises(UserError, match=r"a\.zarr does not exist"):
+        open_array(tmp_path / "a.zarr", "x")
+    write_array(tmp_path / "a.zarr", "volumes/raw", data, **GRID)
+    for name in ("volumes/affs", "volumes"):
+        with pytest.raises(UserError, match=rf"no dataset {name} in .*a\.zarr; it holds volumes/raw"):
+            open_array(tmp_path / "a.zarr", name)
+
+
+@pytest.mark.skipif(not ZARR_3, reason="zarr 2 does not read format 3")
+def test_zarrs_in_format_3_stay_in_format_3(tmp_path, data):
+    path = tmp_path / "a.zarr"
+    group = zarr.open_group(str(path), mode="w", zarr_format=3)
+    group.create_array("volumes/raw", data=data, attributes={"resolution": [40, 4, 4]})
+    write_array(path, "volumes/mask", data, **GRID)
+    assert list_arrays(path) == ["volumes/mask", "volumes/raw"]
+    for name in list_arrays(path):
+        np.testing.assert_array_equal(read(open_array(path, name)), data)
+        np.testing.assert_array_equal(group[name][:], data)
+
+
+@pytest.mark.skipif(ZARR_3, reason="zarr 3 reads format 3")
+def test_format_3_is_refused_by_zarr_2(tmp_path):
+    (tmp_path / "a.zarr/x").mkdir(parents=True)
+    (tmp_path / "a.zarr/x/zarr.json").write_text('{"zarr_format": 3, "node_type": "array"}')
+    with pytest.raises(UserError, match="zarr format 3, which zarr 2"):
+        open_array(tmp_path / "a.zarr", "x")
+
+
+def test_whole_nanometres_are_checked_before_anything_is_replaced(tmp_path, data):
+    write_array(tmp_path / "a.zarr", "x", data, **GRID)
+    with pytest.raises(UserError, match="whole nanometres"):
+        write_array(tmp_path / "a.zarr", "x", data, voxel_size=(4.5, 4, 4), offset=(0, 0, 0))
+    np.testing.assert_array_equal(read(open_array(tmp_path / "a.zarr", "x")), data)
+
+
+@pytest.mark.parametrize("max_bytes", [1, 2**14, 2**17, 2**30])
+def test_blocks_cover_the_array_once_within_memory(tmp_path, max_bytes):
+    array = create_array(tmp_path / "a.zarr", "x", (2, 33, 40, 50), dtype=np.uint64, chunk_shape=(2, 8, 8, 16), **GRID)
+    count = np.zeros(array.shape, int)
+    for block in blocks(array, max_bytes):
+        count[block] += 1
+        assert count[block].size * 8 <= max(max_bytes, 2 * 8 * 8 * 16 * 8)
+        assert all(along.start % chunk == 0 for along, chunk in zip(block, array.chunk_shape, strict=True))
+    assert (count == 1).all()
+    assert len(blocks(array, 2**30)) == 1
+
+
+def test_too_little_room_is_noticed_before_writing(tmp_path):
+    path = tmp_path / "new" / "a.zarr"
+    message = rf"no room on disk for {path}: 1000000000\.00 GB needed, .* GB free"
+    with pytest.raises(UserError, match=message), room_on_disk(path, 10**18):
+        pytest.fail("the body must not run")
+    with room_on_disk(path, 1):
+        path.mkdir(parents=True)
+
+
+def test_full_disk_while_writing(tmp_path):
+    full_disk = Path("/dev/full")
+    with pytest.raises(UserError, match="No space left on device"), room_on_disk(tmp_path / "a.zarr"):
+        full_disk.write_bytes(b"x")
+    with pytest.raises(OSError, match="other") as error, room_on_disk(tmp_path):
+        raise OSError(errno.EIO, "other")
+    assert not isinstance(error.value, UserError)
