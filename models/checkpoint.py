@@ -1,0 +1,141 @@
+"""Checkpoints: one file per saved iteration, written whole or not at all.
+
+Files are read with `weights_only=True`, so a checkpoint from a stranger can hold tensors and plain values but
+cannot run code. Weights alone do not tell which settings they belong to, so the settings that shape the network
+are saved with them, and a mismatch can name the config key instead of a tensor.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from config.errors import UserError
+
+NETWORK_KEYS = (
+    "IN_CHANNELS",
+    "NUM_FMAPS",
+    "NUM_FMAPS_OUT",
+    "FMAP_INC_FACTOR",
+    "DOWNSAMPLE_FACTORS",
+    "KERNEL_SIZE_DOWN",
+    "KERNEL_SIZE_UP",
+    "PAD_CONV",
+)
+
+
+def network_settings(cfg) -> dict:
+    """Config key -> plain value, for every key that shapes the network."""
+    section = "MODEL_ISO" if cfg.DATA.FIB else "MODEL_ANISO"
+    settings = {f"{section}.{key}": _plain(cfg.MODEL[key]) for key in NETWORK_KEYS}
+    return {
+        "TRAIN.MODEL_TYPE": cfg.TRAIN.MODEL_TYPE,
+        "TRAIN.NEIGHBORHOOD": _plain(cfg.TRAIN.NEIGHBORHOOD),
+        **settings,
+    }
+
+
+def _plain(value):
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def checkpoint_path(folder: Path | str, iteration: int) -> Path:
+    """Path of the checkpoint of an iteration."""
+    return Path(folder) / f"model_checkpoint_{iteration}"
+
+
+def latest_checkpoint(folder: Path | str) -> Path | None:
+    """The checkpoint of the highest iteration in a folder, None if there is none."""
+    numbered = {
+        int(match[1]): path
+        for path in Path(folder).glob("model_checkpoint_*")
+        if (match := re.fullmatch(r"model_checkpoint_(\d+)", path.name))
+    }
+    return numbered[max(numbered)] if numbered else None
+
+
+def save_checkpoint(path: Path | str, model, optimizer, iteration: int, settings: dict) -> None:
+    """Write weights, optimizer state, iteration and `network_settings` to a temporary file and rename it."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    state = {
+        "model_state_dict": model.state_dict(),
+        "optimizer_state_dict": optimizer.state_dict(),
+        "iteration": iteration,
+        "network_settings": settings,
+    }
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError of its zip writer.
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write checkpoint {path} ({_first_line(error)}): free some space and resume") from None
+
+
+def load_checkpoint(path: Path | str, model, cfg, optimizer=None) -> int:
+    """Load weights (and the optimizer's state) and return the iteration at which they were saved.
+
+    Published checkpoints, which hold no iteration, give the number at the end of their file name, else 0.
+
+    Raises:
+        UserError: no such file; truncated, foreign or with pickled code in it; weights of another network.
+    """
+    path = Path(path)
+    state = _read(path)
+    weights = state.get("model_state_dict") if isinstance(state, dict) else None
+    if not isinstance(weights, dict):
+        raise UserError(
+            f"{path} is no checkpoint of this suite (no model_state_dict in it): set TRAIN.CHECKPOINT to another file"
+        )
+    _check_same_network(path, weights, state.get("network_settings", {}), model, cfg)
+    model.load_state_dict(weights, strict=True)
+    if optimizer is not None and "optimizer_state_dict" in state:
+        optimizer.load_state_dict(state["optimizer_state_dict"])
+    number = re.search(r"_(\d+)$", path.name)
+    return state.get("iteration", int(number[1]) if number else 0)
+
+
+def _read(path: Path):
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: set TRAIN.CHECKPOINT to a model_checkpoint_N file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for broken files; the remedy is the same for all
+        if "Unsupported" in str(error) or "weights_only" in str(error) or "GLOBAL" in str(error):
+            reason = "holds pickled code, which is never run"
+        else:
+            reason = "is truncated or no checkpoint"
+        raise UserError(f"checkpoint {path} {reason}: take it from its source again, or use another one") from None
+
+
+def _check_same_network(path: Path, weights: dict, trained: dict, model, cfg) -> None:
+    for key, now in network_settings(cfg).items():
+        if key in trained and trained[key] != now:
+            raise UserError(f"{key} is {now} but {path} was trained with {trained[key]}: set it to that")
+
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in weights.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"{path} belongs to another network: {name} is {_shape(found.get(name))} there and "
+                f"{_shape(expected.get(name))} here: {_responsible_keys(name)}"
+            )
+
+
+def _shape(shape) -> str:
+    return "missing" if shape is None else "x".join(map(str, shape))
+
+
+def _responsible_keys(tensor_name: str) -> str:
+    if "_head." in tensor_name:
+        return "check TRAIN.MODEL_TYPE, TRAIN.NEIGHBORHOOD and NUM_FMAPS_OUT"
+    return "check NUM_FMAPS, FMAP_INC_FACTOR, DOWNSAMPLE_FACTORS and KERNEL_SIZE_DOWN/UP"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
