@@ -1,0 +1,57 @@
+"""Where the network runs, and how many threads it may take there."""
+
+import os
+
+import torch
+
+from config.errors import UserError
+
+
+def resolve_device(cfg, busy_cores: int = 0) -> torch.device:
+    """The torch device of TRAIN.DEVICE ("auto": the first GPU if there is one, else the CPU); sets the CPU threads.
+
+    TRAIN.THREADS 0 is one thread for each core but `busy_cores`, which other processes work on: a thread that shares
+    its core makes all others wait for it, and a training step can take ten times as long.
+
+    Raises:
+        UserError: it names a GPU that this machine does not have.
+    """
+    name = cfg.TRAIN.DEVICE
+    if name == "auto":
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
+    elif name == "multi_gpu":
+        name = "cuda:0"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"TRAIN.DEVICE is {name!r} but this machine has {torch.cuda.device_count()} GPUs: set it to 'auto' or 'cpu'"
+        )
+    torch.set_num_threads(cfg.TRAIN.THREADS or max(1, len(os.sched_getaffinity(0)) - busy_cores))
+    return device
+
+
+class Precision:
+    """TRAIN.MIXED_PRECISION: the autocast context and memory format of the network.
+
+    Reduced precision goes with channels-last memory: that is the layout in which tensor cores, and the matrix units
+    of recent CPUs, run convolutions at full speed. On a CPU with AMX the two together are several times as fast as
+    float32, each alone is not.
+    """
+
+    DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+    def __init__(self, name: str, device: torch.device):
+        self.device = device
+        self.dtype = self.DTYPES[name]
+        if self.dtype == torch.float16 and device.type == "cpu":
+            raise UserError("TRAIN.MIXED_PRECISION is 'fp16' on a CPU: set it to 'bf16' or 'no'")
+
+    def autocast(self):
+        """Context manager in which the network's forward pass runs."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def place(self, x):
+        """Move a module or a 5D tensor to the device, in the memory format that the precision asks for."""
+        if self.dtype is None:
+            return x.to(self.device)
+        return x.to(self.device, memory_format=torch.channels_last_3d)

@@ -1,0 +1,96 @@
+"""Run a trained network over a volume of any size, tile by tile.
+
+A tile's output starts on a multiple of the network's down-sampling, where shifting the input shifts the output by
+exactly as much; and it is computed from as much context as the network can see. So a voxel's prediction does not
+depend on the tile that it falls into, and volumes can be cut into tiles of any size, or into blocks on many machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+import numpy as np
+import torch
+from funlib.persistence import Array
+
+from config.network_shapes import tile_context, total_factor
+from data_utils.volumes import read
+from engine.device import Precision, resolve_device
+from engine.intensity import network_intensity
+from models import build_model, task_channels
+from models.checkpoint import load_checkpoint
+
+
+class TilePredictor:
+    """A network on its device with the weights TRAIN.CHECKPOINT.
+
+    Attributes:
+        channels: task -> number of channels.
+        factor: voxels per axis of which tile begins and shapes are multiples.
+        tile_shape: voxels of output per tile, OUTPUT_SHAPE + GROW_INPUT of the config.
+
+    Raises:
+        UserError: the device or the checkpoint cannot be used.
+    """
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+        self.device = resolve_device(cfg)
+        self.precision = Precision(cfg.TRAIN.MIXED_PRECISION, self.device)
+        model = build_model(cfg)
+        self.channels = task_channels(cfg)
+        load_checkpoint(cfg.TRAIN.CHECKPOINT, model, cfg)
+        self.model = self.precision.place(model.eval())
+
+        network = cfg.MODEL
+        self.factor = total_factor(network.DOWNSAMPLE_FACTORS)
+        self.context = tile_context(
+            network.DOWNSAMPLE_FACTORS, network.KERNEL_SIZE_DOWN, network.KERNEL_SIZE_UP, network.PAD_CONV
+        )
+        self.keeps_size = network.PAD_CONV == "same"
+        self.tile_shape = tuple(o + g for o, g in zip(network.OUTPUT_SHAPE, network.GROW_INPUT, strict=True))
+
+    @torch.inference_mode()
+    def __call__(self, raw: Array, begin: Sequence[int], shape: Sequence[int]) -> dict[str, np.ndarray]:
+        """Predict an output block.
+
+        Args:
+            raw: (z, y, x) array on disk; mirrored where the block's context reaches beyond it.
+            begin, shape: the block in voxels of `raw`, multiples of `factor`.
+
+        Returns:
+            task -> (channels, *shape) float32 in 0..1.
+        """
+        begin_in = [b - c for b, c in zip(begin, self.context, strict=True)]
+        shape_in = [s + 2 * c for s, c in zip(shape, self.context, strict=True)]
+        block = network_intensity(read_mirrored(raw, begin_in, shape_in), self.cfg)
+        with self.precision.autocast():
+            outputs = self.model(self.precision.place(torch.from_numpy(block)[None, None]))
+        results = {}
+        for task, output in outputs._asdict().items():
+            if self.keeps_size:
+                inner = (slice(c, c + s) for c, s in zip(self.context, shape, strict=True))
+                output = output[:, :, *inner]
+            results[task] = output[0].float().cpu().numpy()
+        return results
+
+    def tiles(self, volume_shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(begin, shape) in voxels of the tiles that cover a volume; those at its end may reach beyond it."""
+        shape = tuple(
+            min(tile, -(-size // f) * f)
+            for tile, size, f in zip(self.tile_shape, volume_shape, self.factor, strict=True)
+        )
+        for begin in product(*(range(0, size, s) for size, s in zip(volume_shape, shape, strict=True))):
+            yield begin, shape
+
+
+def read_mirrored(array: Array, begin: Sequence[int], shape: Sequence[int]) -> np.ndarray:
+    """Voxels of a box that may reach beyond the array, mirrored at its faces (whose voxels are not repeated)."""
+    indices = []
+    for first, count, size in zip(begin, shape, array.shape, strict=True):
+        period = max(1, 2 * (size - 1))
+        index = np.arange(first, first + count) % period
+        indices.append(np.minimum(index, period - index))
+    block = read(array, tuple(slice(index.min(), index.max() + 1) for index in indices))
+    return block[np.ix_(*(index - index.min() for index in indices))]

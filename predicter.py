@@ -1,0 +1,12 @@
+"""Predict affinities and LSDs: python predicter.py -c CKPT_FOLDER/config_predict.yaml"""
+
+from engine.cli import run_script
+from engine.predict.predict import predict
+
+if __name__ == "__main__":
+    run_script(
+        predict,
+        description="Predict every zarr in HOME/DATA_DIR_PATH/BRAIN_VOL/data_3d/test with TRAIN.CHECKPOINT.",
+        example="python predicter.py -c config/config_predict.py TRAIN.CHECKPOINT run1/model_checkpoint_300000",
+        default_config="config/config_predict.py",
+    )

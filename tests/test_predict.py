@@ -1,0 +1,153 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from config.errors import UserError
+from config.loader import load_config
+from data_utils.volumes import list_arrays, open_array, read, write_array
+from engine.predict.predict import chunk_shape, predict, stored
+from engine.predict.tiles import TilePredictor, read_mirrored
+from models import build_model
+
+VOLUME = (26, 38, 31)
+OFFSET = (80, 0, 160)
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A test volume and random weights of a small network."""
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 256, VOLUME, dtype=np.uint8)
+    folder = tmp_path / "connexion/data/HEMI/data_3d/test"
+    write_array(folder / "sample.zarr", "volumes/raw", raw, voxel_size=(8, 8, 8), offset=OFFSET)
+    torch.manual_seed(0)
+    model = build_model(config(tmp_path))
+    checkpoint = tmp_path / "run" / "model_checkpoint_5"
+    checkpoint.parent.mkdir()
+    torch.save({"model_state_dict": model.state_dict()}, checkpoint)
+    return tmp_path
+
+
+def config(home, *overrides, padding="valid", size=28, grow=0):
+    """A network with the down-samplings (2, 2, 2) and (1, 2, 2)."""
+    settings = {
+        "DATA.HOME": home,
+        "TRAIN.CHECKPOINT": home / "run" / "model_checkpoint_5",
+        "TRAIN.DEVICE": "cpu",
+        "TRAIN.THREADS": 1,
+        "MODEL_ISO.NUM_FMAPS": 2,
+        "MODEL_ISO.NUM_FMAPS_OUT": 2,
+        "MODEL_ISO.FMAP_INC_FACTOR": 2,
+        "MODEL_ISO.DOWNSAMPLE_FACTORS": [[2, 2, 2], [1, 2, 2]],
+        "MODEL_ISO.KERNEL_SIZE_DOWN": None,
+        "MODEL_ISO.KERNEL_SIZE_UP": None,
+        "MODEL_ISO.PAD_CONV": padding,
+        "MODEL_ISO.INPUT_SHAPE": (36, 44, 44) if padding == "valid" else (size,) * 3,
+        "MODEL_ISO.GROW_INPUT": (grow,) * 3,
+        "DATA.AFFS_DTYPE": "float32",
+    }
+    pairs = [str(part) for item in settings.items() for part in item]
+    return load_config(overrides=[*pairs, *map(str, overrides)])
+
+
+def predictions(cfg):
+    predict(cfg)
+    output = cfg.DATA.OUTFILE + "/MTLSD/3d/run/model_checkpoint_5/sample.zarr"
+    return output, read(open_array(output, "volumes/pred_affs")), read(open_array(output, "volumes/pred_lsds"))
+
+
+@pytest.mark.parametrize("padding", ["valid", "same"])
+def test_two_tilings_give_the_same_prediction_as_the_whole_volume_at_once(home, padding):
+    cfg = config(home, padding=padding)
+    _, affs, lsds = predictions(cfg)
+    _, affs_other, lsds_other = predictions(config(home, padding=padding, grow=8))
+    np.testing.assert_allclose(affs, affs_other, atol=1e-5)
+    np.testing.assert_allclose(lsds, lsds_other, atol=1e-5)
+
+    # The whole volume as one tile, context mirrored, by hand.
+    predictor = TilePredictor(cfg)
+    raw = read(open_array(home / "connexion/data/HEMI/data_3d/test/sample.zarr", "volumes/raw"))
+    shape = [-(-n // f) * f for n, f in zip(VOLUME, predictor.factor, strict=True)]
+    padding_width = [(c, c + s - n) for c, s, n in zip(predictor.context, shape, VOLUME, strict=True)]
+    padded = np.pad(raw, padding_width, mode="reflect").astype(np.float32) / 255 * 2 - 1
+    with torch.inference_mode():
+        whole = predictor.model(torch.from_numpy(padded)[None, None]).affs[0].numpy()
+    if padding == "same":
+        whole = whole[(slice(None), *(slice(c, c + s) for c, s in zip(predictor.context, shape, strict=True)))]
+    whole = whole[(slice(None), *(slice(n) for n in VOLUME))]
+    np.testing.assert_allclose(affs, whole, atol=1e-5)
+    assert affs.std() > 1e-4
+
+
+def test_output_covers_raw_and_says_where_it_is(home):
+    output, affs, lsds = predictions(config(home))
+    assert affs.shape == (3, *VOLUME)
+    assert lsds.shape == (10, *VOLUME)
+    array = open_array(output, "volumes/pred_affs")
+    assert (tuple(array.offset), tuple(array.voxel_size)) == (OFFSET, (8, 8, 8))
+    assert array.attrs["offsets"] == [[-1, 0, 0], [0, -1, 0], [0, 0, -1]]
+    assert list_arrays(output) == ["volumes/pred_affs", "volumes/pred_lsds"]
+
+
+def test_uint8_is_the_rounded_float_prediction_and_the_inverted_map_its_complement(home):
+    _, affs, _ = predictions(config(home))
+    output, affs_uint8, _ = predictions(config(home, "DATA.AFFS_DTYPE", "uint8", "DATA.INVERT_PRED_AFFS", "True"))
+    assert affs_uint8.dtype == np.uint8
+    np.testing.assert_array_equal(affs_uint8, np.rint(affs * 255))
+    inverted = read(open_array(output, "volumes/pred_affs_inverted"))
+    np.testing.assert_allclose(inverted[0], 255 * (1 - affs.mean(axis=0)), atol=0.51)
+
+
+def test_reading_beyond_the_volume_mirrors_it(tmp_path):
+    data = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+    array = write_array(tmp_path / "a.zarr", "raw", data, voxel_size=(1, 1, 1), offset=(0, 0, 0))
+    padded = np.pad(data, 9, mode="reflect")
+    for begin, shape in itertools.product([(-9, -9, -9), (-2, 1, 0), (3, 4, 2), (5, -7, 6)], [(1, 1, 1), (4, 3, 2)]):
+        expected = padded[tuple(slice(9 + b, 9 + b + s) for b, s in zip(begin, shape, strict=True))]
+        np.testing.assert_array_equal(read_mirrored(array, begin, shape), expected)
+
+
+def test_tiles_never_share_a_chunk():
+    assert chunk_shape((108, 80, 7), (500, 500, 500)) == (54, 80, 7)
+    assert chunk_shape((108, 80, 80), (20, 500, 500)) == (20, 80, 80)
+    np.testing.assert_array_equal(stored(np.array([0, 0.5, 1]), np.dtype("uint8")), [0, 128, 255])
+
+
+def test_an_interrupted_prediction_leaves_no_dataset_of_that_name(home, monkeypatch):
+    cfg = config(home)
+    monkeypatch.setattr(TilePredictor, "tile_shape", (16, 16, 16), raising=False)
+    calls = iter([None, None, KeyboardInterrupt])
+    forward = TilePredictor.__call__
+
+    def interrupted(self, *args):
+        if next(calls) is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return forward(self, *args)
+
+    monkeypatch.setattr(TilePredictor, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predict(cfg)
+    output = cfg.DATA.OUTFILE + "/MTLSD/3d/run/model_checkpoint_5/sample.zarr"
+    assert "volumes/pred_affs" not in list_arrays(output)
+
+
+def test_bad_input_is_refused_before_anything_is_written(home):
+    sample = home / "connexion/data/HEMI/data_3d/test/sample.zarr"
+    for settings, message in [
+        (("TRAIN.CHECKPOINT", ""), r"TRAIN.CHECKPOINT is empty"),
+        (("TRAIN.CHECKPOINT", home / "none" / "model_checkpoint_1"), r"no checkpoint at .*none/model_checkpoint_1"),
+        (("MODEL_ISO.VOXEL_SIZE", "(10, 10, 10)"), r"sample.zarr.*VOXEL_SIZE"),
+        (("DATA.RAW", "volumes/em"), r"volumes/em.*sample.zarr"),
+        (("TRAIN.DEVICE", "cuda:7"), r"TRAIN.DEVICE is 'cuda:7'"),
+        (("MODEL_ISO.NUM_FMAPS", "4"), r"another network: .*NUM_FMAPS"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            predict(config(home, *settings))
+    with_nan = np.full(VOLUME, 0.5, np.float32)
+    with_nan[3, 4, 5] = np.nan
+    write_array(sample, "volumes/raw", with_nan, voxel_size=(8, 8, 8), offset=OFFSET)
+    with pytest.raises(UserError, match=r"NaN"):
+        predict(config(home))
+    assert not (home / "lsd_outputs").exists()
