@@ -1,0 +1,300 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import cc3d
+import h5py
+import numpy as np
+import pytest
+from scipy import ndimage
+from skimage.metrics import variation_of_information
+from skimage.segmentation import watershed
+from waterz._agglomerate import _load_prebuilt
+
+from config.errors import UserError
+from config.loader import load_config
+from data_utils.layout import output_path
+from data_utils.volumes import list_arrays, open_array, read, write_array
+from engine.post.agglomerate import MERGE_FUNCTIONS, QUEUE_BINS, agglomerate, default_merge_function
+from engine.post.fragments import extract_fragments, find_seeds, flood, squared_distances
+from engine.post.segment import read_mask, segment, segment_names
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def with_boundaries(labels):
+    """Labels with 0 where a neighbor along an axis differs."""
+    boundary = np.zeros(labels.shape, bool)
+    for axis in range(3):
+        differs = np.diff(labels, axis=axis) != 0
+        boundary |= np.insert(differs, 0, False, axis) | np.insert(differs, differs.shape[axis], False, axis)
+    return np.where(boundary, 0, labels)
+
+
+def affinities_of(labels):
+    """Perfect float32 affinities to the previous voxel along z, y, x; the first one continues outside."""
+    previous = [np.concatenate([labels.take([0], a), labels], a) for a in range(3)]
+    shape = labels.shape
+    return np.stack([(p[: shape[0], : shape[1], : shape[2]] == labels) & (labels > 0) for p in previous]).astype(
+        np.float32
+    )
+
+
+def voi_sum(truth, segmentation):
+    _, truth = np.unique(truth, return_inverse=True)  # scikit-image's table has a row for every possible label
+    return variation_of_information(truth, segmentation.astype(np.int64), ignore_labels=(0,)).sum()
+
+
+@pytest.fixture(scope="module")
+def neurites(data_dir):
+    """Real neurites, 64 voxels a side, background between them; connected pieces have labels of their own."""
+    with h5py.File(data_dir / "fib25_train.hdf") as file:
+        labels = file["volumes/labels/neuron_ids"][40:104, 80:144, 80:144]
+    return cc3d.connected_components(with_boundaries(labels), connectivity=6).astype(np.uint64)
+
+
+@pytest.fixture(scope="module")
+def noisy(neurites):
+    """Affinities of `neurites`, blurred and noisy."""
+    noise = np.random.default_rng(0).normal(scale=0.15, size=(3, *neurites.shape))
+    blurred = np.stack([ndimage.gaussian_filter(channel, 0.7) for channel in affinities_of(neurites)])
+    return np.clip(blurred + noise, 0, 1).astype(np.float32)
+
+
+def test_perfect_affinities_give_the_neurites_back(neurites):
+    affinities = affinities_of(neurites)
+    fragments = extract_fragments(affinities)
+    assert fragments.dtype == np.uint64
+    assert set(np.unique(fragments)) == set(range(fragments.max() + 1))
+    [(_, segmentation)] = agglomerate(affinities, fragments, [0.7], "mean")
+    covered = segmentation > 0
+    assert covered[neurites > 0].mean() > 0.9
+    assert voi_sum(neurites * covered, segmentation) < 0.05 < voi_sum(neurites * covered, fragments)
+
+    grown = extract_fragments(affinities, grow=True)
+    [(_, segmentation)] = agglomerate(affinities, grown, [0.7], "mean")
+    assert voi_sum(neurites, segmentation) < 0.05 < voi_sum(neurites, grown)
+
+
+def test_fragments_are_those_of_a_hand_made_case():
+    affinities = np.ones((3, 8, 8, 30), np.float32)
+    affinities[:, :, :, 14:16] = 0
+    fragments = extract_fragments(affinities)
+    assert not fragments[:, :, 14:16].any()
+    left, right = np.unique(fragments[:, :, :14]), np.unique(fragments[:, :, 16:])
+    assert len(left) == len(right) == 1
+    assert {*left, *right} == {1, 2}
+
+    mask = np.ones((8, 8, 30), bool)
+    mask[:, :, :20] = False
+    masked = extract_fragments(affinities, mask=mask)
+    assert not masked[~mask].any()
+    assert masked[mask].all()
+
+    affinities[:, :, :, 16:] = 0.6
+    kept = extract_fragments(affinities, filter_fragments=0.8)
+    assert (kept[:, :, :14] == 1).all()
+    assert not kept[:, :, 14:].any()
+
+
+def test_volumes_without_and_full_of_boundary():
+    assert not extract_fragments(np.zeros((3, 4, 20, 20), np.float32)).any()
+    assert (extract_fragments(np.ones((3, 4, 20, 20), np.float32)) == 1).all()
+    per_section = extract_fragments(np.ones((3, 4, 20, 20), np.float32), fragments_in_xy=True)
+    assert [np.unique(section).tolist() for section in per_section] == [[1], [2], [3], [4]]
+
+
+def test_grown_fragments_fill_the_volume_and_keep_the_others(noisy):
+    fragments, grown = extract_fragments(noisy), extract_fragments(noisy, grow=True)
+    assert (fragments == 0).any()
+    assert grown.all()
+    pairs = np.unique(np.stack([fragments, grown]).reshape(2, -1)[:, fragments.ravel() > 0], axis=1)
+    assert pairs.shape[1] == fragments.max() == len(np.unique(pairs[1]))
+
+
+def test_flood_is_the_watershed_of_scikit_image(noisy):
+    foreground = noisy.mean(axis=0) > 0.5
+    distances = squared_distances(foreground)
+    seeds = find_seeds(distances)
+    ours, theirs = flood(seeds, distances, foreground), watershed(-distances, seeds, mask=foreground)
+    assert ((ours > 0) == (theirs > 0)).all()
+    # they differ in whom a voxel as far from two seeds goes to
+    assert (ours == theirs).mean() > 0.95
+    sizes = np.bincount(seeds.ravel()), np.bincount(ours.ravel(), minlength=seeds.max() + 1)
+    assert (sizes[1][1:] >= sizes[0][1:]).all()
+
+
+def test_fragments_in_xy_never_span_sections(noisy):
+    fragments = extract_fragments(noisy, fragments_in_xy=True)
+    sections = [set(np.unique(section)) - {0} for section in fragments]
+    assert all(sections)
+    assert len(set().union(*sections)) == sum(map(len, sections)) == fragments.max()
+    # the affinity across sections has no say
+    without_z = noisy.copy()
+    without_z[0] = 0
+    assert (extract_fragments(without_z, fragments_in_xy=True) == fragments).all()
+
+
+def test_epsilon_agglomeration_merges_fragments(noisy):
+    fragments = extract_fragments(noisy)
+    merged = extract_fragments(noisy, epsilon_agglomerate=0.25)
+    assert 1 < merged.max() < fragments.max()
+    assert ((merged > 0) == (fragments > 0)).all()
+    pairs = np.unique(np.stack([fragments, merged]).reshape(2, -1), axis=1)
+    assert pairs.shape[1] == fragments.max() + 1
+
+
+def test_uint8_and_float_affinities_agree(noisy):
+    stored = np.rint(noisy * 255).astype(np.uint8)
+    as_float = stored.astype(np.float64) / 255
+    fragments = extract_fragments(stored)
+    assert (extract_fragments(as_float) == fragments).all()
+    for (_, a), (_, b) in zip(
+        agglomerate(stored, fragments, [0.3, 0.6], "hist_quant_50"),
+        agglomerate(as_float, fragments, [0.3, 0.6], "hist_quant_50"),
+        strict=True,
+    ):
+        assert (a == b).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, -0.1, 1.1])
+def test_affinities_out_of_range_are_refused(bad):
+    affinities = np.ones((3, 4, 4, 4), np.float32)
+    affinities[1, 2, 3, 0] = bad
+    with pytest.raises(ValueError, match=r"0\.\.1"):
+        extract_fragments(affinities)
+
+
+def test_agglomeration_merges_in_order_of_affinity(capfd):
+    fragments = np.repeat(np.arange(1, 4, dtype=np.uint64), 4).reshape(1, 1, 12) * np.ones((4, 4, 1), np.uint64)
+    affinities = np.ones((3, 4, 4, 12), np.float32)
+    affinities[2, :, :, 4], affinities[2, :, :, 8] = 0.7, 0.3
+    given = fragments.copy()
+    results = list(agglomerate(affinities, fragments, [0.8, 0.2, 0.5], "mean"))
+    assert [threshold for threshold, _ in results] == [0.2, 0.5, 0.8]
+    assert [len(np.unique(segmentation)) for _, segmentation in results] == [3, 2, 1]
+    assert results[1][1][0, 0, 0] == results[1][1][0, 0, 7] != results[1][1][0, 0, 8]
+    assert (fragments == given).all()
+    assert capfd.readouterr().out == ""
+
+
+def test_every_merge_function_is_shipped_compiled():
+    assert {"mean", "hist_quant_10", "hist_quant_95_initmax"} <= set(MERGE_FUNCTIONS)
+    assert all(_load_prebuilt(function, QUEUE_BINS) for function in MERGE_FUNCTIONS.values())
+
+
+def test_merge_function_rule():
+    thresholds = [0.35, 0.4, 0.45]
+    assert default_merge_function(thresholds, 0.25) == "hist_quant_35"
+    assert default_merge_function(thresholds, 0.35) == "hist_quant_40"
+    with pytest.raises(UserError, match=r"EPSILON_AGGLOMERATE 0\.5"):
+        default_merge_function(thresholds, 0.5)
+    with pytest.raises(UserError, match=r"hist_quant_33.*10, 15, 20"):
+        default_merge_function([0.33], 0.25)
+
+
+def test_segment_names():
+    names = segment_names([0.5, 0.55, 0.29, 1.0])
+    assert [name[-3:] for name in names.values()] == ["050", "055", "029", "100"]
+    assert names[0.55] == "volumes/segmentation_055"
+    with pytest.raises(UserError, match="THRESHOLDS"):
+        segment_names([0.5, 0.501])
+
+
+def test_mask_is_read_by_world_coordinates(tmp_path):
+    mask = np.zeros((2, 3, 3), np.uint8)
+    mask[1, 0, 2] = 1
+    write_array(tmp_path / "mask.zarr", "mask", mask, voxel_size=(20, 20, 20), offset=(100, 200, 300))
+    affinities = write_array(
+        tmp_path / "a.zarr",
+        "a",
+        np.zeros((6, 6, 6), np.uint8),
+        voxel_size=(10, 10, 10),
+        offset=(110, 190, 310),
+    )
+    inside = read_mask(tmp_path / "mask.zarr", "mask", affinities.roi, affinities.voxel_size)
+    # the one voxel covers z 120..140, y 200..220, x 340..360
+    assert inside.shape == (6, 6, 6)
+    assert inside[1:3, 1:3, 3:5].all()
+    assert inside.sum() == 8
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A config, and the output zarr of its one test volume."""
+    sample = tmp_path / "data" / "CREMI" / "data_3d" / "test" / "sample.zarr"
+    write_array(sample, "volumes/raw", np.zeros((64, 64, 64), np.uint8), voxel_size=(8, 8, 8), offset=(0, 0, 0))
+    overrides = {
+        "DATA.HOME": tmp_path,
+        "DATA.DATA_DIR_PATH": "data",
+        "DATA.BRAIN_VOL": "CREMI",
+        "TRAIN.CHECKPOINT": tmp_path / "run" / "model_checkpoint_1",
+        "INS_SEGMENT.THRESHOLDS": [0.5, 0.3],
+    }
+
+    def load(**more):
+        more = {key.replace("__", "."): value for key, value in more.items()}
+        return load_config(None, [str(x) for pair in (overrides | more).items() for x in pair])
+
+    return load, output_path(load(), sample)
+
+
+def test_segments_every_threshold_on_disk(config, noisy):
+    load, output = config
+    place = {"voxel_size": (8, 8, 8), "offset": (80, 160, 240)}
+    write_array(output, "volumes/pred_affs", np.rint(noisy * 255).astype(np.uint8), **place)
+    segment(load(INS_SEGMENT__EPSILON_AGGLOMERATE=0))
+
+    names = ["volumes/fragments", "volumes/segmentation_030", "volumes/segmentation_050"]
+    assert list_arrays(output) == [names[0], "volumes/pred_affs", *names[1:]]
+    arrays = [open_array(output, name) for name in names]
+    assert all(a.dtype == np.uint64 and a.voxel_size == (8, 8, 8) and a.offset == (80, 160, 240) for a in arrays)
+    assert [a.attrs["threshold"] for a in arrays[1:]] == [0.3, 0.5]
+    assert [a.attrs["merge_function"] for a in arrays[1:]] == ["hist_quant_50"] * 2
+    counts = [len(np.unique(read(a))) for a in arrays]
+    assert counts[0] > counts[1] > counts[2]
+    [(_, expected)] = agglomerate(noisy, read(arrays[0]), [0.5], "hist_quant_50")
+    assert voi_sum(expected, read(arrays[2])) < 0.1
+
+
+def test_segments_within_the_mask_only(config, noisy, tmp_path):
+    load, output = config
+    mask = np.zeros((64, 64, 64), np.uint8)
+    mask[:, :32] = 1
+    place = {"voxel_size": (8, 8, 8), "offset": (0, 0, 0)}
+    write_array(tmp_path / "mask.zarr", "mask", mask, **place)
+    write_array(output, "volumes/pred_affs", noisy, **place)
+    segment(load(INS_SEGMENT__MASK_FILE=tmp_path / "mask.zarr", INS_SEGMENT__MASK_DATASET="mask"))
+    segmentation = read(open_array(output, "volumes/segmentation_030"))
+    assert segmentation[:, :32].any()
+    assert not segmentation[:, 32:].any()
+
+
+def test_nan_affinities_are_an_error_and_write_nothing(config, noisy):
+    load, output = config
+    affinities = noisy.copy()
+    affinities[0, 5, 5, 5] = np.nan
+    write_array(output, "volumes/pred_affs", affinities, voxel_size=(8, 8, 8), offset=(0, 0, 0))
+    with pytest.raises(UserError, match=r"volumes/pred_affs in .*sample.zarr.*NaN"):
+        segment(load())
+    assert list_arrays(output) == ["volumes/pred_affs"]
+
+
+def test_script_without_affinities_says_what_to_run(config, tmp_path):
+    load, output = config
+    file = tmp_path / "config.py"
+    keys = ("HOME", "DATA_DIR_PATH", "BRAIN_VOL")
+    lines = [f"_C.DATA.{key} = {load().DATA[key]!r}" for key in keys]
+    lines = ["from yacs.config import CfgNode", "_C = CfgNode()", "_C.DATA = CfgNode()", *lines]
+    file.write_text("\n".join([*lines, "_C.TRAIN = CfgNode()", f"_C.TRAIN.CHECKPOINT = {load().TRAIN.CHECKPOINT!r}"]))
+    done = subprocess.run(
+        [sys.executable, CHECKOUT / "instance_segmenter.py", "-c", file],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert str(output) in done.stderr
+    assert "predicter.py" in done.stderr
+    assert not output.exists()
