@@ -1,0 +1,12 @@
+"""Score segmentations: python 06_evaluate_volumes.py -c CKPT_FOLDER/config_predict.yaml"""
+
+from engine.cli import run_script
+from engine.evaluate.evaluate import evaluate
+
+if __name__ == "__main__":
+    run_script(
+        evaluate,
+        description="Score the segmentations of test volumes that have ground truth: VOI and adapted Rand.",
+        example="python 06_evaluate_volumes.py -c config/config_predict.py",
+        default_config="config/config_predict.py",
+    )

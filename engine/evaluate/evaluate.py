@@ -1,0 +1,195 @@
+"""Scores of all segmentations of a volume, in tables and a plot beside its output zarr.
+
+Volumes are read block by block and never copied: only the table of overlaps is kept, see
+`engine.evaluate.metrics`.
+"""
+
+import csv
+import io
+import itertools
+import json
+import os
+import re
+
+from funlib.geometry import Coordinate, Roi
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from config.errors import UserError
+from data_utils.layout import output_path, volumes_in
+from data_utils.volumes import blocks, list_arrays, open_array, read
+from engine.evaluate.metrics import count_overlaps, scores
+
+FRAGMENTS = "volumes/fragments"
+SEGMENTATIONS = re.compile(r"volumes/(final_)?segmentation_.*\d")
+SCORES = ("voi_split", "voi_merge", "voi_sum", "adapted_rand_error", "segments")
+COLUMNS = ("dataset", "merge_function", "threshold", *SCORES)
+# Okabe and Ito's colours, which colour-blind readers tell apart
+COLORS = {"voi_split": "#0072B2", "voi_merge": "#D55E00", "voi_sum": "#000000"}
+LINE_STYLES = ("-", "--", ":", "-.")
+
+
+def evaluate(cfg):
+    """Score every segmentation of every test volume that has ground truth (DATA.NEURON_LABELS in its zarr).
+
+    Writes SAMPLE_scores.json, .csv and .png beside the output zarr, and prints the table.
+
+    Raises:
+        UserError: no volume has ground truth, or one that has was not segmented.
+    """
+    work = {}
+    for sample in volumes_in(cfg, "test"):
+        if cfg.DATA.NEURON_LABELS not in list_arrays(sample):
+            print(f"{sample.name} is left out: it has no ground truth {cfg.DATA.NEURON_LABELS}")
+            continue
+        output = output_path(cfg, sample)
+        work[sample] = output, segmentations_in(output)
+    if not work:
+        raise UserError(
+            f"no test volume has {cfg.DATA.NEURON_LABELS}; add ground truth, or name it in DATA.NEURON_LABELS"
+        )
+    for sample, (output, names) in work.items():
+        report = score_volume(sample, output, names, cfg)
+        print(format_table(report))
+        for suffix, content in (
+            ("json", json.dumps(report, indent=2).encode()),
+            ("csv", _csv(report).encode()),
+            ("png", _plot(report)),
+        ):
+            path = output.with_name(f"{output.stem}_scores.{suffix}")
+            _write_whole(path, content)
+        print(f"best: {report['best']}; scores in {path.with_suffix('')}.json, .csv and .png")
+
+
+def segmentations_in(path):
+    """Names of the segmentations in an output zarr, led by the fragments if they are there.
+
+    Raises:
+        UserError: there is no segmentation.
+    """
+    names = list_arrays(path)
+    segmentations = [name for name in names if SEGMENTATIONS.fullmatch(name)]
+    if not segmentations:
+        raise UserError(f"no volumes/segmentation_* in {path}; run instance_segmenter.py first")
+    return [FRAGMENTS] * (FRAGMENTS in names) + segmentations
+
+
+def score_volume(sample, output, names, cfg):
+    """Score datasets of the zarr ``output`` against the ground truth in the zarr ``sample``.
+
+    Returns:
+        dict: sample, ground_truth, objects, voxels (both of the ground truth that was compared), best (the
+        dataset of lowest VOI sum, fragments aside) and scores, a list of dicts with the keys COLUMNS.
+
+    Raises:
+        UserError: as `overlaps`, or no voxel in common is labelled.
+    """
+    ground_truth = open_array(sample, cfg.DATA.NEURON_LABELS)
+    has_mask = cfg.DATA.NEURON_LABELS_MASK in list_arrays(sample)
+    mask = open_array(sample, cfg.DATA.NEURON_LABELS_MASK) if has_mask else None
+    rows = []
+    for name in names:
+        segmentation = open_array(output, name)
+        try:
+            row = scores(*count_overlaps(overlaps(segmentation, ground_truth, mask, description=name)))
+        except ValueError as error:
+            raise UserError(f"{name} in {output} and {cfg.DATA.NEURON_LABELS} in {sample}: {error}") from error
+        labels = {key: segmentation.attrs.get(key) for key in ("merge_function", "threshold")}
+        rows.append({"dataset": name, **labels, **row})
+    best = min((row for row in rows if row["dataset"] != FRAGMENTS), key=lambda row: row["voi_sum"])
+    return {
+        "sample": str(sample),
+        "ground_truth": cfg.DATA.NEURON_LABELS,
+        "objects": rows[0]["objects"],
+        "voxels": rows[0]["voxels"],
+        "best": best["dataset"],
+        "scores": [{key: row[key] for key in COLUMNS} for row in rows],
+    }
+
+
+def overlaps(segmentation, ground_truth, mask=None, *, max_bytes=2**27, description=None):
+    """Yield blocks (segmentation, ground truth) of two label volumes on disk, where both have voxels.
+
+    Args:
+        segmentation, ground_truth: arrays with their place in the world, as `open_array` gives them.
+        mask: a third one; the ground truth reads 0 where it is 0. Only the ROI that all share is read.
+        max_bytes: size of a block of the segmentation.
+        description: name on the progress bar.
+
+    Raises:
+        ValueError: voxels of different size, or voxel grids shifted by parts of a voxel.
+    """
+    arrays = [segmentation, ground_truth] + ([mask] if mask is not None else [])
+    voxel_size = segmentation.voxel_size
+    roi = segmentation.roi
+    for array in arrays:
+        if array.voxel_size != voxel_size:
+            raise ValueError(f"voxel sizes differ: {tuple(voxel_size)} and {tuple(array.voxel_size)} nm")
+        if any((array.offset - segmentation.offset) % voxel_size):
+            raise ValueError(f"offsets {segmentation.offset} and {array.offset} nm differ by part of a voxel")
+        roi = roi.intersect(array.roi)
+    for block in tqdm(blocks(segmentation, max_bytes), description, unit="block", leave=False):
+        begin = segmentation.offset + Coordinate(s.start for s in block) * voxel_size
+        part = Roi(begin, Coordinate(s.stop - s.start for s in block) * voxel_size).intersect(roi)
+        if part.empty:
+            continue
+        labels, truth, *masks = (read(array, _slices(array, part)) for array in arrays)
+        yield labels, truth * (masks[0] != 0) if masks else truth
+
+
+def _slices(array, roi):
+    begin, shape = (roi.begin - array.offset) / array.voxel_size, roi.shape / array.voxel_size
+    return tuple(slice(b, b + s) for b, s in zip(begin, shape, strict=True))
+
+
+def format_table(report):
+    """The scores of a `score_volume` report as lines of text, one per segmentation."""
+    width = max(len(row["dataset"]) for row in report["scores"])
+    lines = [
+        f"{report['sample']}: {report['objects']} objects, {report['voxels'] / 1e6:.2f} million voxels",
+        f"{'':{width}}  VOI split   merge     sum  adapted Rand error  segments",
+    ]
+    for row in report["scores"]:
+        lines.append(
+            f"{row['dataset']:{width}}  {row['voi_split']:9.3f} {row['voi_merge']:7.3f} {row['voi_sum']:7.3f}"
+            f"  {row['adapted_rand_error']:18.3f}  {row['segments']:8d}"
+        )
+    return "\n".join(lines)
+
+
+def _csv(report):
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(report["scores"])
+    return text.getvalue()
+
+
+def _plot(report):
+    """PNG of the VOI over the thresholds, a style of line for each merge function."""
+    series = {}
+    for row in report["scores"]:
+        if row["threshold"] is not None:
+            kind = row["dataset"].removeprefix("volumes/").partition("segmentation")[0]
+            series.setdefault(f"{kind}{row['merge_function']}".replace("_", " "), []).append(row)
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for style, (name, rows) in zip(itertools.cycle(LINE_STYLES), series.items()):
+        rows = sorted(rows, key=lambda row: row["threshold"])
+        for score, color in COLORS.items():
+            label = f"{score.removeprefix('voi_')}, {name}"
+            thresholds, values = ([row[key] for row in rows] for key in ("threshold", score))
+            axes.plot(thresholds, values, style, color=color, marker="o", label=label)
+    axes.set(xlabel="threshold", ylabel="VOI (bits)", ylim=(0, None), title=f"best: {report['best']}")
+    if series:
+        axes.legend()
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150)
+    return image.getvalue()
+
+
+def _write_whole(path, content):
+    """Write bytes so that a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f"{path.name}.partial")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

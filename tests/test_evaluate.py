@@ -1,0 +1,171 @@
+import csv
+import json
+
+import h5py
+import numpy as np
+import pytest
+from skimage.metrics import adapted_rand_error, variation_of_information
+
+from config.errors import UserError
+from config.loader import load_config
+from data_utils.layout import output_path
+from data_utils.volumes import write_array
+from engine.evaluate.evaluate import evaluate, overlaps
+from engine.evaluate.metrics import count_overlaps, scores
+
+PLACE = {"voxel_size": (10, 10, 10), "offset": (0, 0, 0)}
+
+
+def assert_equals_scikit_image(result, ground_truth, segmentation):
+    _, segmentation = np.unique(segmentation, return_inverse=True)
+    _, truth = np.unique(np.append(0, ground_truth), return_inverse=True)  # 0 stays 0
+    truth = truth[1:].reshape(ground_truth.shape)
+    split, merge = variation_of_information(truth, segmentation, ignore_labels=(0,))
+    error, _, _ = adapted_rand_error(truth, segmentation, ignore_labels=(0,))
+    assert result["voi_split"] == pytest.approx(split, abs=1e-9)
+    assert result["voi_merge"] == pytest.approx(merge, abs=1e-9)
+    assert result["voi_sum"] == pytest.approx(split + merge, abs=1e-9)
+    assert result["adapted_rand_error"] == pytest.approx(error, abs=1e-9)
+
+
+@pytest.fixture(scope="module")
+def real(data_dir):
+    """Ground truth, and the same shifted, with a merge, a split and some background."""
+    with h5py.File(data_dir / "fib25_train.hdf") as file:
+        truth = file["volumes/labels/neuron_ids"][:40, :60, :70]
+    truth[5:9, 5:20, 5:20] = 0
+    segmentation = np.roll(truth, 3, axis=2)
+    largest = np.argsort(np.bincount(segmentation.ravel().astype(np.int64)))[::-1]
+    segmentation[segmentation == largest[1]] = largest[2]
+    segmentation[:20][segmentation[:20] == largest[0]] = 2**63 + 5
+    segmentation[:, 30] = 0
+    return segmentation, truth
+
+
+def test_scores_of_random_labels_equal_scikit_image():
+    random = np.random.default_rng(0)
+    segmentation, truth = random.integers(0, 9, (2, 10, 20, 30), dtype=np.uint64)
+    assert_equals_scikit_image(scores(*count_overlaps([(segmentation, truth)])), truth, segmentation)
+
+
+def test_scores_of_real_labels_equal_scikit_image(real):
+    segmentation, truth = real
+    result = scores(*count_overlaps([(segmentation, truth)]))
+    assert_equals_scikit_image(result, truth, segmentation)
+    assert result["voi_sum"] > 0.1
+    assert result["objects"] == len(np.unique(truth)) - 1
+    assert result["segments"] == len(np.unique(segmentation[truth > 0]))
+    assert result["voxels"] == np.count_nonzero(truth)
+
+
+def test_split_and_merge_are_told_apart():
+    whole, halves = np.ones((2, 8), np.uint64), np.repeat([[1], [2]], 8, axis=1).astype(np.uint64)
+    split = scores(*count_overlaps([(halves, whole)]))
+    assert (split["voi_split"], split["voi_merge"]) == (1, 0)
+    merge = scores(*count_overlaps([(whole, halves)]))
+    assert (merge["voi_split"], merge["voi_merge"]) == (0, 1)
+    perfect = scores(*count_overlaps([(halves + np.uint64(7), halves)]))
+    assert (perfect["voi_sum"], perfect["adapted_rand_error"]) == (0, 0)
+
+
+def test_only_background_has_no_score():
+    with pytest.raises(ValueError, match="no voxel"):
+        scores(*count_overlaps([(np.ones((2, 2), np.uint64), np.zeros((2, 2), np.uint64))]))
+
+
+def test_block_size_does_not_matter(real, tmp_path):
+    segmentation, truth = real
+    on_disk = [
+        write_array(tmp_path / "a.zarr", name, data, **PLACE)
+        for name, data in (
+            ("segmentation", np.tile(segmentation, (2, 2, 2))),
+            ("truth", np.tile(truth, (2, 2, 2))),
+        )
+    ]
+    few, many = (list(overlaps(*on_disk, max_bytes=size)) for size in (2**30, 1))
+    assert len(few) == 1
+    assert len(many) == 12
+    pairs, counts = count_overlaps(few)
+    pairs_of_many, counts_of_many = count_overlaps(many)
+    assert (pairs == pairs_of_many).all()
+    assert (counts == counts_of_many).all()
+
+
+def test_only_the_common_roi_is_compared(real, tmp_path):
+    segmentation, truth = real
+    a = write_array(tmp_path / "a.zarr", "s", segmentation, voxel_size=(10, 10, 10), offset=(100, 0, -50))
+    b = write_array(tmp_path / "a.zarr", "t", truth, voxel_size=(10, 10, 10), offset=(0, 30, 0))
+    result = scores(*count_overlaps(overlaps(a, b)))
+    assert_equals_scikit_image(result, truth[10:, :57, :65], segmentation[:30, 3:, 5:])
+
+
+def test_voxels_that_do_not_fit_are_refused(tmp_path):
+    labels = np.ones((4, 4, 4), np.uint64)
+    a = write_array(tmp_path / "a.zarr", "a", labels, **PLACE)
+    for name, voxel_size, offset in (("b", (10, 10, 5), (0, 0, 0)), ("c", (10, 10, 10), (0, 5, 0))):
+        other = write_array(tmp_path / "a.zarr", name, labels, voxel_size=voxel_size, offset=offset)
+        with pytest.raises(ValueError, match="voxel"):
+            list(overlaps(a, other))
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A config, the zarr of its one test volume (with raw only) and the zarr of its output."""
+    sample = tmp_path / "data" / "FIB25" / "data_3d" / "test" / "sample.zarr"
+    write_array(sample, "volumes/raw", np.zeros((40, 60, 70), np.uint8), **PLACE)
+    overrides = {
+        "DATA.HOME": tmp_path,
+        "DATA.DATA_DIR_PATH": "data",
+        "DATA.BRAIN_VOL": "FIB25",
+        "TRAIN.CHECKPOINT": tmp_path / "run" / "model_checkpoint_1",
+    }
+    cfg = load_config(None, [str(x) for pair in overrides.items() for x in pair])
+    return cfg, sample, output_path(cfg, sample)
+
+
+def test_scores_land_beside_the_output(config, real, capsys):
+    cfg, sample, output = config
+    segmentation, truth = real
+    mask = np.ones(truth.shape, np.uint8)
+    mask[30:] = 0
+    write_array(sample, cfg.DATA.NEURON_LABELS, truth, **PLACE)
+    write_array(sample, cfg.DATA.NEURON_LABELS_MASK, mask, **PLACE)
+    labels = {"threshold": 0.5, "merge_function": "mean"}
+    write_array(output, "volumes/segmentation_050", segmentation, **PLACE, attributes=labels)
+    write_array(output, "volumes/final_segmentation_mean_060", np.ones_like(truth), **PLACE)
+    write_array(output, "volumes/fragments", truth, **PLACE)
+    write_array(output, "volumes/segmentation_060.partial", truth, **PLACE)
+    evaluate(cfg)
+
+    report = json.loads((output.parent / "sample_scores.json").read_text())
+    rows = {row["dataset"]: row for row in report["scores"]}
+    assert list(rows) == [
+        "volumes/fragments",
+        "volumes/final_segmentation_mean_060",
+        "volumes/segmentation_050",
+    ]
+    # the fragments are perfect here, but they are no segmentation
+    assert rows["volumes/fragments"]["voi_sum"] == 0
+    assert report["best"] == min(list(rows)[1:], key=lambda name: rows[name]["voi_sum"])
+    assert report["voxels"] == np.count_nonzero(truth[:30])
+    assert_equals_scikit_image(rows["volumes/segmentation_050"], truth[:30], segmentation[:30])
+    assert rows["volumes/final_segmentation_mean_060"]["voi_split"] == 0
+    with open(output.parent / "sample_scores.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["dataset"] for row in table] == list(rows)
+    assert float(table[2]["voi_sum"]) == rows["volumes/segmentation_050"]["voi_sum"]
+    assert table[2]["threshold"] == "0.5"
+    assert (output.parent / "sample_scores.png").read_bytes().startswith(b"\x89PNG")
+    assert "volumes/segmentation_050" in capsys.readouterr().out
+    assert not list(output.parent.glob("*.partial"))
+
+
+def test_without_ground_truth_or_segmentation_nothing_is_scored(config, real, capsys):
+    cfg, sample, output = config
+    with pytest.raises(UserError, match="neuron_ids"):
+        evaluate(cfg)
+    assert "sample.zarr is left out" in capsys.readouterr().out
+    write_array(sample, cfg.DATA.NEURON_LABELS, real[1], **PLACE)
+    with pytest.raises(UserError, match=r"instance_segmenter\.py"):
+        evaluate(cfg)
+    assert not output.exists()
