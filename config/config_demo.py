@@ -8,27 +8,38 @@ from yacs.config import CfgNode
 _C = CfgNode()
 
 _C.SYSTEM = CfgNode()
-_C.SYSTEM.NUM_WORKERS = 2
+# One core makes batches, the other one trains.
+_C.SYSTEM.NUM_WORKERS = 1
 _C.SYSTEM.CACHE_SIZE = 10
 
 _C.DATA = CfgNode()
-_C.DATA.HOME = "demo"
+_C.DATA.HOME = "demo_data"
 _C.DATA.DATA_DIR_PATH = "data"
 _C.DATA.BRAIN_VOL = "PHANTOM"
 
 _C.TRAIN = CfgNode()
-_C.TRAIN.EPOCHS = 300
-_C.TRAIN.SAVE_EVERY = 100
-_C.TRAIN.INITIAL_LR = 1e-3
+_C.TRAIN.EPOCHS = 700
+_C.TRAIN.SAVE_EVERY = 350
+_C.TRAIN.INITIAL_LR = 2e-3
 _C.TRAIN.LR_SCHEDULE = "cosine"
-_C.TRAIN.WARMUP = 20
+_C.TRAIN.WARMUP = 50
+_C.TRAIN.MIXED_PRECISION = "auto"
 
 _C.MODEL_ISO = CfgNode()
 _C.MODEL_ISO.VOXEL_SIZE = (10, 10, 10)
-_C.MODEL_ISO.NUM_FMAPS = 8
-_C.MODEL_ISO.NUM_FMAPS_OUT = 8
-_C.MODEL_ISO.FMAP_INC_FACTOR = 3
+_C.MODEL_ISO.NUM_FMAPS = 12
+_C.MODEL_ISO.NUM_FMAPS_OUT = 12
+_C.MODEL_ISO.FMAP_INC_FACTOR = 2
 _C.MODEL_ISO.DOWNSAMPLE_FACTORS = [[2, 2, 2], [2, 2, 2]]
 _C.MODEL_ISO.KERNEL_SIZE_DOWN = None
 _C.MODEL_ISO.KERNEL_SIZE_UP = None
-_C.MODEL_ISO.INPUT_SHAPE = (84, 84, 84)
+# Every voxel of a small patch is supervised.
+_C.MODEL_ISO.PAD_CONV = "same"
+_C.MODEL_ISO.INPUT_SHAPE = (48, 48, 48)
+_C.MODEL_ISO.GROW_INPUT = (8, 8, 8)
+# Mirroring and transposing are enough for phantoms that all look alike.
+_C.MODEL_ISO.PROB_ELASTIC = 0.0
+
+_C.INS_SEGMENT = CfgNode()
+_C.INS_SEGMENT.MERGE_FUNCTION = "hist_quant_75"
+_C.INS_SEGMENT.EPSILON_AGGLOMERATE = 0.0

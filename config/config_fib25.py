@@ -22,8 +22,7 @@ _C.TRAIN.SAVE_EVERY = 500
 _C.TRAIN.INITIAL_LR = 1e-3
 _C.TRAIN.LR_SCHEDULE = "cosine"
 _C.TRAIN.WARMUP = 100
-# On CPUs with bf16 matrix units three to ten times as fast as float32.
-_C.TRAIN.MIXED_PRECISION = "bf16"
+_C.TRAIN.MIXED_PRECISION = "auto"
 
 _C.MODEL_ISO = CfgNode()
 _C.MODEL_ISO.VOXEL_SIZE = (10, 10, 10)

@@ -210,7 +210,7 @@ RULES: dict[str, Rule] = {
     "TRAIN.WARMUP": integer(0),
     "TRAIN.LSD_LOSS_WEIGHT": number(0),
     "TRAIN.AFF_LOSS_WEIGHT": number(0),
-    "TRAIN.MIXED_PRECISION": choice("no", "bf16", "fp16"),
+    "TRAIN.MIXED_PRECISION": choice("no", "bf16", "fp16", "auto"),
     "TRAIN.COMPILE": flag,
     "TRAIN.THREADS": integer(0),
     "TRAIN.SEED": integer(0),
@@ -234,6 +234,7 @@ RULES: dict[str, Rule] = {
         pattern(r"mean|hist_quant_[1-9][05](_initmax)?", "mean, hist_quant_10 to hist_quant_95 in steps of 5")
     ),
     "INS_SEGMENT.FRAGMENTS_IN_XY": flag,
+    "INS_SEGMENT.BACKGROUND_MASK": flag,
     "INS_SEGMENT.EPSILON_AGGLOMERATE": share,
     "INS_SEGMENT.MASK_FILE": optional(text),
     "INS_SEGMENT.MASK_DATASET": optional(text),

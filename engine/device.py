@@ -35,13 +35,17 @@ class Precision:
 
     Reduced precision goes with channels-last memory: that is the layout in which tensor cores, and the matrix units
     of recent CPUs, run convolutions at full speed. On a CPU with AMX the two together are several times as fast as
-    float32, each alone is not.
+    float32, each alone is not. "auto" is bf16 where the device has such units, else "no".
     """
 
     DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
     def __init__(self, name: str, device: torch.device):
         self.device = device
+        if name == "auto":
+            on_gpu = device.type == "cuda"
+            fast = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_amx_tile_supported()
+            name = "bf16" if fast else "no"
         self.dtype = self.DTYPES[name]
         if self.dtype == torch.float16 and device.type == "cpu":
             raise UserError("TRAIN.MIXED_PRECISION is 'fp16' on a CPU: set it to 'bf16' or 'no'")

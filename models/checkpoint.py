@@ -76,6 +76,12 @@ def save_checkpoint(path: Path | str, model, optimizer, iteration: int, settings
         raise UserError(f"cannot write checkpoint {path} ({_first_line(error)}): free some space and resume") from None
 
 
+def save_untrained(path: Path | str, model, cfg) -> None:
+    """Write a network that was never trained, to predict with: what a trained one is compared to."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(path, model, torch.optim.Adam(model.parameters()), 0, network_settings(cfg))
+
+
 def load_checkpoint(path: Path | str, model, cfg, optimizer=None) -> int:
     """Load weights (and the optimizer's state) and return the iteration at which they were saved.
 

@@ -11,13 +11,15 @@ import json
 import os
 import re
 
+import numpy as np
 from funlib.geometry import Coordinate, Roi
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from config.errors import UserError
+from data_utils.create_labels_mask import is_labelled
 from data_utils.layout import output_path, volumes_in
-from data_utils.volumes import blocks, list_arrays, open_array, read
+from data_utils.volumes import blocks, list_arrays, open_array, read, source_defaults
 from engine.evaluate.metrics import count_overlaps, scores
 
 FRAGMENTS = "volumes/fragments"
@@ -56,9 +58,13 @@ def evaluate(cfg):
             ("csv", _csv(report).encode()),
             ("png", _plot(report)),
         ):
-            path = output.with_name(f"{output.stem}_scores.{suffix}")
-            _write_whole(path, content)
-        print(f"best: {report['best']}; scores in {path.with_suffix('')}.json, .csv and .png")
+            _write_whole(scores_path(output, suffix), content)
+        print(f"best: {report['best']}; scores in {scores_path(output)}, and there as .csv and .png")
+
+
+def scores_path(output, suffix="json"):
+    """Where the scores of the output zarr SAMPLE.zarr are: SAMPLE_scores.json (csv, png) beside it."""
+    return output.with_name(f"{output.stem}_scores.{suffix}")
 
 
 def segmentations_in(path):
@@ -84,9 +90,9 @@ def score_volume(sample, output, names, cfg):
     Raises:
         UserError: as `overlaps`, or no voxel in common is labelled.
     """
-    ground_truth = open_array(sample, cfg.DATA.NEURON_LABELS)
+    ground_truth = open_array(sample, cfg.DATA.NEURON_LABELS, **source_defaults(cfg))
     has_mask = cfg.DATA.NEURON_LABELS_MASK in list_arrays(sample)
-    mask = open_array(sample, cfg.DATA.NEURON_LABELS_MASK) if has_mask else None
+    mask = open_array(sample, cfg.DATA.NEURON_LABELS_MASK, **source_defaults(cfg)) if has_mask else None
     rows = []
     for name in names:
         segmentation = open_array(output, name)
@@ -112,7 +118,8 @@ def overlaps(segmentation, ground_truth, mask=None, *, max_bytes=2**27, descript
 
     Args:
         segmentation, ground_truth: arrays with their place in the world, as `open_array` gives them.
-        mask: a third one; the ground truth reads 0 where it is 0. Only the ROI that all share is read.
+        mask: a third one; the ground truth reads 0 where it is 0, and where an id says that a voxel is not labelled.
+            Only the ROI that all share is read.
         max_bytes: size of a block of the segmentation.
         description: name on the progress bar.
 
@@ -134,7 +141,8 @@ def overlaps(segmentation, ground_truth, mask=None, *, max_bytes=2**27, descript
         if part.empty:
             continue
         labels, truth, *masks = (read(array, _slices(array, part)) for array in arrays)
-        yield labels, truth * (masks[0] != 0) if masks else truth
+        known = is_labelled(truth) & (masks[0] != 0 if masks else True)
+        yield labels, np.where(known, truth, 0)
 
 
 def _slices(array, roi):

@@ -18,7 +18,7 @@ from scipy.sparse import coo_array
 from skimage.segmentation import find_boundaries
 from yacs.config import CfgNode
 
-from data_utils.volumes import list_arrays, open_array
+from data_utils.volumes import list_arrays, open_array, source_defaults
 
 OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 WIDTH = 1200  # pixels, the width of a README
@@ -88,7 +88,7 @@ def draw_sample(
     def load(path, dataset, optional=False):
         if optional and dataset not in list_arrays(path):
             return None
-        return open_array(path, dataset).to_ndarray(roi, fill_value=0)
+        return open_array(path, dataset, **source_defaults(cfg)).to_ndarray(roi, fill_value=0)
 
     draw_segmentation_figure(
         png,

@@ -22,7 +22,7 @@ def extract_fragments(
     affinities,
     *,
     fragments_in_xy=False,
-    grow=False,
+    background_mask=False,
     mask=None,
     filter_fragments=0.0,
     epsilon_agglomerate=0.0,
@@ -37,7 +37,7 @@ def extract_fragments(
     Args:
         affinities: (3, z, y, x), channels z, y, x; uint8 in 0..255 or floating point in 0..1.
         fragments_in_xy: keep every fragment within one section; only the y and x affinities count then.
-        grow: let the fragments also flood the boundary voxels, so that they fill the volume and touch.
+        background_mask: leave the boundary voxels 0; otherwise fragments flood them, too, and touch.
         mask: (z, y, x); fragments are made where it is not 0.
         filter_fragments: drop the fragments whose mean affinity is lower.
         epsilon_agglomerate: merge fragments up to this threshold, with the 25th percentile; 0 does not.
@@ -55,7 +55,7 @@ def extract_fragments(
 
     distances = squared_distances(foreground, fragments_in_xy)
     seeds = find_seeds(distances, fragments_in_xy)
-    fragments = flood(seeds, distances, inside if grow else foreground, fragments_in_xy).astype(np.uint64)
+    fragments = flood(seeds, distances, foreground if background_mask else inside, fragments_in_xy).astype(np.uint64)
 
     if filter_fragments > 0:
         sizes = np.maximum(np.bincount(fragments.ravel()), 1)

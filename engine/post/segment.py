@@ -66,6 +66,7 @@ def segment_volume(path, cfg):
         fragments = extract_fragments(
             affinities,
             fragments_in_xy=settings.FRAGMENTS_IN_XY,
+            background_mask=settings.BACKGROUND_MASK,
             mask=mask,
             filter_fragments=settings.FILTER_FRAGMENTS,
             epsilon_agglomerate=settings.EPSILON_AGGLOMERATE,

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from data_utils.checks import check_raw
 from data_utils.layout import output_path, volumes_in
-from data_utils.volumes import create_array, open_array, rename_array, room_on_disk
+from data_utils.volumes import create_array, open_array, rename_array, room_on_disk, source_defaults
 from engine.predict.tiles import TilePredictor
 
 # Predictions compress to about this part of their size; less room than that is certainly too little.
@@ -48,7 +48,7 @@ def predict_volume(cfg, predictor: TilePredictor, sample: Path, output: Path) ->
     The datasets cover raw's whole ROI. They get their names when the last tile is written, so that a run that was
     ended half-way leaves nothing that looks like a prediction.
     """
-    raw = open_array(sample, cfg.DATA.RAW)
+    raw = open_array(sample, cfg.DATA.RAW, **source_defaults(cfg))
     dtype = np.dtype(cfg.DATA.AFFS_DTYPE)
     channels = predictor.channels | ({"affs_inverted": 1} if cfg.DATA.INVERT_PRED_AFFS else {})
     needed = sum(channels.values()) * math.prod(raw.shape) * dtype.itemsize * LEAST_COMPRESSED

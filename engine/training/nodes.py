@@ -1,0 +1,187 @@
+"""gunpowder nodes that gunpowder does not have, or has only slower than the training step.
+
+Batches are made in forked worker processes. Each node is written for one batch element at a time, without state
+from one request to the next.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+
+import fastremap
+import gunpowder as gp
+import numpy as np
+from skimage.transform import integral_image, integrate
+
+from data_utils.create_labels_mask import is_labelled
+from engine.training.lsd import local_shape_descriptors
+
+
+class SeedBatches(gp.BatchFilter):
+    """Give every batch its own seed, drawn from the run's seed and the batch's number.
+
+    Workers share one counter, so they never make the same batch twice, a resumed run goes on with new batches, and
+    one worker gives the same batches in the same order every time.
+    """
+
+    def __init__(self, seed: int, first_batch: int):
+        self.seed = seed
+        self.next_batch = multiprocessing.Value("q", first_batch)
+
+    def provide(self, request):
+        if multiprocessing.parent_process() is not None:
+            # Ctrl-C reaches the whole process group; the main process decides when workers end.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with self.next_batch.get_lock():
+            number = self.next_batch.value
+            self.next_batch.value += 1
+        state = np.random.SeedSequence([self.seed, number]).generate_state(1)
+        seeded = gp.BatchRequest(random_seed=int(state[0]))
+        for key, spec in request.items():
+            seeded[key] = spec.copy()
+        return self.get_upstream_provider().request_batch(seeded)
+
+
+class LabelledLocation(gp.RandomLocation):
+    """Random locations of which at least half is labelled.
+
+    gunpowder's own `min_masked` draws locations until one fits, for ever if none can: a strong deformation asks for
+    more than a small labelled volume has. Here every miss lowers what the next location has to have.
+    """
+
+    LEAST_LABELLED = 0.5
+    PATIENCE = 0.98
+
+    def __init__(self, mask: gp.ArrayKey):
+        super().__init__()
+        self.labels_mask, self.least = mask, self.LEAST_LABELLED
+
+    def setup(self):
+        super().setup()
+        self.mask_spec = self.upstream_spec[self.labels_mask]
+        batch = self.get_upstream_provider().request_batch(gp.BatchRequest({self.labels_mask: self.mask_spec}))
+        self.labelled_before = integral_image(batch[self.labels_mask].data > 0, dtype=np.int64)
+
+    def accepts(self, request):
+        box = (request[self.labels_mask].roi - self.mask_spec.roi.offset) / self.mask_spec.voxel_size
+        labelled = integrate(self.labelled_before, [box.begin], [box.end - 1])[0] / box.size
+        accepted = labelled >= self.least
+        self.least = self.LEAST_LABELLED if accepted else self.least * self.PATIENCE
+        return accepted
+
+
+class CompactLabels(gp.BatchFilter):
+    """Renumber labels to 1..n as uint32; background stays 0, and ids that mean "not labelled" become 0.
+
+    Deforming goes through float64 and affinities through int32: ids of large volumes would collide in either.
+    """
+
+    def __init__(self, labels: gp.ArrayKey):
+        self.labels = labels
+
+    def setup(self):
+        self.enable_autoskip()
+        spec = self.spec[self.labels].copy()
+        spec.dtype = np.uint32
+        self.updates(self.labels, spec)
+
+    def prepare(self, request):
+        deps = gp.BatchRequest()
+        deps[self.labels] = request[self.labels].copy()
+        deps[self.labels].dtype = None
+        return deps
+
+    def process(self, batch, request):
+        array = batch[self.labels]
+        labels = np.where(is_labelled(array.data), array.data, 0)
+        array.data = fastremap.renumber(labels, preserve_zero=True)[0].astype(np.uint32)
+        array.spec.dtype = np.uint32
+
+
+class GrowBoundary(gp.BatchFilter):
+    """Erode every label by `steps` voxels (6-neighborhood, in-plane 4-neighborhood with `only_xy`).
+
+    Same result as gunpowder's node of this name, for all labels at once instead of one after the other.
+    """
+
+    def __init__(self, labels: gp.ArrayKey, steps: int, only_xy: bool):
+        self.labels, self.steps, self.axes = labels, steps, (1, 2) if only_xy else (0, 1, 2)
+
+    def setup(self):
+        self.enable_autoskip()
+        self.updates(self.labels, self.spec[self.labels])
+
+    def process(self, batch, request):
+        labels = batch[self.labels].data.copy()
+        for _ in range(self.steps):
+            boundary = np.zeros(labels.shape, dtype=bool)
+            for axis in self.axes:
+                before = (slice(None),) * axis + (slice(None, -1),)
+                after = (slice(None),) * axis + (slice(1, None),)
+                differs = labels[before] != labels[after]
+                boundary[before] |= differs
+                boundary[after] |= differs
+            labels[boundary] = 0
+        batch[self.labels].data = labels
+
+
+class AddLocalShapeDescriptors(gp.BatchFilter):
+    """Add LSDs of the labels, and their weights: 1 where a voxel is labelled and inside the mask.
+
+    Args:
+        labels, mask: keys of the labels and of the labels mask.
+        lsds, weights: keys to provide, both (10, z, y, x) float32.
+        sigma: standard deviation in nm.
+        downsample: every n-th voxel only.
+
+    Asks for 3 sigma of labels around the LSDs, beyond which a voxel has no weight in them.
+    """
+
+    def __init__(self, labels, mask, lsds, weights, *, sigma: float, downsample: int):
+        self.labels, self.mask, self.lsds, self.weights = labels, mask, lsds, weights
+        self.sigma, self.downsample = sigma, downsample
+
+    def setup(self):
+        self.enable_autoskip()
+        spec = self.spec[self.labels].copy()
+        spec.dtype, spec.interpolatable = np.float32, True
+        self.provides(self.lsds, spec)
+        self.provides(self.weights, spec.copy())
+        self.context = lsd_context(self.sigma, spec.voxel_size, self.downsample)
+
+    def prepare(self, request):
+        roi = request[self.lsds].roi
+        deps = gp.BatchRequest()
+        deps[self.labels] = gp.ArraySpec(roi=roi.grow(self.context, self.context))
+        deps[self.mask] = gp.ArraySpec(roi=roi)
+        return deps
+
+    def process(self, batch, request):
+        roi, labels = request[self.lsds].roi, batch[self.labels]
+        descriptors = local_shape_descriptors(
+            labels.data, self.sigma, labels.spec.voxel_size, downsample=self.downsample
+        )
+        crop = ((roi - labels.spec.roi.offset) / labels.spec.voxel_size).to_slices()
+        weights = ((labels.data[crop] > 0) & (batch[self.mask].data > 0)).astype(np.float32)
+
+        spec = self.spec[self.lsds].copy()
+        spec.roi = roi
+        result = gp.Batch()
+        descriptors = np.ascontiguousarray(descriptors[:, *crop])
+        result[self.lsds] = gp.Array(descriptors, spec)
+        result[self.weights] = gp.Array(np.broadcast_to(weights, descriptors.shape).copy(), spec.copy())
+        return result
+
+
+class DefectAugment(gp.DefectAugment):
+    """gunpowder's node, which at the end calls a method that its artifact source does not have."""
+
+    def teardown(self):
+        self.artifact_source.internal_teardown()
+
+
+def lsd_context(sigma: float, voxel_size: gp.Coordinate, downsample: int) -> gp.Coordinate:
+    """Labels needed around LSDs, in nm: 3 sigma, up to a multiple of the down-sampled voxel."""
+    step = voxel_size * downsample
+    return gp.Coordinate(int(np.ceil(3 * sigma / s)) * s for s in step)

@@ -1,0 +1,370 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gunpowder as gp
+import numpy as np
+import pytest
+import torch
+
+from config.errors import UserError
+from config.loader import load_config
+from data_utils.layout import data_folder
+from data_utils.phantom import write_phantom
+from data_utils.volumes import list_arrays, open_array, read, write_array
+from engine.predict.predict import predict
+from engine.training.lsd import local_shape_descriptors
+from engine.training.nodes import CompactLabels, GrowBoundary, lsd_context
+from engine.training.pipeline import training_batches
+from engine.training.train import PREDICT_CONFIG, learning_rate, train
+from models.checkpoint import checkpoint_path, latest_checkpoint
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+SETTINGS = {
+    "SYSTEM.NUM_WORKERS": 0,
+    "TRAIN.DEVICE": "cpu",
+    "TRAIN.THREADS": 1,
+    "TRAIN.EPOCHS": 4,
+    "TRAIN.SAVE_EVERY": 2,
+    "TRAIN.LOG_EVERY": 1,
+    "TRAIN.INITIAL_LR": 1e-3,
+    "MODEL_ISO.NUM_FMAPS": 4,
+    "MODEL_ISO.NUM_FMAPS_OUT": 4,
+    "MODEL_ISO.FMAP_INC_FACTOR": 2,
+    "MODEL_ISO.DOWNSAMPLE_FACTORS": [[2, 2, 2]],
+    "MODEL_ISO.KERNEL_SIZE_DOWN": None,
+    "MODEL_ISO.KERNEL_SIZE_UP": None,
+    "MODEL_ISO.INPUT_SHAPE": (36, 36, 36),
+    "MODEL_ISO.LSD_SIGMA": 40,
+}
+
+
+@pytest.fixture(scope="module")
+def volume(tmp_path_factory):
+    """A phantom to copy into homes."""
+    path = tmp_path_factory.mktemp("phantom") / "phantom.zarr"
+    write_phantom(path, (48, 52, 56), seed=0, voxel_size=(8, 8, 8), offset=(80, 160, 0))
+    return path
+
+
+@pytest.fixture
+def home(tmp_path, volume):
+    """A data folder with the phantom to train on and to predict."""
+    for split in ("train", "test"):
+        folder = data_folder(config(tmp_path), split)
+        folder.mkdir(parents=True)
+        (folder / "phantom.zarr").symlink_to(volume)
+    return tmp_path
+
+
+def pairs(home, **overrides):
+    settings = SETTINGS | {"DATA.HOME": home} | {key.replace("__", "."): v for key, v in overrides.items()}
+    return [str(part) for item in settings.items() for part in item]
+
+
+def config(home, **overrides):
+    return load_config(overrides=pairs(home, **overrides))
+
+
+def batches_of(cfg, count, first=0):
+    paths = sorted(data_folder(cfg, "train").glob("*.zarr"))
+    with training_batches(cfg, paths, ("lsds", "affs"), first_batch=first) as batches:
+        return [next(batches) for _ in range(count)]
+
+
+def filtered(node, labels):
+    """What a node makes of labels."""
+    key = gp.ArrayKey("LABELS")
+    spec = gp.ArraySpec(gp.Roi((0,) * 3, labels.shape), (1,) * 3, False, dtype=labels.dtype)
+
+    class Source(gp.BatchProvider):
+        def setup(self):
+            self.provides(key, spec)
+
+        def provide(self, request):
+            batch = gp.Batch()
+            batch[key] = gp.Array(labels, spec)
+            return batch
+
+    request = gp.BatchRequest()
+    request.add(key, labels.shape)
+    with gp.build(Source() + node(key)) as pipeline:
+        return pipeline.request_batch(request)[key].data
+
+
+@pytest.mark.parametrize(("steps", "only_xy"), [(1, False), (2, False), (1, True)])
+def test_grown_boundaries_are_those_of_gunpowder(steps, only_xy):
+    blocks = np.random.default_rng(0).integers(0, 4, (3, 4, 5), dtype=np.uint32)
+    labels = blocks.repeat(5, 0).repeat(5, 1).repeat(5, 2)
+    ours = filtered(lambda key: GrowBoundary(key, steps, only_xy), labels)
+    theirs = filtered(lambda key: gp.GrowBoundary(key, steps=steps, only_xy=only_xy), labels.copy())
+    np.testing.assert_array_equal(ours, theirs)
+    assert 0 < (ours > 0).sum() < (labels > 0).sum()
+
+
+def test_labels_of_any_size_become_small_and_unlabelled_ones_zero():
+    ids = np.array([0, 2**63, 2**63 + 2**32, 7, 2**64 - 3, 2**64 - 1], dtype=np.uint64)
+    labels = ids[np.random.default_rng(0).integers(0, 6, (4, 5, 6))]
+    compact = filtered(CompactLabels, labels)
+    assert compact.dtype == np.uint32
+    assert set(np.unique(compact)) == {0, 1, 2, 3}
+    np.testing.assert_array_equal(compact == 0, np.isin(labels, ids[[0, 4, 5]]))
+    for label in ids[1:4]:
+        assert len(np.unique(compact[labels == label])) == 1
+
+
+def test_targets_fit_the_labels_and_weights_balance_them(home):
+    cfg = config(home, TRAIN__BATCH_SIZE=2)
+    for batch in batches_of(cfg, 2):
+        assert batch.raw.shape == (2, 1, 36, 36, 36)
+        assert batch.raw.dtype == np.float32
+        assert -1 <= batch.raw.min() < batch.raw.max() - 0.3 <= 0.7
+        labels, affs, lsds = batch.labels, batch.targets["affs"], batch.targets["lsds"]
+        assert labels.shape == (2, *cfg.MODEL.OUTPUT_SHAPE)
+        assert affs.shape == (2, 3, *cfg.MODEL.OUTPUT_SHAPE)
+        assert lsds.shape == (2, 10, *cfg.MODEL.OUTPUT_SHAPE)
+        for axis in range(3):
+            here = np.moveaxis(labels, axis + 1, 0)
+            expected = (here[1:] == here[:-1]) & (here[1:] > 0)
+            np.testing.assert_array_equal(np.moveaxis(affs[:, axis], axis + 1, 0)[1:], expected)
+        np.testing.assert_array_equal(batch.weights["lsds"][:, 0], labels > 0)
+        assert (lsds[:, :, :] * (labels[:, None] == 0)).max() == 0
+        # Connected and separated neighbours weigh the same in sum, unless one of the two is very rare.
+        for element in range(2):
+            weights, known = batch.weights["affs"][element], batch.weights["affs"][element] > 0
+            for value in (0, 1):
+                chosen = known & (affs[element] == value)
+                share = np.clip(chosen.sum() / known.sum(), 0.05, 0.95)
+                np.testing.assert_allclose(weights[chosen], 0.5 / share, rtol=1e-5)
+
+
+def test_lsds_of_a_batch_see_the_labels_around_it(home, tmp_path):
+    """With the whole volume as the only location, targets equal those of the whole volume, cropped."""
+    cfg = config(
+        home,
+        TRAIN__AUGMENT=False,
+        MODEL_ISO__GROWBOUNDARY_STEPS=0,
+        MODEL_ISO__LSD_DOWNSAMPLE=1,
+        MODEL_ISO__PAD_CONV="same",
+        MODEL_ISO__INPUT_SHAPE=(16, 16, 16),
+        MODEL_ISO__GROW_INPUT=(0, 0, 0),
+    )
+    labels = read(open_array(data_folder(cfg, "train") / "phantom.zarr", "volumes/labels/neuron_ids"))
+    whole = local_shape_descriptors(labels, 40, (8, 8, 8))
+    margin = lsd_context(40, gp.Coordinate(8, 8, 8), 1) / 8
+    batch = batches_of(cfg, 1)[0]
+    # Find where the batch comes from by its raw data.
+    raw = read(open_array(data_folder(cfg, "train") / "phantom.zarr", "volumes/raw")).astype(np.float32)
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(raw, 16, mode="reflect") / 255 * 2 - 1, (16, 16, 16))
+    found = np.argwhere(np.isclose(windows[..., 8, 8, :], batch.raw[0, 0, 8, 8], atol=1e-5).all(axis=-1))
+    found = [place - 16 for place in found if np.allclose(windows[tuple(place)], batch.raw[0, 0], atol=1e-5)]
+    assert len(found) == 1
+    begin = np.array(found[0])
+    inside = tuple(slice(max(0, -b), min(16, n - b)) for b, n in zip(begin, labels.shape, strict=True))
+    there = tuple(slice(s.start + b, s.stop + b) for s, b in zip(inside, begin, strict=True))
+    assert min(margin) >= 15
+    np.testing.assert_allclose(batch.targets["lsds"][0][:, *inside], whole[:, *there], atol=1e-4)
+
+
+def test_batches_depend_on_seed_and_number_alone(home):
+    first = batches_of(config(home), 3)
+    again = batches_of(config(home), 2, first=1)
+    other = batches_of(config(home, TRAIN__SEED=1), 1)
+    for batch, repeated in zip(first[1:], again, strict=True):
+        np.testing.assert_array_equal(batch.raw, repeated.raw)
+        np.testing.assert_array_equal(batch.targets["lsds"], repeated.targets["lsds"])
+    assert not np.array_equal(first[0].raw, first[1].raw)
+    assert not np.array_equal(first[0].raw, other[0].raw)
+
+
+def test_worker_processes_make_the_same_batches_as_this_one(home):
+    """Which of the first ones come first depends on the workers' pace."""
+    here = {batch.raw.tobytes() for batch in batches_of(config(home), 8)}
+    there = [batch.raw.tobytes() for batch in batches_of(config(home, SYSTEM__NUM_WORKERS=2, SYSTEM__CACHE_SIZE=2), 3)]
+    assert len(set(there)) == 3
+    assert here.issuperset(there)
+
+
+@pytest.mark.parametrize("augmentation", ["anisotropic", "defects"])
+def test_other_augmentations_give_batches(home, volume, augmentation, tmp_path):
+    if augmentation == "anisotropic":
+        overrides = {key.replace("ISO.", "ANISO."): value for key, value in SETTINGS.items() if "ISO" in key}
+        overrides |= {"DATA__FIB": 0, "MODEL_ANISO__VOXEL_SIZE": (8, 8, 8)}
+    else:
+        defects = tmp_path / "defects.zarr"
+        for name, data in {"raw": np.zeros((40, 90, 90), np.uint8), "mask": np.ones((40, 90, 90), np.uint8)}.items():
+            write_array(defects, f"defect_sections/{name}", data, voxel_size=(8, 8, 8), offset=(0, 0, 0))
+        overrides = {"MODEL_ISO__DEFECT_AUGMENT": defects}
+    for batch in batches_of(config(home, **overrides), 2):
+        assert np.isfinite(batch.raw).all()
+        assert (batch.targets["affs"] > 0).any()
+
+
+def test_learning_rate_warms_up_and_falls_to_zero(tmp_path):
+    cfg = config(tmp_path, TRAIN__LR_SCHEDULE="cosine", TRAIN__WARMUP=10, TRAIN__EPOCHS=100)
+    rates = [learning_rate(cfg, iteration) for iteration in range(101)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert rates[50] == pytest.approx(0.5e-3)
+    assert rates[100] == pytest.approx(0, abs=1e-12)
+    assert rates[9] == max(rates)
+    constant = config(tmp_path)
+    assert {learning_rate(constant, iteration) for iteration in (0, 3, 10**6)} == {1e-3}
+
+
+def weights_at(cfg, iteration):
+    path = checkpoint_path(cfg.MODEL.CKPT_FOLDER, iteration)
+    return torch.load(path, weights_only=True)["model_state_dict"]
+
+
+def test_training_resumes_as_if_it_had_never_stopped(home):
+    whole = config(home, MODEL_ISO__CKPT_FOLDER=home / "whole")
+    train(whole)
+    train(config(home, MODEL_ISO__CKPT_FOLDER=home / "parts", TRAIN__EPOCHS=2))
+    parts = config(home, MODEL_ISO__CKPT_FOLDER=home / "parts")
+    train(parts)
+    assert latest_checkpoint(home / "parts").name == "model_checkpoint_4"
+    start, one, other = weights_at(parts, 2), weights_at(whole, 4), weights_at(parts, 4)
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
+        assert not torch.equal(one[name], start[name])
+
+
+def test_training_leaves_logs_snapshots_and_a_config_that_predicts(home, monkeypatch):
+    cfg = config(home)
+    train(cfg)
+    assert list(Path(cfg.MODEL.LOG_DIR).glob("events.out.tfevents.*"))
+    snapshot = Path(cfg.MODEL.OUTPUT_DIR) / "snapshot_4.zarr"
+    assert list_arrays(snapshot) == [
+        "volumes/gt_affs",
+        "volumes/gt_lsds",
+        "volumes/labels/neuron_ids",
+        "volumes/pred_affs",
+        "volumes/pred_lsds",
+        "volumes/raw",
+    ]
+    raw, affs = (open_array(snapshot, f"volumes/{name}") for name in ("raw", "pred_affs"))
+    assert raw.roi.center == affs.roi.center
+
+    monkeypatch.chdir("/")
+    predict_cfg = load_config(Path(cfg.MODEL.CKPT_FOLDER) / PREDICT_CONFIG)
+    predict(predict_cfg)
+    output = Path(cfg.DATA.OUTFILE) / "MTLSD/3d/run/model_checkpoint_4/phantom.zarr"
+    raw = open_array(data_folder(cfg, "test") / "phantom.zarr", "volumes/raw")
+    assert open_array(output, "volumes/pred_affs").roi == raw.roi
+
+
+def test_the_losses_of_both_tasks_fall(home):
+    cfg = config(
+        home,
+        TRAIN__AUGMENT=False,
+        TRAIN__EPOCHS=150,
+        TRAIN__SAVE_EVERY=150,
+        TRAIN__INITIAL_LR=3e-3,
+        TRAIN__MIXED_PRECISION="bf16",
+        MODEL_ISO__PAD_CONV="same",
+        MODEL_ISO__INPUT_SHAPE=(32, 32, 32),
+    )
+    train(cfg)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(cfg.MODEL.LOG_DIR)
+    log.Reload()
+    for task in ("lsds", "affs", "total"):
+        losses = [event.value for event in log.Scalars(f"loss/{task}")]
+        assert len(losses) == 150
+        assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:3]), task
+
+
+def run_trainer(home, **overrides):
+    command = [sys.executable, CHECKOUT / "trainer.py", *pairs(home, **overrides)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=home, start_new_session=True
+    )
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_training_with_a_checkpoint_and_no_process_left(home, number, status):
+    run = run_trainer(home, TRAIN__EPOCHS=10**6, TRAIN__SAVE_EVERY=10**6, SYSTEM__NUM_WORKERS=1)
+    snapshots = home / "lsd_logs"
+    deadline = time.monotonic() + 120
+    while not snapshots.exists() and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(3)
+    # As the terminal does it: to the whole process group.
+    os.killpg(run.pid, number) if number == signal.SIGINT else run.terminate()
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == status, output
+    checkpoint = latest_checkpoint(home / "lsd_checkpoints/MTLSD_3D/HEMI/run")
+    iteration = int(checkpoint.name.rpartition("_")[2])
+    assert 0 < iteration < 10**6
+    assert f"stopped at iteration {iteration}" in output
+    with pytest.raises(ProcessLookupError):
+        os.killpg(run.pid, 0)
+
+
+def write_labels(home, labels, **placement):
+    path = data_folder(config(home), "train") / "phantom.zarr"
+    path.unlink()
+    raw = np.zeros((48, 48, 48), np.uint8)
+    write_array(path, "volumes/raw", raw, voxel_size=(8, 8, 8), offset=(0, 0, 0))
+    if labels is not None:
+        placement = {"voxel_size": (8, 8, 8), "offset": (0, 0, 0)} | placement
+        write_array(path, "volumes/labels/neuron_ids", labels, **placement)
+    return path
+
+
+LABELS = np.ones((48, 48, 48), np.uint64)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda home: write_labels(home, None), r"volumes/labels/neuron_ids in .*phantom.zarr"),
+        (lambda home: write_labels(home, LABELS.repeat(2, 0)), r"neuron_ids in .*phantom.zarr has shape \(96"),
+        (lambda home: write_labels(home, LABELS, voxel_size=(8, 8, 4)), r"neuron_ids in .* voxel size \(8, 8, 4\)"),
+        (lambda home: write_labels(home, LABELS.astype(np.float32)), r"neuron_ids in .* is float32"),
+        (lambda home: write_labels(home, LABELS.astype(np.int64)), r"neuron_ids in .* is int64"),
+        (
+            lambda home: write_array(
+                write_labels(home, LABELS),
+                "volumes/labels/labels_mask",
+                np.zeros_like(LABELS, np.uint8),
+                voxel_size=(8, 8, 8),
+                offset=(0, 0, 0),
+            ),
+            r"labels_mask in .* zero everywhere",
+        ),
+        (lambda home: (data_folder(config(home), "train") / "phantom.zarr").unlink(), r"no \*.zarr in"),
+    ],
+)
+def test_volumes_that_cannot_be_trained_on_are_refused_before_anything_is_written(home, spoil, message):
+    spoil(home)
+    before = sorted(home.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        train(config(home))
+    assert sorted(home.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"DATA__HOME": "/nowhere/at/all"}, "DATA.HOME"),
+        ({"TRAIN__MODEL_TYPE": "MTSLD"}, "MTLSD"),
+        ({"MODEL_ISO__INPUT_SHAPE": (37, 36, 36)}, "INPUT_SHAPE"),
+        ({"MODEL_ISO__INPUT_SHAPE": (60, 60, 60)}, "smaller than"),
+        ({"MODEL_ISO__VOXEL_SIZE": (10, 10, 10)}, "voxel size"),
+        ({"TRAIN__DEVICE": "cuda:5"}, "TRAIN.DEVICE"),
+        ({"TRAIN__MIXED_PRECISION": "fp16"}, "MIXED_PRECISION"),
+    ],
+)
+def test_bad_settings_end_in_one_line_and_status_2(home, overrides, message):
+    before = sorted(home.rglob("*"))
+    run = run_trainer(home, **overrides)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 2, output
+    assert message in output.splitlines()[-1]
+    assert output.count("\n") == 1
+    assert sorted(home.rglob("*")) == before

@@ -1,0 +1,12 @@
+"""Train a network: python trainer.py -c config/config_cremi.py TRAIN.EPOCHS 1000"""
+
+from engine.cli import run_script
+from engine.training.train import train
+
+if __name__ == "__main__":
+    run_script(
+        train,
+        description="Train the configured network on every zarr in HOME/DATA_DIR_PATH/BRAIN_VOL/data_3d/train.",
+        example="python trainer.py -c config/config_cremi.py DATA.HOME /data TRAIN.EPOCHS 100000",
+        default_config="config/config.py",
+    )
