@@ -44,6 +44,8 @@ def check_training_volume(path: Path | str, cfg: CfgNode) -> None:
 
 
 def _checked_raw(path, cfg) -> Array:
+    if cfg.DATA.DIM_2D:
+        raise UserError("DATA.DIM_2D is True, but only volumes can be trained on and predicted: set it to False")
     where = f"{cfg.DATA.RAW} in {path}"
     raw = open_array(path, cfg.DATA.RAW, **source_defaults(cfg))
     if raw.dims != 3 or raw.voxel_size.dims != 3:

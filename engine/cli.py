@@ -1,6 +1,7 @@
 """How every script starts and ends: arguments, config, one call, and one line for a mistake."""
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -42,6 +43,9 @@ def run_script(main, *, description: str, example: str, default_config: str | No
             add_arguments(parser)
         args = parser.parse_intermixed_args()
         cfg = load_config(args.config, args.overrides)
+        logging.basicConfig(
+            level=logging.INFO if cfg.SYSTEM.VERBOSE else logging.WARNING, format="%(name)s: %(message)s"
+        )
         if Path(EXPERIMENT).is_file():
             print(f"settings from {Path(EXPERIMENT).resolve()} are used, too")
         if add_arguments is None:

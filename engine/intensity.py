@@ -14,6 +14,11 @@ def network_intensity(raw: np.ndarray, cfg) -> np.ndarray:
     return raw.astype(np.float32) * np.float32(unit_factor(raw.dtype) * scale) + np.float32(shift)
 
 
+def display_intensity(network_input: np.ndarray, cfg) -> np.ndarray:
+    """The network's input back in 0..1, with the second scale and shift of the config."""
+    return network_input * cfg.MODEL.INTENSITYSCALESHIFT_SCALE[1] + cfg.MODEL.INTENSITYSCALESHIFT_SHIFT[1]
+
+
 def network_scale_shift(cfg) -> tuple[float, float]:
-    """Scale and shift from 0..1 to the network's input (the second pair of the config maps back, for display)."""
+    """Scale and shift from 0..1 to the network's input, the first pair of the config."""
     return cfg.MODEL.INTENSITYSCALESHIFT_SCALE[0], cfg.MODEL.INTENSITYSCALESHIFT_SHIFT[0]

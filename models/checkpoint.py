@@ -47,14 +47,20 @@ def checkpoint_path(folder: Path | str, iteration: int) -> Path:
     return Path(folder) / f"model_checkpoint_{iteration}"
 
 
-def latest_checkpoint(folder: Path | str) -> Path | None:
-    """The checkpoint of the highest iteration in a folder, None if there is none."""
+def checkpoints_in(folder: Path | str) -> list[Path]:
+    """The numbered checkpoints in a folder, by iteration."""
     numbered = {
         int(match[1]): path
         for path in Path(folder).glob("model_checkpoint_*")
         if (match := re.fullmatch(r"model_checkpoint_(\d+)", path.name))
     }
-    return numbered[max(numbered)] if numbered else None
+    return [numbered[iteration] for iteration in sorted(numbered)]
+
+
+def latest_checkpoint(folder: Path | str) -> Path | None:
+    """The checkpoint of the highest iteration in a folder, None if there is none."""
+    checkpoints = checkpoints_in(folder)
+    return checkpoints[-1] if checkpoints else None
 
 
 def save_checkpoint(path: Path | str, model, optimizer, iteration: int, settings: dict) -> None:

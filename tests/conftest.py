@@ -1,9 +1,12 @@
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+# Where real volumes lie, if they are there: tests that need them skip where they are not.
+DATA = Path(os.environ.get("LSD_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +21,24 @@ def data_dir():
 def _one_thread():
     """Small networks are fastest on one thread, above all where other work keeps the cores busy."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that gives a folder on a file system of its own with that many kB."""
+    mounted = []
+
+    def mount(kilobytes):
+        folder = tmp_path / f"disk_{kilobytes}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("mounting a small file system needs root")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)

@@ -1,5 +1,4 @@
 import itertools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,11 +6,12 @@ from PIL import Image
 from skimage.color import rgb2xyz, xyz2lab
 
 from config.errors import UserError
+from config.loader import load_config
 from data_utils.phantom import make_phantom
 from data_utils.volumes import write_array
 from engine.evaluate.figure import draw_sample, draw_segmentation_figure, label_palette, match_labels
 
-CFG = SimpleNamespace(DATA=SimpleNamespace(RAW="volumes/raw", NEURON_LABELS="volumes/labels/neuron_ids"))
+CFG = load_config()
 
 
 @pytest.fixture(scope="module")

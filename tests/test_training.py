@@ -20,7 +20,7 @@ from engine.training.lsd import local_shape_descriptors
 from engine.training.nodes import CompactLabels, GrowBoundary, lsd_context
 from engine.training.pipeline import training_batches
 from engine.training.train import PREDICT_CONFIG, learning_rate, train
-from models.checkpoint import checkpoint_path, latest_checkpoint
+from models.checkpoint import checkpoint_path, checkpoints_in, latest_checkpoint
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SETTINGS = {
@@ -303,6 +303,21 @@ def test_a_signal_ends_training_with_a_checkpoint_and_no_process_left(home, numb
     assert f"stopped at iteration {iteration}" in output
     with pytest.raises(ProcessLookupError):
         os.killpg(run.pid, 0)
+
+
+def test_a_full_disk_ends_training_without_half_a_checkpoint(home, small_disk):
+    folder = small_disk(16)
+    with pytest.raises(UserError, match=r"cannot write checkpoint .*model_checkpoint_2"):
+        train(config(home, MODEL_ISO__CKPT_FOLDER=folder))
+    assert list(folder.iterdir()) == []
+
+
+def test_old_checkpoints_go_and_only_a_share_of_the_volumes_is_used(home, volume, capsys):
+    (data_folder(config(home), "train") / "second.zarr").symlink_to(volume)
+    cfg = config(home, TRAIN__KEEP_CHECKPOINTS=1, DATA__TRAIN_TEST_SPLIT=0.5)
+    train(cfg)
+    assert [path.name for path in checkpoints_in(cfg.MODEL.CKPT_FOLDER)] == ["model_checkpoint_4"]
+    assert "1 volumes" in capsys.readouterr().out
 
 
 def write_labels(home, labels, **placement):

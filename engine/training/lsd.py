@@ -17,7 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 
 # Moments are kept for LANES neighboring voxels along x together (a block), so that the compiler fills SIMD registers.
 LANES = 16
-# Rows of moments are added four at a time. Whatever is added ends in SPARE zeros, so there is never a remainder.
+# Rows of moments are added four at a time. Taps and rows end in SPARE zeros, so there is never a remainder; a zero tap
+# may fall on a row left from another label, so that no row may ever hold what was in memory before (NaN times 0).
 SPARE = 3
 CHANNELS_2D = [1, 2, 4, 5, 8, 9]  # the ten channels without those of z
 
@@ -93,7 +94,7 @@ def local_shape_descriptors(
             np.append(begins, len(runs)),
             corners,
             boxes,
-            np.empty(boxes.prod(axis=1).max() * 6 * LANES, np.float32),
+            np.zeros(boxes.prod(axis=1).max() * 6 * LANES, np.float32),
             np.pad(taps_z, ((0, 0), (0, SPARE))).astype(np.float32),
             np.pad(taps_y, ((0, 0), (0, SPARE))).astype(np.float32),
             np.pad(taps_x.cumsum(axis=1), ((0, 0), (1, 0))),
@@ -158,8 +159,8 @@ def _describe_labels(runs, bounds, corners, boxes, scratch, taps_z, taps_y, summ
         depth, rows, blocks = boxes[i]
         moments = scratch[: depth * rows * blocks * 6 * LANES].reshape(blocks, depth, rows, 6 * LANES)
         label_runs = runs[bounds[i] : bounds[i + 1]]
-        reach_y = taps_y.shape[1] // 2  # of the filter along y, with the zeros behind it
-        _filter_label(label_runs, corners[i], taps_z, reach_y, summed_x, n, moments)
+        radius_y = (taps_y.shape[1] - SPARE) // 2
+        _filter_label(label_runs, corners[i], taps_z, radius_y, summed_x, n, moments)
         _write_label(label_runs, corners[i], moments, taps_y, least_variance, n, descriptors)
 
 
@@ -167,8 +168,8 @@ def _describe_labels(runs, bounds, corners, boxes, scratch, taps_z, taps_y, summ
 
 
 @_jit
-def _filter_label(runs, corner, taps_z, reach_y, summed_x, n, moments):
-    """Filter a label along x and z, in the rows that are within reach of its voxels along y."""
+def _filter_label(runs, corner, taps_z, radius_y, summed_x, n, moments):
+    """Filter a label along x and z, in the rows that are within the radius of its voxels along y."""
     blocks, depth, rows, _ = moments.shape
     radius = (taps_z.shape[1] - SPARE) // 2
     sources = np.empty((rows, depth), np.int64)
@@ -183,7 +184,7 @@ def _filter_label(runs, corner, taps_z, reach_y, summed_x, n, moments):
         for y in range(rows):
             begin = end = 0
             for z in range(depth):
-                if y_first[z] - reach_y <= y <= y_last[z] + reach_y:
+                if y_first[z] - radius_y <= y <= y_last[z] + radius_y:
                     while begin < counts[y] and sources[y, begin] < z - radius:
                         begin += 1
                     while end < counts[y] and sources[y, end] <= z + radius:

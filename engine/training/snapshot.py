@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from data_utils.volumes import write_array
+from engine.intensity import display_intensity
 from engine.training.pipeline import TrainingBatch
 
 
@@ -22,7 +23,7 @@ def write_snapshot(cfg, iteration: int, batch: TrainingBatch, predictions: dict[
     margin = [(i - o) // 2 for i, o in zip(batch.raw.shape[2:], batch.labels.shape[1:], strict=True)]
     offset = tuple(m * v for m, v in zip(margin, voxel_size, strict=True))
     arrays = {
-        "volumes/raw": (batch.raw[0, 0], (0, 0, 0)),
+        "volumes/raw": (display_intensity(batch.raw[0, 0], cfg), (0, 0, 0)),
         "volumes/labels/neuron_ids": (batch.labels[0].astype(np.uint64), offset),
     }
     for task, prediction in predictions.items():

@@ -24,13 +24,14 @@ from config.loader import dump_config
 from data_utils.checks import check_training_volume
 from data_utils.create_labels_mask import create_labels_mask
 from data_utils.layout import volumes_in
-from data_utils.volumes import source_defaults
+from data_utils.volumes import room_on_disk, source_defaults
 from engine.device import Precision, resolve_device
 from engine.training.pipeline import TrainingBatch, training_batches
 from engine.training.snapshot import sample_images, write_snapshot
 from models import build_model
 from models.checkpoint import (
     checkpoint_path,
+    checkpoints_in,
     latest_checkpoint,
     load_checkpoint,
     network_settings,
@@ -42,7 +43,7 @@ PREDICT_CONFIG = "config_predict.yaml"
 
 
 def train(cfg) -> None:
-    """Train the configured network on every zarr in the train folder, up to TRAIN.EPOCHS iterations.
+    """Train the configured network on the zarrs in the train folder (DATA.TRAIN_TEST_SPLIT of them), by name the first.
 
     Leaves `model_checkpoint_N`, a config for `predicter.py` beside it, TensorBoard logs and snapshots. Ended by
     SIGINT or SIGTERM, it saves the iteration that it has reached and exits with the shell's status for that signal.
@@ -51,6 +52,7 @@ def train(cfg) -> None:
         UserError: before anything is written, if the data, the config or a checkpoint cannot be used.
     """
     volumes = volumes_in(cfg, "train")
+    volumes = volumes[: math.ceil(len(volumes) * cfg.DATA.TRAIN_TEST_SPLIT)]
     for path in volumes:
         check_training_volume(path, cfg)
     device = resolve_device(cfg, busy_cores=cfg.SYSTEM.NUM_WORKERS)
@@ -65,14 +67,20 @@ def train(cfg) -> None:
     if start >= cfg.TRAIN.EPOCHS:
         print(f"{latest} has all TRAIN.EPOCHS {cfg.TRAIN.EPOCHS} iterations: nothing to do")
         return
+    if cfg.PREPROCESS.USE_WANDB:
+        _start_wandb(cfg)
     print(f"{f'resuming from {latest}' if latest else 'starting a new run'}: {len(volumes)} volumes, {device}")
 
     for path in volumes:
         create_labels_mask(path, cfg.DATA.NEURON_LABELS, cfg.DATA.NEURON_LABELS_MASK, **source_defaults(cfg))
     folder.mkdir(parents=True, exist_ok=True)
     step = TrainingStep(cfg, model, optimizer, precision)
-    with training_batches(cfg, volumes, model.tasks, first_batch=start) as batches:
-        reached, signal_number = _loop(cfg, step, batches, start, folder)
+    with (
+        room_on_disk(folder),
+        SummaryWriter(cfg.MODEL.LOG_DIR) as log,
+        training_batches(cfg, volumes, model.tasks, first_batch=start) as batches,
+    ):
+        reached, signal_number = _loop(cfg, step, batches, start, folder, log)
 
     print(
         f"{'stopped' if signal_number else 'trained'} at iteration {reached} of {cfg.TRAIN.EPOCHS}\n"
@@ -139,11 +147,10 @@ class TrainingStep:
         return {"total": total.item(), **values}, {task: p.detach() for task, p in predictions.items()}
 
 
-def _loop(cfg, step: TrainingStep, batches, start: int, folder: Path) -> tuple[int, int | None]:
+def _loop(cfg, step: TrainingStep, batches, start: int, folder: Path, log: SummaryWriter) -> tuple[int, int | None]:
     """Train until TRAIN.EPOCHS or a signal; returns the last iteration, which is saved, and the signal's number."""
     print("waiting for the first batch ...", flush=True)
     batch = next(batches)
-    log = _summary_writer(cfg)
     iteration, pace = start, Pace()
     # Workers were forked with the first batch: only this process takes the signals that end the run.
     with stop_on_signal() as stopped, tqdm(total=cfg.TRAIN.EPOCHS, initial=start, unit="it") as bar:
@@ -173,7 +180,6 @@ def _loop(cfg, step: TrainingStep, batches, start: int, folder: Path) -> tuple[i
                 break
             with pace.wait():
                 batch = next(batches)
-    log.close()
     return iteration, stopped[0] if stopped else None
 
 
@@ -217,6 +223,9 @@ def _save(cfg, step: TrainingStep, iteration: int, folder: Path) -> None:
     predict.TRAIN.CHECKPOINT = str(path.resolve())
     predict.DATA.HOME = str(Path(cfg.DATA.HOME).resolve())
     dump_config(predict, folder / PREDICT_CONFIG)
+    if cfg.TRAIN.KEEP_CHECKPOINTS:
+        for old in checkpoints_in(folder)[: -cfg.TRAIN.KEEP_CHECKPOINTS]:
+            old.unlink()
 
 
 @contextmanager
@@ -241,13 +250,12 @@ def stop_on_signal():
             signal.signal(number, handler)
 
 
-def _summary_writer(cfg) -> SummaryWriter:
-    if cfg.PREPROCESS.USE_WANDB:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                "PREPROCESS.USE_WANDB is True but wandb is not installed: pip install wandb, or set it to False"
-            ) from None
-        wandb.init(project="lsd", dir=cfg.MODEL.LOG_DIR, config=dict(cfg.TRAIN), sync_tensorboard=True)
-    return SummaryWriter(cfg.MODEL.LOG_DIR)
+def _start_wandb(cfg) -> None:
+    """Have Weights & Biases copy everything that TensorBoard gets."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "PREPROCESS.USE_WANDB is True but wandb is not installed: pip install wandb, or set it to False"
+        ) from None
+    wandb.init(project="lsd", config=dict(cfg.TRAIN), sync_tensorboard=True)

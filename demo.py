@@ -1,0 +1,93 @@
+"""The whole pipeline on data that it makes itself: python demo.py (or `make demo`, which sets everything up first).
+
+Runs the same commands that a user would type, prints each, and ends with a picture and a score.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from config.loader import load_config
+from data_utils.layout import data_folder, output_path, volumes_in
+from data_utils.phantom import write_phantom
+from engine.evaluate.evaluate import scores_path
+from engine.evaluate.figure import draw_sample
+from engine.training.train import PREDICT_CONFIG, seed_everything
+from models import build_model
+from models.checkpoint import save_untrained
+
+CHECKOUT = Path(__file__).resolve().parent
+HOME = CHECKOUT / "demo_data"
+CONFIG = CHECKOUT / "config" / "config_demo.py"
+# Training volumes differ from the test volume in their seed alone.
+VOLUMES = {"train/phantom_1": (128, 1), "train/phantom_2": (128, 2), "test/phantom_3": (112, 3)}
+
+
+def main() -> None:
+    """Make phantoms, train, predict, segment, score and draw; then score an untrained network on the same volume."""
+    began = time.monotonic()
+    cfg = load_config(CONFIG, ["DATA.HOME", str(HOME)])
+    step("make synthetic volumes")
+    for name, (size, seed) in VOLUMES.items():
+        split, sample = name.split("/")
+        path = data_folder(cfg, split) / f"{sample}.zarr"
+        if not path.exists():
+            write_phantom(path, (size,) * 3, seed=seed, voxel_size=tuple(cfg.MODEL.VOXEL_SIZE))
+        print(path)
+
+    step("train")
+    run("trainer.py", "-c", CONFIG, "DATA.HOME", HOME)
+    trained = Path(cfg.MODEL.CKPT_FOLDER) / PREDICT_CONFIG
+    best, score = segment_and_score(trained, "trained")
+
+    untrained_weights = Path(cfg.MODEL.CKPT_FOLDER).parent / "untrained" / "model_checkpoint_0"
+    seed_everything(cfg.TRAIN.SEED)
+    save_untrained(untrained_weights, build_model(cfg), cfg)
+    _, score_untrained = segment_and_score(trained, "untrained", "TRAIN.CHECKPOINT", untrained_weights)
+
+    step("draw")
+    predicted = load_config(trained)
+    sample = volumes_in(predicted, "test")[0]
+    output = output_path(predicted, sample)
+    picture = HOME / "segmentation.png"
+    draw_sample(output, sample, best, picture, predicted)
+
+    print(f"\nVOI sum on a volume the network never saw: {score:.2f}")
+    print(f"untrained network, same pipeline:          {score_untrained:.2f}")
+    print(f"picture      {picture}\nsegmentation {output}/{best}")
+    print(f"scores       {scores_path(output)}\nTensorBoard  tensorboard --logdir {cfg.MODEL.LOG_DIR}")
+    print(f"finished in {time.monotonic() - began:.0f} s")
+
+
+def segment_and_score(config: Path, what: str, *overrides) -> tuple[str, float]:
+    """Predict, segment and evaluate the test volume; returns the best segmentation's dataset and VOI sum."""
+    for title, script in [
+        ("predict", "predicter.py"),
+        ("segment", "instance_segmenter.py"),
+        ("evaluate", "06_evaluate_volumes.py"),
+    ]:
+        step(f"{title} ({what} network)")
+        run(script, "-c", config, *overrides)
+    cfg = load_config(config, [str(value) for value in overrides])
+    report = json.loads(scores_path(output_path(cfg, volumes_in(cfg, "test")[0])).read_text())
+    return report["best"], next(row["voi_sum"] for row in report["scores"] if row["dataset"] == report["best"])
+
+
+def step(title: str) -> None:
+    """Print a headline."""
+    print(f"\n=== {title} ===", flush=True)
+
+
+def run(script: str, *arguments) -> None:
+    """Run a script as a user would; its failure ends the demo with the same exit status."""
+    command = [script, *map(str, arguments)]
+    print("$ python", *command, flush=True)
+    status = subprocess.run([sys.executable, CHECKOUT / script, *command[1:]]).returncode
+    if status:
+        sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
