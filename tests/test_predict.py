@@ -137,7 +137,7 @@ def test_an_interrupted_prediction_leaves_no_dataset_of_that_name(home, monkeypa
     ("kilobytes", "message"), [(300, r"no room on disk for .* GB needed"), (700, "No space left on device")]
 )
 def test_a_full_disk_ends_prediction_without_a_dataset(home, small_disk, kilobytes, message):
-    """Random weights give floats that hardly compress: the smaller disk is too small by any count, the other fills up."""
+    """Such floats hardly compress: the smaller disk is too small by any count, the other fills up."""
     disk = small_disk(kilobytes)
     with pytest.raises(UserError, match=message):
         predict(config(home, "DATA.OUTFILE", disk))
