@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config.errors import UserError
 from data_utils.create_labels_mask import LABELS, MASK, create_labels_mask
-from data_utils.volumes import blocks, create_array, list_arrays, open_array, room_on_disk, voxel_grid
+from data_utils.volumes import blocks, create_array, list_arrays, open_array, room_on_disk, voxel_grid, whole_zarr
 
 RAW = "volumes/raw"
 
@@ -87,37 +86,31 @@ def hdf_to_zarr(
     Raises:
         UserError: the file cannot be read, or has no volumes/raw or no such sections; no room on disk.
     """
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     with open_hdf(source) as file:
         parts = parts_of(file, sections, resolution)
         voxels = sum(math.prod(part.shape) for part in parts)
-        try:
-            with (
-                room_on_disk(target, sum(part.stored_bytes for part in parts)),
-                tqdm(total=voxels, desc=source.name, unit="voxel", unit_scale=True) as bar,
-            ):
-                for part in parts:
-                    array = create_array(
-                        partial,
-                        part.name,
-                        part.shape,
-                        voxel_size=part.voxel_size,
-                        offset=part.offset,
-                        dtype=part.dtype,
-                        attributes=json.loads(json.dumps(dict(part.dataset.attrs), default=_plain)),
-                    )
-                    for block in blocks(array):
-                        data = part.read(block)
-                        array[block] = data.astype(part.dtype, copy=False)
-                        bar.update(data.size)
-                names = [part.name for part in parts]
-                if LABELS in names and MASK not in names:
-                    create_labels_mask(partial)
-                shutil.rmtree(target, ignore_errors=True)
-                partial.rename(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with (
+            room_on_disk(target, sum(part.stored_bytes for part in parts)),
+            whole_zarr(target) as zarr,
+            tqdm(total=voxels, desc=source.name, unit="voxel", unit_scale=True) as bar,
+        ):
+            for part in parts:
+                array = create_array(
+                    zarr,
+                    part.name,
+                    part.shape,
+                    voxel_size=part.voxel_size,
+                    offset=part.offset,
+                    dtype=part.dtype,
+                    attributes=json.loads(json.dumps(dict(part.dataset.attrs), default=_plain)),
+                )
+                for block in blocks(array):
+                    data = part.read(block)
+                    array[block] = data.astype(part.dtype, copy=False)
+                    bar.update(data.size)
+            names = [part.name for part in parts]
+            if LABELS in names and MASK not in names:
+                create_labels_mask(zarr)
 
 
 def open_hdf(path: Path) -> h5py.File:

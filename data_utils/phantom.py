@@ -22,7 +22,7 @@ from skimage.segmentation import watershed
 from tqdm import tqdm
 
 from config.errors import UserError
-from data_utils.volumes import write_array
+from data_utils.volumes import whole_zarr, write_array
 
 # All lengths in nanometres, intensities in grey values of 0..255.
 STEP = 20.0  # between the points of a curve
@@ -100,13 +100,15 @@ def write_phantom(
     if Path(path).suffix != ".zarr":
         raise UserError(f"{path}: the name of a phantom must end in .zarr")
     raw, labels, mito_ids = make_phantom(shape, seed=seed, voxel_size=voxel_size)
-    for dataset, data in (
-        ("volumes/raw", raw),
-        ("volumes/labels/neuron_ids", labels),
-        ("volumes/labels/labels_mask", np.ones(shape, np.uint8)),
-        ("volumes/labels/mito_ids", mito_ids),
-    ):
-        write_array(path, dataset, data, voxel_size=voxel_size, offset=offset)
+    arrays = {
+        "volumes/raw": raw,
+        "volumes/labels/neuron_ids": labels,
+        "volumes/labels/labels_mask": np.ones(shape, np.uint8),
+        "volumes/labels/mito_ids": mito_ids,
+    }
+    with whole_zarr(path) as zarr:
+        for dataset, data in arrays.items():
+            write_array(zarr, dataset, data, voxel_size=voxel_size, offset=offset)
 
 
 def _sample_tissue(rng, coordinates):

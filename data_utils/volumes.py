@@ -162,6 +162,20 @@ def source_defaults(cfg) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def whole_zarr(path: Path | str) -> Iterator[Path]:
+    """Give a temporary name beside a zarr's final one; what is written there replaces the zarr when the body has ended."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def rename_array(path: Path | str, dataset: str, new_name: str) -> None:
     """Give a dataset another name in the same zarr; what was there under that name is deleted."""
     target = Path(path) / new_name
