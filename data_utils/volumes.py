@@ -164,7 +164,7 @@ def source_defaults(cfg) -> dict[str, Any]:
 
 @contextmanager
 def whole_zarr(path: Path | str) -> Iterator[Path]:
-    """Give a temporary name beside a zarr's final one; what is written there replaces the zarr when the body has ended."""
+    """Give a temporary name beside a zarr's own; what is written there replaces the zarr when the body has ended."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
