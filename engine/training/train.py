@@ -77,7 +77,7 @@ def train(cfg) -> None:
     step = TrainingStep(cfg, model, optimizer, precision)
     with (
         room_on_disk(folder),
-        SummaryWriter(cfg.MODEL.LOG_DIR) as log,
+        SummaryWriter(cfg.MODEL.LOG_DIR, purge_step=start) as log,
         training_batches(cfg, volumes, model.tasks, first_batch=start) as batches,
     ):
         reached, signal_number = _loop(cfg, step, batches, start, folder, log)
