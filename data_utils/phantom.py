@@ -192,7 +192,7 @@ def _draw_image(rng, coordinates, voxel_size, neurites, mitos, to_membrane):
         return _smooth_field(rng, coordinates, spacing)
 
     count = int(neurites.max()) + 1
-    brightness = np.where(rng.random(count) < 0.15, rng.normal(118, 7, count), rng.normal(152, 13, count))
+    brightness = np.where(rng.random(count) < 0.1, rng.normal(122, 7, count), rng.normal(152, 13, count))
     grain = rng.uniform(4, 9, count)
     texture = field(22.0)
     image = brightness.astype(np.float32)[neurites]
@@ -204,7 +204,7 @@ def _draw_image(rng, coordinates, voxel_size, neurites, mitos, to_membrane):
 
     membrane_distance = np.maximum(to_membrane - voxel_size.min() / 2, 0)
     width = MEMBRANE_WIDTH * np.exp(0.2 * field(200.0))
-    contrast = np.clip(0.85 + 0.2 * field(120.0), 0.55, 1.1)
+    contrast = np.clip(0.9 + 0.15 * field(120.0), 0.65, 1.1)
     image += (74 - image) * contrast * np.exp(-((membrane_distance / width) ** 2))
     return gaussian_filter(image, BLUR / voxel_size)
 
