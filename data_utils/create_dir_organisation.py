@@ -22,7 +22,7 @@ def main():
     try:
         folders = create_dir_organisation(base, arguments.names)
     except OSError as error:
-        parser.exit(2, f"cannot make folders below {base}: {error.strerror}; choose another BASE\n")
+        parser.exit(2, f"error: cannot make folders below {base}: {error.strerror}; choose another BASE\n")
 
     print(*folders, sep="\n")
     depth = 2 if base.match("connexion/data") else 1  # the default of DATA.DATA_DIR_PATH, or one folder

@@ -68,7 +68,7 @@ def main():
             made = create_labels_mask(path, arguments.labels, arguments.mask)
             print(f"{path}: {arguments.mask} {'made' if made else 'is there already'}")
     except UserError as error:
-        parser.exit(2, f"{error}\n")
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

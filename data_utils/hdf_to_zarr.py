@@ -225,7 +225,7 @@ def main():
                 array = open_array(target, name)
                 print(f"{target}: {name} {array.dtype} {array.shape}, {tuple(array.offset)} nm")
     except UserError as error:
-        parser.exit(2, f"{error}\n")
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

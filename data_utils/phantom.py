@@ -254,7 +254,7 @@ def main():
     try:
         write_phantom(**vars(arguments))
     except UserError as error:
-        parser.exit(2, f"{error}\n")
+        parser.exit(2, f"error: {error}\n")
     print(f"phantom: {arguments.path}")
 
 

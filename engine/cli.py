@@ -43,6 +43,7 @@ def run_script(main, *, description: str, example: str, default_config: str | No
             add_arguments(parser)
         args = parser.parse_intermixed_args()
         cfg = load_config(args.config, args.overrides)
+        logging.getLogger("gunpowder").setLevel(logging.WARNING)  # it reports every process that it starts and ends
         logging.basicConfig(
             level=logging.INFO if cfg.SYSTEM.VERBOSE else logging.WARNING, format="%(name)s: %(message)s"
         )

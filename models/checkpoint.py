@@ -117,17 +117,28 @@ def _read(path: Path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for broken files; the remedy is the same for all
-        if "Unsupported" in str(error) or "weights_only" in str(error) or "GLOBAL" in str(error):
+        if _is_pickle(path) and "GLOBAL" in str(error):
             reason = "holds pickled code, which is never run"
         else:
             reason = "is truncated or no checkpoint"
-        raise UserError(f"checkpoint {path} {reason}: take it from its source again, or use another one") from None
+        raise UserError(
+            f"{path} {reason}: take it from its source again, or name another model_checkpoint_N file"
+        ) from None
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file is a torch archive or a bare pickle, by its first bytes."""
+    with path.open("rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")
 
 
 def _check_same_network(path: Path, weights: dict, trained: dict, model, cfg) -> None:
     for key, now in network_settings(cfg).items():
         if key in trained and trained[key] != now:
-            raise UserError(f"{key} is {now} but {path} was trained with {trained[key]}: set it to that")
+            raise UserError(
+                f"{key} is {now} but {path} was trained with {trained[key]}: set it to that, "
+                "or give the new network a CKPT_FOLDER of its own"
+            )
 
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in weights.items()}

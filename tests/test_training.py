@@ -317,7 +317,7 @@ def test_old_checkpoints_go_and_only_a_share_of_the_volumes_is_used(home, volume
     cfg = config(home, TRAIN__KEEP_CHECKPOINTS=1, DATA__TRAIN_TEST_SPLIT=0.5)
     train(cfg)
     assert [path.name for path in checkpoints_in(cfg.MODEL.CKPT_FOLDER)] == ["model_checkpoint_4"]
-    assert "1 volumes" in capsys.readouterr().out
+    assert "1 volume(s)" in capsys.readouterr().out
 
 
 def write_labels(home, labels, **placement):

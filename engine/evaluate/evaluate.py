@@ -135,7 +135,7 @@ def overlaps(segmentation, ground_truth, mask=None, *, max_bytes=2**27, descript
         if any((array.offset - segmentation.offset) % voxel_size):
             raise ValueError(f"offsets {segmentation.offset} and {array.offset} nm differ by part of a voxel")
         roi = roi.intersect(array.roi)
-    for block in tqdm(blocks(segmentation, max_bytes), description, unit="block", leave=False):
+    for block in tqdm(blocks(segmentation, max_bytes), description, unit="block", leave=False, delay=2):
         begin = segmentation.offset + Coordinate(s.start for s in block) * voxel_size
         part = Roi(begin, Coordinate(s.stop - s.start for s in block) * voxel_size).intersect(roi)
         if part.empty:

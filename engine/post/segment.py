@@ -31,7 +31,7 @@ def segment(cfg):
         print(f"[{number}/{len(outputs)}] {output.name}", flush=True)
         began = time.monotonic()
         names = segment_volume(output, cfg)
-        print(f"{', '.join(names)} in {output} ({time.monotonic() - began:.0f} s)")
+        print(f"{names[0]} and {names[1]} ... {names[-1]} in {output} ({time.monotonic() - began:.0f} s)")
 
 
 def segment_volume(path, cfg):
@@ -76,6 +76,7 @@ def segment_volume(path, cfg):
         bar.set_description(merge_function)
         for threshold, segmentation in agglomerate(affinities, fragments, list(names), merge_function):
             write(names[threshold], segmentation, threshold=threshold, merge_function=merge_function)
+            bar.set_description(f"{merge_function} {threshold:.2f}")
             bar.update()
     return [FRAGMENTS, *names.values()]
 

@@ -69,7 +69,7 @@ def train(cfg) -> None:
         return
     if cfg.PREPROCESS.USE_WANDB:
         _start_wandb(cfg)
-    print(f"{f'resuming from {latest}' if latest else 'starting a new run'}: {len(volumes)} volumes, {device}")
+    print(f"{f'resuming from {latest}' if latest else 'starting a new run'}: {len(volumes)} volume(s), {device}")
 
     for path in volumes:
         create_labels_mask(path, cfg.DATA.NEURON_LABELS, cfg.DATA.NEURON_LABELS_MASK, **source_defaults(cfg))
