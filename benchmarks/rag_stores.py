@@ -1,0 +1,93 @@
+"""Edges per second that the stores of region adjacency graphs write and read, block by block and as one stream.
+
+    python benchmarks/rag_stores.py
+    python benchmarks/rag_stores.py --uri mongodb://localhost --edges 200000
+
+Without --uri: Parquet files in a temporary folder (--folder chooses the disk). Every pass runs three times, and the
+median counts; writing again replaces what is there, as a block that is done twice does, so the first write is shown
+apart. One process, as each worker is one.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import pymongo
+
+from rag import MongoStore, ParquetStore
+
+VOXELS_IN_BLOCK = 256**3
+ROW = "{:<26}{:>14}{:>12}"
+
+
+def make_block(block, count):
+    """u, v and scores of a block: neighbours have ids close to each other, as fragments that touch do."""
+    rng = np.random.default_rng(block)
+    u = block * VOXELS_IN_BLOCK + 1 + np.sort(rng.integers(0, count // 5, count))
+    v = u + np.arange(1, count + 1) % 5000 + 1
+    return u.astype(np.uint64), v.astype(np.uint64), rng.random(count, dtype=np.float32)
+
+
+def measure(store, blocks):
+    """Print what a store does with these blocks."""
+    edges = sum(len(u) for u, _, _ in blocks)
+
+    def write():
+        for block, arrays in enumerate(blocks):
+            store.write_edges("mean", block, *arrays)
+
+    def read_blocks():
+        for block in range(len(blocks)):
+            store.read_edges("mean", *store.id_range(block))
+
+    def stream():
+        assert sum(len(u) for u, _, _ in store.edges("mean")) == edges
+
+    for name, action, repeats in [
+        ("write, first time", write, 1),
+        ("write again", write, 3),
+        ("read block by block", read_blocks, 3),
+        ("read as a stream", stream, 3),
+    ]:
+        seconds = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            action()
+            seconds.append(time.perf_counter() - began)
+        median = np.median(seconds)
+        print(ROW.format(name, f"{edges / median / 1e6:.3f}", f"{1e3 * median / len(blocks):.2f}"), flush=True)
+
+
+def main():
+    """Measure one store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--edges", type=int, default=5_000_000)
+    parser.add_argument("--edges-per-block", type=int, default=50_000)
+    parser.add_argument("--folder", type=Path, help="where to write files; default: the folder for temporary files")
+    parser.add_argument("--uri", help="measure this MongoDB server; the database is dropped afterwards")
+    args = parser.parse_args()
+    blocks = [make_block(b, args.edges_per_block) for b in range(max(args.edges // args.edges_per_block, 1))]
+    print(f"{len(blocks)} blocks of {args.edges_per_block} edges; {os.cpu_count()} cores")
+    print(ROW.format("", "M edges/s", "ms/block"))
+    if args.uri:
+        database = f"lsd_benchmark_{uuid.uuid4().hex[:12]}"
+        try:
+            measure(MongoStore(args.uri, database, "sample", VOXELS_IN_BLOCK, "r+"), blocks)
+        finally:
+            pymongo.MongoClient(args.uri).drop_database(database)
+    else:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            measure(ParquetStore(folder, VOXELS_IN_BLOCK, "r+"), blocks)
+            size = sum(file.stat().st_size for file in Path(folder).rglob("*.parquet"))
+        print(f"{size / len(blocks) / args.edges_per_block:.1f} bytes per edge")
+
+
+if __name__ == "__main__":
+    main()

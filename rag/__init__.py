@@ -1,0 +1,46 @@
+"""Region adjacency graphs: fragments as nodes, scored contacts as edges, kept where all workers can reach them."""
+
+import math
+import os
+import re
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from rag.mongo import MongoStore
+from rag.parquet import ParquetStore
+from rag.store import RagStore
+
+__all__ = ["MongoStore", "ParquetStore", "RagStore", "open_store", "sample_name"]
+
+# Folders above SAMPLE.zarr that tell outputs of one sample apart: MODEL_TYPE, {2d,3d}, RUN, CHECKPOINT.
+OUTPUT_PARTS = 5
+
+
+def open_store(cfg: CfgNode, output: Path | str, mode: str = "r") -> RagStore:
+    """The graph of the sample that is segmented in a zarr.
+
+    Args:
+        cfg: the loaded config. A URI in the environment variable LSD_DB_URI, or else DATA.DB_HOST, chooses MongoDB;
+            without them the graph is Parquet files beside the zarr, in SAMPLE.rag.
+        output: SAMPLE.zarr.
+        mode: "r" to read, "r+" to read and write, "w" to drop what is there first: see `RagStore`.
+
+    Raises:
+        UserError: within 10 seconds, if the server or the graph cannot be used.
+    """
+    output = Path(output)
+    voxels_in_block = math.prod(cfg.INS_SEGMENT.BLOCK_SIZE)
+    uri = os.environ.get("LSD_DB_URI") or cfg.DATA.DB_HOST
+    if not uri:
+        return ParquetStore(output.with_suffix(".rag"), voxels_in_block, mode)
+    # Collections are named by the sample alone, so the output is recorded: two checkpoints must not mix their graphs.
+    # Machines may mount a folder at different places, so only the last parts of its path count.
+    origin = "/".join(output.absolute().parts[-OUTPUT_PARTS:])
+    return MongoStore(uri, cfg.DATA.DB_NAME, sample_name(output), voxels_in_block, mode, origin)
+
+
+def sample_name(path: Path | str) -> str:
+    """A zarr's stem in lower camel case, as it stands in the names of collections: sample_A-padded -> sampleAPadded."""
+    first, *rest = re.findall(r"[^\W_]+", Path(path).stem) or ["sample"]
+    return first[0].lower() + first[1:] + "".join(word[0].upper() + word[1:] for word in rest)
