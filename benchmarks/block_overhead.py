@@ -1,0 +1,65 @@
+"""What running a block costs besides its work: blocks that do nothing, on local workers.
+
+    python benchmarks/block_overhead.py --blocks 2000 --workers 2
+
+The time that a run with one block per worker takes, in which the workers start, is subtracted.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def open_worker(cfg, arguments):
+    """A worker that does nothing with its blocks."""
+    return lambda block: None
+
+
+def seconds(blocks, workers):
+    """Wall time of a run in an empty folder."""
+    from funlib.geometry import Roi
+
+    from config.loader import load_config
+    from engine.blocks import BlockTask, run_blocks
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        block = Roi((0, 0, 0), (8, 8, 8))
+        task = BlockTask(
+            name="nothing",
+            sample="benchmark",
+            total_roi=Roi((0, 0, 0), (8, 8, 8 * blocks)),
+            read_roi=block,
+            write_roi=block,
+            open_worker="benchmarks.block_overhead:open_worker",
+            arguments={},
+            markers=Path(folder, "markers"),
+        )
+        cfg = load_config(overrides=["SYSTEM.NUM_WORKERS", workers])
+        began = time.monotonic()
+        run_blocks(cfg, task)
+        return time.monotonic() - began
+
+
+def main():
+    """Measure and print one line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=2000)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    start = seconds(args.workers, args.workers)
+    total = seconds(args.blocks, args.workers)
+    each = (total - start) / (args.blocks - args.workers)
+    print(
+        f"{args.blocks} blocks on {args.workers} workers, {os.cpu_count()} cores: "
+        f"{each * 1000:.2f} ms per block, {start:.1f} s to start and end"
+    )
+
+
+if __name__ == "__main__":
+    main()

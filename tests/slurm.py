@@ -1,0 +1,123 @@
+"""A real Slurm on this machine for tests: its own munged, slurmctld and slurmd, below one folder, on free ports.
+
+Needs Debian's packages slurm-wlm and munge, and root. Nothing of an installed Slurm's configuration is used or changed.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+DAEMONS = ("munged", "slurmctld", "slurmd")
+PARTITION = "main"
+CPUS = 4  # of the one node, whatever this machine has
+CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+MailProg=/bin/true
+ReturnToService=2
+KillWait=1
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=4000 State=UNKNOWN
+PartitionName={partition} Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def missing():
+    """Why Slurm cannot be started here; None if it can."""
+    absent = [daemon for daemon in DAEMONS if not _program(daemon)]
+    if absent:
+        return f"no {', '.join(absent)} here (Debian and Ubuntu: apt install slurm-wlm munge)"
+    return None if os.geteuid() == 0 else "starting Slurm needs root"
+
+
+@contextmanager
+def one_machine_slurm(folder: Path):
+    """Start Slurm with one node of CPUS cores, and stop it at the end.
+
+    Gives the environment variables that make sbatch, squeue and scancel talk to it. Raises RuntimeError with the
+    daemons' logs if it does not come up within 30 seconds.
+    """
+    folder = Path(folder)
+    for name in ("state", "spool"):
+        (folder / name).mkdir(parents=True)
+    host = socket.gethostname().partition(".")[0]
+    settings = CONF.format(folder=folder, host=host, ports=_free_ports(2), cpus=CPUS, partition=PARTITION)
+    (folder / "slurm.conf").write_text(settings)
+    (folder / "munge.key").write_bytes(os.urandom(128))
+    (folder / "munge.key").chmod(0o600)
+    environment = {"SLURM_CONF": str(folder / "slurm.conf")}
+    files = [f"--{kind}-file={folder}/munge.{kind}" for kind in ("key", "pid", "log", "seed")]
+    commands = [
+        [_program("munged"), "--foreground", "--force", f"--socket={folder}/munge.socket", *files],
+        [_program("slurmctld"), "-D", "-c"],
+        [_program("slurmd"), "-D", "-c", "-N", host],
+    ]
+    daemons = []
+    try:
+        with (folder / "daemons.log").open("wb") as log:
+            for command in commands:
+                daemons.append(subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log))
+        _wait_until_idle(folder, environment)
+        yield environment
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                daemon.wait(10)
+            daemon.kill()
+            daemon.wait()
+
+
+def job_ids(environment):
+    """The ids of all jobs that wait or run."""
+    squeue = ["squeue", "--noheader", "--format=%i"]
+    return subprocess.run(
+        squeue, env=os.environ | environment, check=True, capture_output=True, text=True
+    ).stdout.split()
+
+
+def _wait_until_idle(folder, environment):
+    for _ in range(150):
+        sinfo = ["sinfo", "--noheader", "--format=%T"]
+        answer = subprocess.run(sinfo, env=os.environ | environment, capture_output=True, text=True)
+        if answer.stdout.strip() == "idle":
+            return
+        time.sleep(0.2)
+    logs = "\n".join(f"{log.name}:\n{log.read_text()}" for log in folder.glob("*.log"))
+    raise RuntimeError(f"Slurm does not start: {answer.stdout}{answer.stderr}\n{logs}")
+
+
+def _program(name):
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+def _free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports

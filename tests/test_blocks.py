@@ -1,0 +1,223 @@
+"""Blocks on local workers: nothing gets lost or done with mixed settings, whatever is killed."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from config.errors import UserError
+from config.loader import CHECKOUT, load_config
+from engine.blocks import forget, run_blocks
+from tests.block_master import BLOCKS, CONTEXT, VOLUME, config, results, start_master, toy_task, trouble, wait_for
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current directory, empty."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LSD_DB_URI", raising=False)
+    return tmp_path
+
+
+def worker_processes(folder):
+    """The ids of all processes that have this folder in their command line, apart from masters."""
+    ids = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_text()
+        except OSError:  # it has just ended
+            continue
+        if f"{folder}/daisy_logs" in command:
+            ids.append(int(process.name))
+    return ids
+
+
+def test_blocks_tile_the_volume_once_with_any_number_of_workers(folder):
+    run_blocks(config(1), toy_task(folder))
+    single = results(folder)
+    covered = np.zeros(VOLUME.shape, int)
+    for result in single.values():
+        read_begin, read_end, begin, end = (np.array(corner) for corner in result["corners"])
+        covered[tuple(slice(*span) for span in zip(begin - VOLUME.begin, end - VOLUME.begin, strict=True))] += 1
+        assert (read_begin == begin - CONTEXT).all()
+        assert (read_end == end + CONTEXT).all()
+    assert (covered == 1).all()
+
+    forget(toy_task(folder))
+    for file in (folder / "output").iterdir():
+        file.unlink()
+    for file in folder.glob("started_*"):
+        file.unlink()
+    trouble(folder, "wait_for_3_workers")
+    summary = run_blocks(config(3), toy_task(folder))
+    assert (summary.blocks, summary.done, summary.skipped, summary.failed) == (BLOCKS, BLOCKS, 0, 0)
+    assert summary.seconds_per_block > 0
+    assert summary.peak_memory > 1e6
+    triple = results(folder)
+    assert {n: result["corners"] for n, result in triple.items()} == {n: r["corners"] for n, r in single.items()}
+    assert len({result["worker"] for result in triple.values()}) == 3
+    assert {result["threads"] for result in triple.values()} == {str(max(1, len(os.sched_getaffinity(0)) // 3))}
+
+
+def test_a_second_run_does_nothing_and_says_so(folder, capsys):
+    run_blocks(config(2), toy_task(folder))
+    for file in (folder / "output").iterdir():
+        file.unlink()
+    capsys.readouterr()
+    summary = run_blocks(config(2), toy_task(folder))
+    assert f"nothing to do, all {BLOCKS} blocks are done" in capsys.readouterr().out
+    assert (summary.done, summary.skipped) == (0, BLOCKS)
+    assert results(folder) == {}
+
+
+def test_a_failing_block_is_shown_and_the_others_are_done(folder, capfd):
+    cause = trouble(folder, "raise_4")
+    with pytest.raises(UserError, match=f"1 of {BLOCKS} blocks are not done"):
+        run_blocks(config(2), toy_task(folder))
+    output = capfd.readouterr()
+    assert "ValueError: block 4 is bad" in output.err.partition("The first block that failed")[2]
+    table = [line.split() for line in output.out.splitlines()]
+    assert [str(BLOCKS), str(BLOCKS - 1), "0", "1"] in [row[:4] for row in table]
+    logs = "".join(log.read_text() for log in (folder / "daisy_logs" / "sample_toy").glob("worker_*.log"))
+    assert logs.count("Traceback") >= 4
+    assert len(results(folder)) == BLOCKS - 1
+
+    cause.unlink()
+    summary = run_blocks(config(2), toy_task(folder))
+    assert (summary.done, summary.skipped) == (1, BLOCKS - 1)
+    assert len(results(folder)) == BLOCKS
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cannot_start", "this worker cannot start: mend it"),
+        ("full_4", "no room on disk: delete something"),
+        ("crash", "12 workers in a row ended before they finished a block"),
+    ],
+)
+def test_what_no_retry_can_mend_ends_the_run(folder, name, message):
+    trouble(folder, name)
+    with pytest.raises(UserError, match=message):
+        run_blocks(config(2), toy_task(folder))
+    assert worker_processes(folder) == []
+
+
+def test_a_block_that_hangs_is_done_by_another_worker(folder):
+    trouble(folder, "hang_4")
+    assert run_blocks(config(1), toy_task(folder, timeout=1)).done == BLOCKS
+
+
+def test_workers_killed_at_random_change_nothing(folder):
+    master = start_master(folder, "--seconds", 0.05, "SYSTEM.NUM_WORKERS", 2)
+    rng = random.Random(0)
+    for done in range(2, BLOCKS - 5, 4):
+        wait_for(lambda done=done: len(results(folder)) >= done)
+        wait_for(lambda: worker_processes(folder))
+        os.kill(rng.choice(worker_processes(folder)), signal.SIGKILL)
+    assert master.wait(60) == 0, (folder / "master.log").read_text()
+    found = results(folder)
+    assert len(found) == BLOCKS
+    assert len({result["worker"] for result in found.values()}) > 2
+    assert worker_processes(folder) == []
+
+
+def test_workers_of_a_killed_master_end_and_the_next_one_goes_on(folder):
+    master = start_master(folder, "--seconds", 0.1, "SYSTEM.NUM_WORKERS", 2)
+    wait_for(lambda: len(results(folder)) >= 5)
+    master.kill()
+    master.wait()
+    wait_for(lambda: not worker_processes(folder), 20)
+    before = results(folder)
+    summary = run_blocks(config(2), toy_task(folder, 0.1))
+    assert summary.skipped >= 3
+    assert summary.done + summary.skipped == BLOCKS
+    after = results(folder)
+    assert len(after) == BLOCKS
+    assert {n: after[n]["corners"] for n in before} == {n: before[n]["corners"] for n in before}
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_to_the_master_ends_everything(folder, number, status):
+    master = start_master(folder, "--seconds", 0.1, "SYSTEM.NUM_WORKERS", 2)
+    wait_for(lambda: len(results(folder)) >= 3)
+    master.send_signal(number)
+    assert master.wait(20) == status
+    assert worker_processes(folder) == []
+    done = len(results(folder))
+    assert 3 <= done < BLOCKS
+    assert "the same command does the rest" in (folder / "master.log").read_text()
+
+
+def test_other_settings_are_refused_until_the_finished_blocks_are_dropped(folder):
+    cause = trouble(folder, "full_4")
+    with pytest.raises(UserError, match="no room"):
+        run_blocks(config(1), toy_task(folder))
+    cause.unlink()
+    other = toy_task(folder, settings={"INS_SEGMENT.CONTEXT": (1, 1, 1), "DATA.FIB": 1})
+    message = r"INS_SEGMENT.CONTEXT \(was \[10, 10, 0\], is \[1, 1, 1\]\) changed, which makes (\d+) finished blocks"
+    with pytest.raises(UserError, match=message) as raised:
+        run_blocks(config(1), other)
+    assert "DATA.DROP_DS_MONGOTABLE True" in str(raised.value)
+    assert "DATA.FIB" not in str(raised.value)
+    assert 0 < int(str(raised.value).partition("makes ")[2].split()[0]) < BLOCKS
+    with pytest.raises(UserError, match="volume"):
+        run_blocks(config(1), toy_task(folder, total_roi=VOLUME))
+    forget(other)
+    assert run_blocks(config(1), other).done == BLOCKS
+
+
+def test_masked_blocks_are_skipped_and_not_recorded_as_done(folder):
+    skip = np.ones((3, 3, 3), bool)
+    skip[0, 0, :2] = False
+    summary = run_blocks(config(1), toy_task(folder, skip=skip))
+    assert (summary.done, summary.skipped) == (2, BLOCKS - 2)
+    assert {tuple(result["corners"][2]) for result in results(folder).values()} == {(80, 0, 40), (80, 0, 70)}
+    assert run_blocks(config(1), toy_task(folder, skip=skip)).done == 0
+    assert run_blocks(config(1), toy_task(folder)).done == BLOCKS - 2
+
+
+def test_workers_get_the_resolved_config_the_password_and_a_gpu_each(folder, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,7,8")
+    cfg = config(
+        3,
+        "DATA.DB_HOST",
+        "mongodb://me:secret@host",
+        "TRAIN.SEED",
+        5,
+        "TRAIN.DEVICE",
+        "multi_gpu",
+        "SYSTEM.NUM_GPUS",
+        2,
+    )
+    (folder / "experiment.yaml").write_text("TRAIN: {SEED: 6}")
+    trouble(folder, "wait_for_3_workers")
+    run_blocks(cfg, toy_task(folder, gpu=True))
+    found = results(folder).values()
+    assert {result["seed"] for result in found} == {5}
+    assert {result["database"] for result in found} == {"mongodb://me:secret@host"}
+    assert {result["device"] for result in found} == {"3", "7"}
+    for file in (folder / "daisy_logs").rglob("*"):
+        assert file.is_dir() or "secret" not in file.read_text()
+    (folder / "experiment.yaml").unlink()
+    assert load_config(folder / "daisy_logs" / "sample_toy" / "config_0.yaml").TRAIN.SEED == 5
+
+
+def test_a_worker_that_does_not_see_the_files_says_so(folder):
+    command = [sys.executable, "-m", "engine.worker", "/nowhere/config_0.yaml", "/nowhere/task.json"]
+    environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
+    worker = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert worker.returncode == 2
+    assert "does not see /nowhere/config_0.yaml" in worker.stdout
+
+
+def test_slurm_that_is_not_installed(folder, monkeypatch):
+    monkeypatch.setenv("PATH", str(folder))
+    with pytest.raises(UserError, match=r"CLUSTER.TYPE is 'slurm' but there is no sbatch here"):
+        run_blocks(config(1, "CLUSTER.TYPE", "slurm"), toy_task(folder))
+    assert not (folder / "markers").exists()
