@@ -2,6 +2,7 @@
 
 HOME/DATA_DIR_PATH/BRAIN_VOL/data_{2d,3d}/{train,test}/SAMPLE.zarr  what the user provides
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.zarr               what prediction and segmentation write
+OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.blocks/TASK        which blocks of that are done
 """
 
 from collections.abc import Sequence
@@ -55,6 +56,11 @@ def output_path(cfg: CfgNode, sample_path: Path | str) -> Path:
         raise UserError("TRAIN.CHECKPOINT is empty: set it to a file model_checkpoint_ITERATION that trainer.py wrote")
     run = Path(cfg.DATA.OUTFILE) / cfg.TRAIN.MODEL_TYPE / _dimensions(cfg) / run_name(checkpoint)
     return run / Path(checkpoint).name / f"{Path(sample_path).stem}.zarr"
+
+
+def block_markers(output: Path, task: str) -> Path:
+    """Folder beside an output zarr that records which blocks of a task are done: SAMPLE.blocks/TASK."""
+    return output.with_suffix(".blocks") / task
 
 
 def create_dir_organisation(base: Path | str, names: Sequence[str]) -> list[Path]:

@@ -162,6 +162,14 @@ def source_defaults(cfg) -> dict[str, Any]:
     }
 
 
+def chunk_shape(tile_shape, volume_shape, largest: int = 96) -> tuple[int, ...]:
+    """Chunks that tiles fill without sharing one: per axis the largest divisor of the tile up to `largest` voxels."""
+    return tuple(
+        min(size, max(n for n in range(1, min(tile, largest) + 1) if tile % n == 0))
+        for tile, size in zip(tile_shape, volume_shape, strict=True)
+    )
+
+
 @contextmanager
 def whole_zarr(path: Path | str) -> Iterator[Path]:
     """Give a temporary name beside a zarr's own; what is written there replaces the zarr when the body has ended."""
@@ -199,6 +207,23 @@ def list_arrays(path: Path | str) -> list[str]:
         elif folder.is_dir():
             folders.extend(child for child in folder.iterdir() if child.is_dir())
     return sorted(names)
+
+
+def is_stored(path: Path | str, dataset: str, voxels: Sequence[slice]) -> bool:
+    """Whether any chunk of a box of voxels was ever written; what never was is all fill value."""
+    folder = Path(path) / dataset
+    array = _open_zarr(Path(path), dataset, "r")
+    if (folder / ".zarray").is_file():
+        separator = json.loads((folder / ".zarray").read_text()).get("dimension_separator", ".")
+        prefix = ""
+    else:
+        encoding = json.loads((folder / "zarr.json").read_text())["chunk_key_encoding"]
+        separator = encoding.get("configuration", {}).get("separator", "/")
+        prefix = f"c{separator}" if encoding["name"] == "default" else ""
+    ranges = [range(v.start // c, -(-v.stop // c)) for v, c in zip(voxels, array.chunks, strict=True)]
+    return any(
+        (folder / f"{prefix}{separator.join(map(str, index))}").is_file() for index in itertools.product(*ranges)
+    )
 
 
 def blocks(array: Array, max_bytes: int = 2**28) -> list[tuple[slice, ...]]:

@@ -59,3 +59,10 @@ def run_script(main, *, description: str, example: str, default_config: str | No
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def add_merge_function(parser) -> None:
+    """The option -mf, as scripts have it that read what 03_agglomerate_blockwise.py wrote."""
+    parser.add_argument(
+        "-mf", "--merge_function", metavar="NAME", required=True, help="merge function that 03 was run with"
+    )

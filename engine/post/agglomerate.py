@@ -100,13 +100,13 @@ def agglomerate(affinities, fragments, thresholds, merge_function):
         discretize_queue=QUEUE_BINS,
     )
     for threshold in thresholds:
-        with _silence():
+        with silence():
             segmentation = next(segmentations)
         yield threshold, segmentation.copy()
 
 
 @contextmanager
-def _silence():
+def silence():
     """Keep what waterz and its C++ print at every step out of the terminal and its progress bar."""
     stdout = os.dup(1)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):

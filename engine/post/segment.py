@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config.errors import UserError
-from data_utils.layout import output_path, volumes_in
+from data_utils.layout import block_markers, output_path, volumes_in
 from data_utils.volumes import open_array, read, rename_array, room_on_disk, write_array
 from engine.post.agglomerate import agglomerate, default_merge_function, float_affinities, scoring_function
 from engine.post.fragments import extract_fragments
@@ -63,15 +63,10 @@ def segment_volume(path, cfg):
 
     with room_on_disk(path), tqdm(total=1 + len(names), unit="step") as bar:
         bar.set_description("fragments")
-        fragments = extract_fragments(
-            affinities,
-            fragments_in_xy=settings.FRAGMENTS_IN_XY,
-            background_mask=settings.BACKGROUND_MASK,
-            mask=mask,
-            filter_fragments=settings.FILTER_FRAGMENTS,
-            epsilon_agglomerate=settings.EPSILON_AGGLOMERATE,
-        )
-        write(FRAGMENTS, fragments)
+        fragments = extract_fragments(affinities, mask=mask, **fragment_settings(settings))
+        # Fragments that were made block by block stay: the region adjacency graph speaks of them.
+        if not block_markers(path, "fragments").is_dir():
+            write(FRAGMENTS, fragments)
         bar.update()
         bar.set_description(merge_function)
         for threshold, segmentation in agglomerate(affinities, fragments, list(names), merge_function):
@@ -79,6 +74,16 @@ def segment_volume(path, cfg):
             bar.set_description(f"{merge_function} {threshold:.2f}")
             bar.update()
     return [FRAGMENTS, *names.values()]
+
+
+def fragment_settings(settings):
+    """Arguments of `extract_fragments` from a section INS_SEGMENT."""
+    return {
+        "fragments_in_xy": settings.FRAGMENTS_IN_XY,
+        "background_mask": settings.BACKGROUND_MASK,
+        "filter_fragments": settings.FILTER_FRAGMENTS,
+        "epsilon_agglomerate": settings.EPSILON_AGGLOMERATE,
+    }
 
 
 def segment_names(thresholds):
