@@ -62,15 +62,20 @@ def main() -> None:
 
 
 def segment_and_score(config: Path, what: str, *overrides) -> tuple[str, float]:
-    """Predict, segment and evaluate the test volume; returns the best segmentation's dataset and VOI sum."""
-    for title, script in [
-        ("predict", "predicter.py"),
-        ("segment", "instance_segmenter.py"),
-        ("evaluate", "06_evaluate_volumes.py"),
-    ]:
-        step(f"{title} ({what} network)")
-        run(script, "-c", config, *overrides)
+    """Predict, segment block by block and evaluate; returns the best segmentation's dataset and VOI sum."""
     cfg = load_config(config, [str(value) for value in overrides])
+    merge_function = ["-mf", cfg.INS_SEGMENT.MERGE_FUNCTION]
+    steps = [
+        ("predict", "predicter.py", []),
+        ("fragments", "02_extract_fragments_blockwise.py", []),
+        ("agglomerate", "03_agglomerate_blockwise.py", []),
+        ("look-up tables", "04_find_segments_full.py", merge_function),
+    ]
+    for threshold in cfg.INS_SEGMENT.THRESHOLDS:
+        steps.append(("segmentation", "05_extract_segmentation_from_lut.py", [*merge_function, "-th", threshold]))
+    for title, script, options in [*steps, ("evaluate", "06_evaluate_volumes.py", [])]:
+        step(f"{title} ({what} network)")
+        run(script, "-c", config, *options, *overrides)
     report = json.loads(scores_path(output_path(cfg, volumes_in(cfg, "test")[0])).read_text())
     return report["best"], next(row["voi_sum"] for row in report["scores"] if row["dataset"] == report["best"])
 
@@ -84,7 +89,7 @@ def run(script: str, *arguments) -> None:
     """Run a script as a user would; its failure ends the demo with the same exit status."""
     command = [script, *map(str, arguments)]
     print("$ python", *command, flush=True)
-    status = subprocess.run([sys.executable, CHECKOUT / script, *command[1:]]).returncode
+    status = subprocess.run([sys.executable, CHECKOUT / script, *command[1:]], cwd=HOME).returncode
     if status:
         sys.exit(status)
 

@@ -10,8 +10,9 @@ from config.errors import UserError
 def resolve_device(cfg, busy_cores: int = 0) -> torch.device:
     """The torch device of TRAIN.DEVICE ("auto": the first GPU if there is one, else the CPU); sets the CPU threads.
 
-    TRAIN.THREADS 0 is one thread for each core but `busy_cores`, which other processes work on: a thread that shares
-    its core makes all others wait for it, and a training step can take ten times as long.
+    TRAIN.THREADS 0 is OMP_NUM_THREADS if that is set, else one thread for each core but `busy_cores`, which other
+    processes work on: a thread that shares its core makes all others wait for it, and a training step can take ten
+    times as long.
 
     Raises:
         UserError: it names a GPU that this machine does not have.
@@ -26,7 +27,9 @@ def resolve_device(cfg, busy_cores: int = 0) -> torch.device:
         raise UserError(
             f"TRAIN.DEVICE is {name!r} but this machine has {torch.cuda.device_count()} GPUs: set it to 'auto' or 'cpu'"
         )
-    torch.set_num_threads(cfg.TRAIN.THREADS or max(1, len(os.sched_getaffinity(0)) - busy_cores))
+    from_environment = int(os.environ.get("OMP_NUM_THREADS") or 0)
+    free_cores = max(1, len(os.sched_getaffinity(0)) - busy_cores)
+    torch.set_num_threads(cfg.TRAIN.THREADS or from_environment or free_cores)
     return device
 
 

@@ -6,8 +6,8 @@ import torch
 
 from config.errors import UserError
 from config.loader import load_config
-from data_utils.volumes import list_arrays, open_array, read, write_array
-from engine.predict.predict import chunk_shape, predict, stored
+from data_utils.volumes import chunk_shape, list_arrays, open_array, read, write_array
+from engine.predict.predict import predict, stored
 from engine.predict.tiles import TilePredictor, read_mirrored
 from models import build_model
 
@@ -117,7 +117,6 @@ def test_tiles_never_share_a_chunk():
 
 def test_an_interrupted_prediction_leaves_no_dataset_of_that_name(home, monkeypatch):
     cfg = config(home)
-    monkeypatch.setattr(TilePredictor, "tile_shape", (16, 16, 16), raising=False)
     calls = iter([None, None, KeyboardInterrupt])
     forward = TilePredictor.__call__
 

@@ -7,12 +7,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+from funlib.persistence import Array
 from tqdm import tqdm
 
 from data_utils.checks import check_raw
 from data_utils.layout import output_path, volumes_in
-from data_utils.volumes import create_array, open_array, rename_array, room_on_disk, source_defaults
-from engine.predict.tiles import TilePredictor
+from data_utils.volumes import chunk_shape, create_array, open_array, rename_array, room_on_disk, source_defaults
+from engine.predict.tiles import TilePredictor, tile_voxels
+from models import task_channels
 
 # Predictions compress to about this part of their size; less room than that is certainly too little.
 LEAST_COMPRESSED = 0.25
@@ -49,12 +51,33 @@ def predict_volume(cfg, predictor: TilePredictor, sample: Path, output: Path) ->
     ended half-way leaves nothing that looks like a prediction.
     """
     raw = open_array(sample, cfg.DATA.RAW, **source_defaults(cfg))
-    dtype = np.dtype(cfg.DATA.AFFS_DTYPE)
-    channels = predictor.channels | ({"affs_inverted": 1} if cfg.DATA.INVERT_PRED_AFFS else {})
-    needed = sum(channels.values()) * math.prod(raw.shape) * dtype.itemsize * LEAST_COMPRESSED
     tiles = list(predictor.tiles(raw.shape))
+    with room_on_disk(output):
+        arrays = create_predictions(cfg, output, raw)
+        began, done = time.monotonic(), 0
+        with tqdm(tiles, unit="tile") as bar:
+            for begin, shape in bar:
+                done += write_tile(cfg, arrays, predictor(raw, begin, shape), begin, raw.shape)
+                bar.set_postfix_str(f"{done / 1e6 / (time.monotonic() - began):.2f} Mvoxel/s")
+        return name_predictions(cfg, output)
+
+
+def prediction_channels(cfg) -> dict[str, int]:
+    """What is predicted -> number of channels: the network's tasks and, if configured, the inverted affinities."""
+    return task_channels(cfg) | ({"affs_inverted": 1} if cfg.DATA.INVERT_PRED_AFFS else {})
+
+
+def create_predictions(cfg, output: Path, raw: Array) -> dict[str, Array]:
+    """Empty datasets on raw's voxels, named `.partial` until `name_predictions`, in chunks that no two tiles share.
+
+    Raises:
+        UserError: the disk has certainly too little room.
+    """
+    dtype = np.dtype(cfg.DATA.AFFS_DTYPE)
+    channels = prediction_channels(cfg)
+    needed = sum(channels.values()) * math.prod(raw.shape) * dtype.itemsize * LEAST_COMPRESSED
     with room_on_disk(output, int(needed)):
-        arrays = {
+        return {
             task: create_array(
                 output,
                 f"{output_name(task)}.partial",
@@ -62,36 +85,33 @@ def predict_volume(cfg, predictor: TilePredictor, sample: Path, output: Path) ->
                 voxel_size=raw.voxel_size,
                 offset=raw.offset,
                 dtype=dtype,
-                chunk_shape=(count, *chunk_shape(tiles[0][1], raw.shape)),
+                chunk_shape=(count, *chunk_shape(tile_voxels(cfg, raw.shape), raw.shape)),
                 attributes={"offsets": [list(o) for o in cfg.TRAIN.NEIGHBORHOOD]} if task == "affs" else {},
             )
             for task, count in channels.items()
         }
-        began, done = time.monotonic(), 0
-        with tqdm(tiles, unit="tile") as bar:
-            for begin, shape in bar:
-                results = predictor(raw, begin, shape)
-                if cfg.DATA.INVERT_PRED_AFFS:
-                    results["affs_inverted"] = 1 - results["affs"].mean(axis=0, keepdims=True)
-                inside = tuple(slice(b, min(b + s, size)) for b, s, size in zip(begin, shape, raw.shape, strict=True))
-                for task, result in results.items():
-                    cropped = result[:, *(slice(s.stop - s.start) for s in inside)]
-                    arrays[task][:, *inside] = stored(cropped, dtype)
-                done += math.prod(s.stop - s.start for s in inside)
-                bar.set_postfix_str(f"{done / 1e6 / (time.monotonic() - began):.2f} Mvoxel/s")
-        for task in arrays:
-            rename_array(output, f"{output_name(task)}.partial", output_name(task))
-    return [output_name(task) for task in arrays]
+
+
+def write_tile(cfg, arrays: dict[str, Array], results: dict[str, np.ndarray], begin, volume_shape) -> int:
+    """Write what `TilePredictor` gave for a tile; returns how many of its voxels lie in the volume."""
+    if cfg.DATA.INVERT_PRED_AFFS:
+        results = results | {"affs_inverted": 1 - results["affs"].mean(axis=0, keepdims=True)}
+    shape = next(iter(results.values())).shape[1:]
+    inside = tuple(slice(b, min(b + s, size)) for b, s, size in zip(begin, shape, volume_shape, strict=True))
+    for task, result in results.items():
+        cropped = result[:, *(slice(s.stop - s.start) for s in inside)]
+        arrays[task][:, *inside] = stored(cropped, np.dtype(cfg.DATA.AFFS_DTYPE))
+    return math.prod(s.stop - s.start for s in inside)
+
+
+def name_predictions(cfg, output: Path) -> list[str]:
+    """Give complete datasets of `create_predictions` their names, which are returned."""
+    names = [output_name(task) for task in prediction_channels(cfg)]
+    for name in names:
+        rename_array(output, f"{name}.partial", name)
+    return names
 
 
 def stored(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Values in 0..1 as they are stored: uint8 as 0..255, rounded; floats as they are."""
     return np.rint(values * 255).astype(dtype) if dtype == np.uint8 else values.astype(dtype)
-
-
-def chunk_shape(tile_shape, volume_shape, largest: int = 96) -> tuple[int, ...]:
-    """Chunks that tiles fill without sharing one: per axis the largest divisor of the tile up to `largest` voxels."""
-    return tuple(
-        min(size, max(n for n in range(1, min(tile, largest) + 1) if tile % n == 0))
-        for tile, size in zip(tile_shape, volume_shape, strict=True)
-    )

@@ -28,7 +28,6 @@ class TilePredictor:
     Attributes:
         channels: task -> number of channels.
         factor: voxels per axis of which tile begins and shapes are multiples.
-        tile_shape: voxels of output per tile, OUTPUT_SHAPE + GROW_INPUT of the config.
 
     Raises:
         UserError: the device or the checkpoint cannot be used.
@@ -43,13 +42,9 @@ class TilePredictor:
         load_checkpoint(cfg.TRAIN.CHECKPOINT, model, cfg)
         self.model = self.precision.place(model.eval())
 
-        network = cfg.MODEL
-        self.factor = total_factor(network.DOWNSAMPLE_FACTORS)
-        self.context = tile_context(
-            network.DOWNSAMPLE_FACTORS, network.KERNEL_SIZE_DOWN, network.KERNEL_SIZE_UP, network.PAD_CONV
-        )
-        self.keeps_size = network.PAD_CONV == "same"
-        self.tile_shape = tuple(o + g for o, g in zip(network.OUTPUT_SHAPE, network.GROW_INPUT, strict=True))
+        self.factor = total_factor(cfg.MODEL.DOWNSAMPLE_FACTORS)
+        self.context = context_voxels(cfg)
+        self.keeps_size = cfg.MODEL.PAD_CONV == "same"
 
     @torch.inference_mode()
     def __call__(self, raw: Array, begin: Sequence[int], shape: Sequence[int]) -> dict[str, np.ndarray]:
@@ -77,12 +72,28 @@ class TilePredictor:
 
     def tiles(self, volume_shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
         """(begin, shape) in voxels of the tiles that cover a volume; those at its end may reach beyond it."""
-        shape = tuple(
-            min(tile, -(-size // f) * f)
-            for tile, size, f in zip(self.tile_shape, volume_shape, self.factor, strict=True)
-        )
+        shape = tile_voxels(self.cfg, volume_shape)
         for begin in product(*(range(0, size, s) for size, s in zip(volume_shape, shape, strict=True))):
             yield begin, shape
+
+
+def tile_voxels(cfg, volume_shape: Sequence[int]) -> tuple[int, ...]:
+    """Output voxels of a tile: OUTPUT_SHAPE + GROW_INPUT of the config, less where the volume is smaller."""
+    network = cfg.MODEL
+    sizes = zip(
+        network.OUTPUT_SHAPE,
+        network.GROW_INPUT,
+        volume_shape,
+        total_factor(network.DOWNSAMPLE_FACTORS),
+        strict=True,
+    )
+    return tuple(min(output + grow, -(-size // factor) * factor) for output, grow, size, factor in sizes)
+
+
+def context_voxels(cfg) -> tuple[int, ...]:
+    """Voxels of raw that a tile needs on every side of its output."""
+    network = cfg.MODEL
+    return tile_context(network.DOWNSAMPLE_FACTORS, network.KERNEL_SIZE_DOWN, network.KERNEL_SIZE_UP, network.PAD_CONV)
 
 
 def read_mirrored(array: Array, begin: Sequence[int], shape: Sequence[int]) -> np.ndarray:

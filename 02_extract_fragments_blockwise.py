@@ -1,0 +1,12 @@
+"""Affinities to fragments and graph nodes, block by block: python 02_extract_fragments_blockwise.py -c FILE"""
+
+from engine.cli import run_script
+from engine.post.large import extract_fragments_blockwise
+
+if __name__ == "__main__":
+    run_script(
+        extract_fragments_blockwise,
+        description="Watershed the predicted affinities of every test volume into fragments, block by block.",
+        example="python 02_extract_fragments_blockwise.py -c config/config_predict.py SYSTEM.NUM_WORKERS 8",
+        default_config="config/config_predict.py",
+    )

@@ -1,0 +1,12 @@
+"""Fragments to graph edges with merge scores, block by block: python 03_agglomerate_blockwise.py -c FILE"""
+
+from engine.cli import run_script
+from engine.post.large import agglomerate_blockwise
+
+if __name__ == "__main__":
+    run_script(
+        agglomerate_blockwise,
+        description="Score the edges between the fragments of every test volume, block by block.",
+        example="python 03_agglomerate_blockwise.py -c config/config_predict.py INS_SEGMENT.MERGE_FUNCTION mean",
+        default_config="config/config_predict.py",
+    )

@@ -1,0 +1,20 @@
+"""Graph to look-up tables: python 04_find_segments_full.py -c FILE -mf hist_quant_50 -th 0.7"""
+
+from engine.cli import add_merge_function, run_script
+from engine.post.large import find_segments
+
+
+def add_arguments(parser):
+    """The merge function, and one threshold instead of all."""
+    add_merge_function(parser)
+    parser.add_argument("-th", "--threshold", type=float, help="one threshold (default: all INS_SEGMENT.THRESHOLDS)")
+
+
+if __name__ == "__main__":
+    run_script(
+        lambda cfg, args: find_segments(cfg, args.merge_function, args.threshold),
+        description="Find the segments of every test volume: connected components of the edges up to a threshold.",
+        example="python 04_find_segments_full.py -c daisy_logs/sampleA_fragments/config_0.yaml -mf mean -th 0.7",
+        default_config="config/config_predict.py",
+        add_arguments=add_arguments,
+    )

@@ -1,0 +1,20 @@
+"""A look-up table to a segmentation: python 05_extract_segmentation_from_lut.py -c FILE -mf hist_quant_50 -th 0.7"""
+
+from engine.cli import add_merge_function, run_script
+from engine.post.large import extract_segmentation
+
+
+def add_arguments(parser):
+    """The merge function and the threshold of the look-up table."""
+    add_merge_function(parser)
+    parser.add_argument("-th", "--threshold", type=float, required=True, help="threshold, as given to 04")
+
+
+if __name__ == "__main__":
+    run_script(
+        lambda cfg, args: extract_segmentation(cfg, args.merge_function, args.threshold),
+        description="Write the segmentation of every test volume, block by block, from its look-up table.",
+        example="python 05_extract_segmentation_from_lut.py -c config/config_predict.py -mf hist_quant_50 -th 0.7",
+        default_config="config/config_predict.py",
+        add_arguments=add_arguments,
+    )

@@ -1,0 +1,356 @@
+"""Block by block, on workers, with anything killed: always the partition that one process finds in memory."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+from skimage.metrics import variation_of_information
+from skimage.segmentation import find_boundaries
+
+from config.errors import UserError
+from config.loader import CHECKOUT, load_config
+from data_utils.layout import data_folder, output_path
+from data_utils.phantom import make_phantom
+from data_utils.volumes import list_arrays, open_array, read, write_array
+from engine.post.large import (
+    agglomerate_blockwise,
+    extract_fragments_blockwise,
+    extract_segmentation,
+    find_segments,
+    lut_path,
+)
+from engine.post.luts import load_lut, save_lut
+from engine.post.segment import segment
+from engine.predict.blockwise import predict_blockwise
+from engine.predict.predict import predict
+from models import build_model
+from models.checkpoint import save_untrained
+from rag import open_store
+from tests import slurm
+from tests.mongodb import TEST_URI, mongodb, own_server
+
+SHAPE, OFFSET = (48, 56, 60), (80, 0, 160)
+MERGE_FUNCTION, THRESHOLD = "hist_quant_75", 0.5
+FINAL = "volumes/final_segmentation_hist_quant_75_050"
+SETTINGS = {
+    "SYSTEM.NUM_WORKERS": 2,
+    "TRAIN.DEVICE": "cpu",
+    "TRAIN.THREADS": 1,
+    "MODEL_ISO.NUM_FMAPS": 2,
+    "MODEL_ISO.NUM_FMAPS_OUT": 2,
+    "MODEL_ISO.FMAP_INC_FACTOR": 2,
+    "MODEL_ISO.DOWNSAMPLE_FACTORS": [[2, 2, 2]],
+    "MODEL_ISO.KERNEL_SIZE_DOWN": None,
+    "MODEL_ISO.KERNEL_SIZE_UP": None,
+    "MODEL_ISO.INPUT_SHAPE": (36, 36, 36),
+    "MODEL_ISO.GROW_INPUT": (0, 0, 0),
+    "INS_SEGMENT.BLOCK_SIZE": (12, 16, 16),
+    "INS_SEGMENT.CONTEXT": (8, 8, 8),
+    "INS_SEGMENT.EPSILON_AGGLOMERATE": 0.0,
+    "INS_SEGMENT.MERGE_FUNCTION": MERGE_FUNCTION,
+    "INS_SEGMENT.THRESHOLDS": [THRESHOLD],
+}
+
+
+@pytest.fixture(scope="module")
+def labels():
+    """Neurites, and their affinities with blur and noise (uint8)."""
+    _, neurites, _ = make_phantom(SHAPE, seed=0, voxel_size=(8, 8, 8))
+    inside = np.where(find_boundaries(neurites, mode="thick"), 0, neurites)
+    affinities = np.ones((3, *SHAPE))
+    for axis in range(3):
+        here, before = np.moveaxis(inside, axis, 0)[1:], np.moveaxis(inside, axis, 0)[:-1]
+        np.moveaxis(affinities[axis], axis, 0)[1:] = (here == before) & (here > 0)
+    noise = np.random.default_rng(0).normal(0, 0.1, affinities.shape)
+    blurred = np.stack([gaussian_filter(channel, 0.7) for channel in affinities]) + noise
+    return neurites, np.rint(255 * blurred.clip(0, 1)).astype(np.uint8)
+
+
+@pytest.fixture
+def home(tmp_path, labels, monkeypatch):
+    """A home with affinities to segment; the current directory, since logs go there."""
+    monkeypatch.chdir(tmp_path)
+    cfg = config(tmp_path)
+    sample = data_folder(cfg, "test") / "sample_A.zarr"
+    place = {"voxel_size": (8, 8, 8), "offset": OFFSET}
+    write_array(sample, "volumes/raw", labels[1][0], **place)
+    write_array(output_path(cfg, sample), "volumes/pred_affs", labels[1], **place)
+    return tmp_path
+
+
+def pairs(home, **overrides):
+    paths = {"DATA.HOME": home, "TRAIN.CHECKPOINT": Path(home) / "run" / "model_checkpoint_1"}
+    settings = SETTINGS | paths | {key.replace("__", "."): value for key, value in overrides.items()}
+    return [str(part) for item in settings.items() for part in item]
+
+
+def config(home, **overrides):
+    return load_config(overrides=pairs(home, **overrides))
+
+
+def output(home):
+    return output_path(config(home), "sample_A.zarr")
+
+
+def whole_way(cfg):
+    """02 to 05; the final segmentation."""
+    extract_fragments_blockwise(cfg)
+    agglomerate_blockwise(cfg)
+    find_segments(cfg, MERGE_FUNCTION, THRESHOLD)
+    extract_segmentation(cfg, MERGE_FUNCTION, THRESHOLD)
+    return read(open_array(output(cfg.DATA.HOME), FINAL))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, labels):
+    """Fragments, segmentation and edges of a run with one worker that nothing disturbed."""
+    home = tmp_path_factory.mktemp("undisturbed")
+    before = Path.cwd()
+    os.chdir(home)
+    try:
+        cfg = config(home, SYSTEM__NUM_WORKERS=1)
+        sample = data_folder(cfg, "test") / "sample_A.zarr"
+        place = {"voxel_size": (8, 8, 8), "offset": OFFSET}
+        write_array(sample, "volumes/raw", labels[1][0], **place)
+        write_array(output(home), "volumes/pred_affs", labels[1], **place)
+        return whole_way(cfg), read(open_array(output(home), "volumes/fragments")), edges_in(cfg)
+    finally:
+        os.chdir(before)
+
+
+def edges_in(cfg):
+    """All edges, sorted; fails if one is there twice."""
+    u, v, scores = (
+        np.concatenate(c) for c in zip(*open_store(cfg, output(cfg.DATA.HOME)).edges(MERGE_FUNCTION), strict=True)
+    )
+    order = np.lexsort((v, u))
+    u, v, scores = u[order], v[order], scores[order]
+    assert ((np.diff(u) > 0) | (np.diff(v) != 0)).all()
+    return u, v, scores
+
+
+def assert_as_undisturbed(cfg, segmentation, undisturbed):
+    expected, fragments, edges = undisturbed
+    np.testing.assert_array_equal(segmentation, expected)
+    np.testing.assert_array_equal(read(open_array(output(cfg.DATA.HOME), "volumes/fragments")), fragments)
+    for ours, theirs in zip(edges_in(cfg), edges, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_blocks_give_what_one_process_gives(home, undisturbed, labels):
+    cfg = config(home)
+    segment(cfg)
+    in_memory = read(open_array(output(home), "volumes/segmentation_050"))
+    assert 5 < len(np.unique(in_memory))
+    assert sum(variation_of_information(in_memory, undisturbed[0])) < 0.05
+    assert sum(variation_of_information(labels[0], undisturbed[0])) < 0.5
+
+
+def test_two_workers_and_a_second_run_give_the_same(home, undisturbed, capsys):
+    cfg = config(home)
+    assert_as_undisturbed(cfg, whole_way(cfg), undisturbed)
+    array = open_array(output(home), FINAL)
+    assert (tuple(array.offset), array.attrs["threshold"]) == (OFFSET, THRESHOLD)
+    capsys.readouterr()
+    whole_way(cfg)
+    assert capsys.readouterr().out.count("nothing to do") == 3
+
+
+def test_mongodb_gives_the_same(home, undisturbed, tmp_path):
+    with mongodb(tmp_path / "mongodb") as uri:
+        cfg = config(home, DATA__DB_HOST=uri)
+        assert_as_undisturbed(cfg, whole_way(cfg), undisturbed)
+
+
+def test_mongodb_may_go_away_for_some_seconds_in_the_middle_of_03(home, undisturbed, tmp_path):
+    if TEST_URI:
+        pytest.skip("LSD_TEST_MONGODB_URI names a server that is not ours to stop")
+    with own_server(tmp_path / "mongodb") as server:
+        cfg = config(home, DATA__DB_HOST=server.uri)
+        extract_fragments_blockwise(cfg)
+        command = [
+            sys.executable,
+            str(CHECKOUT / "03_agglomerate_blockwise.py"),
+            *pairs(home, DATA__DB_HOST=server.uri),
+        ]
+        master = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        log = Path(home) / "daisy_logs" / f"sampleA_agglomerate_{MERGE_FUNCTION}" / "worker_0.log"
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (log.is_file() and "block " in log.read_text()):
+            time.sleep(0.05)
+        server.stop()
+        time.sleep(3)
+        server.start()
+        printed, _ = master.communicate(timeout=150)
+        assert master.returncode == 0, printed
+        find_segments(cfg, MERGE_FUNCTION, THRESHOLD)
+        extract_segmentation(cfg, MERGE_FUNCTION, THRESHOLD)
+        assert_as_undisturbed(cfg, read(open_array(output(home), FINAL)), undisturbed)
+
+
+@pytest.mark.slurm
+def test_slurm_jobs_give_the_same(home, undisturbed, tmp_path, monkeypatch):
+    if slurm.missing():
+        pytest.skip(f"Slurm cannot be started: {slurm.missing()}")
+    with slurm.one_machine_slurm(tmp_path / "slurm") as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        jobs = {"CLUSTER__TYPE": "slurm", "CLUSTER__CPUS_PER_WORKER": 1, "CLUSTER__GPUS_PER_WORKER": 0}
+        cfg = config(home, **jobs)
+        assert_as_undisturbed(cfg, whole_way(cfg), undisturbed)
+
+        torch.manual_seed(0)
+        save_untrained(cfg.TRAIN.CHECKPOINT, build_model(cfg), cfg)
+        predict_blockwise(config(home, **jobs, DATA__DROP_DS_MONGOTABLE=True))
+        by_jobs = read(open_array(output(home), "volumes/pred_affs"))
+        predict(cfg)
+        np.testing.assert_array_equal(read(open_array(output(home), "volumes/pred_affs")), by_jobs)
+        assert not slurm.job_ids(environment)
+
+
+def test_kill_9_of_workers_and_master_changes_nothing(home, undisturbed):
+    chance = random.Random(0)
+    cfg = config(home)
+    torch.manual_seed(0)
+    save_untrained(cfg.TRAIN.CHECKPOINT, build_model(cfg), cfg)
+    affinities = read(open_array(output(home), "volumes/pred_affs"))
+    for script, options in [
+        ("super_predicter_daisy.py", ["DATA.DROP_DS_MONGOTABLE", "False"]),
+        ("02_extract_fragments_blockwise.py", []),
+        ("03_agglomerate_blockwise.py", []),
+        ("04_find_segments_full.py", ["-mf", MERGE_FUNCTION]),
+        ("05_extract_segmentation_from_lut.py", ["-mf", MERGE_FUNCTION, "-th", str(THRESHOLD)]),
+    ]:
+        command = [sys.executable, str(CHECKOUT / script), *options, *pairs(home)]
+        master = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 7
+        while master.poll() is None and time.monotonic() < deadline:
+            time.sleep(1)
+            workers = (
+                [p for p in psutil.Process(master.pid).children(recursive=True) if "engine.worker" in p.cmdline()]
+                if psutil.pid_exists(master.pid) and master.poll() is None
+                else []
+            )
+            if workers:
+                chance.choice(workers).kill()
+        master.kill()
+        master.wait()
+        assert subprocess.run(command, capture_output=True).returncode == 0
+        if script == "super_predicter_daisy.py":
+            predicted = read(open_array(output(home), "volumes/pred_affs"))
+            predict(cfg)
+            np.testing.assert_array_equal(read(open_array(output(home), "volumes/pred_affs")), predicted)
+            write_array(output(home), "volumes/pred_affs", affinities, voxel_size=(8, 8, 8), offset=OFFSET)
+    assert_as_undisturbed(config(home), read(open_array(output(home), FINAL)), undisturbed)
+
+
+def test_a_disk_that_fills_up_during_02_leaves_nothing_wrong(home, undisturbed, small_disk):
+    disk = small_disk(3000)
+    shutil.copytree(Path(home) / "lsd_outputs", disk / "lsd_outputs")
+    cfg = config(home, DATA__OUTFILE=disk / "lsd_outputs")
+    filler = disk / "filler"
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1024))
+    filler.write_bytes(bytes(filler.stat().st_size - 250 * 1024))
+    with pytest.raises(UserError, match=r"No space left on device|no room"):
+        extract_fragments_blockwise(cfg)
+    filler.unlink()
+    extract_fragments_blockwise(cfg)
+    fragments = open_array(output_path(cfg, "sample_A.zarr"), "volumes/fragments")
+    np.testing.assert_array_equal(read(fragments), undisturbed[1])
+
+
+def test_scripts_out_of_order_say_what_comes_first(home):
+    cfg = config(home)
+    with pytest.raises(UserError, match=r"run 02_extract_fragments_blockwise.py"):
+        agglomerate_blockwise(cfg)
+    extract_fragments_blockwise(cfg)
+    with pytest.raises(UserError, match=r"no edges of 'mean', only of none: run 03_agglomerate"):
+        find_segments(cfg, "mean", None)
+    agglomerate_blockwise(cfg)
+    with pytest.raises(UserError, match=r"no edges of 'mean', only of hist_quant_75"):
+        find_segments(cfg, "mean", None)
+    with pytest.raises(UserError, match=r"run 04_find_segments_full.py first"):
+        extract_segmentation(cfg, MERGE_FUNCTION, THRESHOLD)
+
+    changed = {"INS_SEGMENT__FILTER_FRAGMENTS": 0.1}
+    with pytest.raises(UserError, match=r"FILTER_FRAGMENTS .*64 finished blocks.*DATA.DROP_DS_MONGOTABLE True"):
+        extract_fragments_blockwise(config(home, **changed))
+    extract_fragments_blockwise(config(home, **changed, DATA__DROP_DS_MONGOTABLE=True))
+
+    find_segments_of_others = lut_path(output(home), MERGE_FUNCTION, THRESHOLD)
+    find_segments_of_others.parent.mkdir()
+    save_lut(find_segments_of_others, np.array([[1, 2], [1, 1]], np.uint64))
+    assert load_lut(find_segments_of_others).shape == (2, 2)
+    with pytest.raises(UserError, match=r"made from other fragments"):
+        extract_segmentation(config(home, **changed), MERGE_FUNCTION, THRESHOLD)
+
+    shutil.rmtree(output(home) / "volumes/fragments")
+    with pytest.raises(UserError, match=r"no volumes/fragments in .*: run 02"):
+        extract_segmentation(config(home, **changed), MERGE_FUNCTION, THRESHOLD)
+
+
+def test_bad_input_is_refused(home):
+    with pytest.raises(UserError, match=r"CONTEXT \(8, 20, 8\) is larger than BLOCK_SIZE .* along y"):
+        extract_fragments_blockwise(config(home, INS_SEGMENT__CONTEXT=(8, 20, 8)))
+    with pytest.raises(UserError, match=r"BLOCK_SIZE"):
+        config(home, INS_SEGMENT__BLOCK_SIZE=(12.5, 16, 16))
+    affinities = np.full((3, *SHAPE), 0.5, np.float32)
+    affinities[1, 30, 30, 30] = np.nan
+    write_array(output(home), "volumes/pred_affs", affinities, voxel_size=(8, 8, 8), offset=OFFSET)
+    with pytest.raises(UserError, match=r"0\.\.1, without NaN"):
+        extract_fragments_blockwise(config(home))
+
+
+def test_blockwise_prediction_is_the_prediction_and_skips_what_is_empty(home, tmp_path, labels):
+    cfg = config(home)
+    torch.manual_seed(0)
+    save_untrained(cfg.TRAIN.CHECKPOINT, build_model(cfg), cfg)
+    predict(cfg)
+    names = ("volumes/pred_affs", "volumes/pred_lsds")
+    expected = [read(open_array(output(home), name)) for name in names]
+    shutil.rmtree(output(home))
+    predict_blockwise(cfg)
+    for name, values in zip(names, expected, strict=True):
+        np.testing.assert_array_equal(read(open_array(output(home), name)), values)
+    assert not [name for name in list_arrays(output(home)) if name.endswith(".partial")]
+
+    mask = np.ones(SHAPE, np.uint8)
+    mask[:, :, 40:] = 0
+    write_array(tmp_path / "mask.zarr", "mask", mask, voxel_size=(8, 8, 8), offset=OFFSET)
+    masked = config(
+        home,
+        DATA__DROP_DS_MONGOTABLE=True,
+        INS_SEGMENT__MASK_FILE=tmp_path / "mask.zarr",
+        INS_SEGMENT__MASK_DATASET="mask",
+    )
+    predict_blockwise(masked, skip_empty=True)
+    affinities = read(open_array(output(home), names[0]))
+    np.testing.assert_array_equal(affinities[..., :40], expected[0][..., :40])
+    assert not affinities[..., 40:].any()
+
+
+def test_sigterm_ends_everything_and_what_is_done_stays_done(home):
+    command = [sys.executable, str(CHECKOUT / "02_extract_fragments_blockwise.py"), *pairs(home)]
+    master = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list(Path(home).glob("daisy_logs/*/worker_0.log")):
+        time.sleep(0.1)
+    children = psutil.Process(master.pid).children(recursive=True)
+    master.send_signal(signal.SIGTERM)
+    printed, _ = master.communicate(timeout=60)
+    assert master.returncode == 143, printed
+    _, alive = psutil.wait_procs(children, timeout=15)
+    assert not alive
