@@ -168,7 +168,7 @@ def blocks_left(task: BlockTask) -> int:
 def _allocate(markers: Path) -> None:
     """Give all of daisy's marker files their room on disk.
 
-    daisy maps them into memory: if the disk is full when a page of one is first written, that ends the master by SIGBUS.
+    daisy maps them into memory: a full disk, when a page of one is first written, would end the master by SIGBUS.
     """
     for header in (markers / "blocks").glob("*/zarr.json"):
         array = json.loads(header.read_text(encoding="utf-8"))
