@@ -54,7 +54,7 @@ def work(config: Path, task: Path) -> None:
                 return
             began = time.monotonic()
             process(block)
-            print(f"block {block.block_id[1]}: {time.monotonic() - began:.2f} s", flush=True)
+            print(f"block {block.block_id[1]}: {time.monotonic() - began:.3f} s", flush=True)
 
 
 if __name__ == "__main__":
