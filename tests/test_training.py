@@ -375,11 +375,17 @@ def test_volumes_that_cannot_be_trained_on_are_refused_before_anything_is_writte
         ({"TRAIN__MIXED_PRECISION": "fp16"}, "MIXED_PRECISION"),
     ],
 )
-def test_bad_settings_end_in_one_line_and_status_2(home, overrides, message):
+def test_bad_settings_are_refused_before_anything_is_written(home, overrides, message):
     before = sorted(home.rglob("*"))
-    run = run_trainer(home, **overrides)
+    with pytest.raises(UserError, match=message):
+        train(config(home, **overrides))
+    assert sorted(home.rglob("*")) == before
+
+
+def test_a_refusal_is_one_line_and_status_2(home):
+    run = run_trainer(home, MODEL_ISO__INPUT_SHAPE=(60, 60, 60))
     output, _ = run.communicate(timeout=120)
     assert run.returncode == 2, output
-    assert message in output.splitlines()[-1]
+    assert output.startswith("error: ")
+    assert "smaller than the network's input (60, 60, 60)" in output
     assert output.count("\n") == 1
-    assert sorted(home.rglob("*")) == before
