@@ -287,17 +287,16 @@ def run_trainer(home, **overrides):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_training_with_a_checkpoint_and_no_process_left(home, number, status):
-    run = run_trainer(home, TRAIN__EPOCHS=10**6, TRAIN__SAVE_EVERY=10**6, SYSTEM__NUM_WORKERS=1)
-    snapshots = home / "lsd_logs"
+    run = run_trainer(home, TRAIN__EPOCHS=10**6, TRAIN__SAVE_EVERY=2, SYSTEM__NUM_WORKERS=1)
+    folder = home / "lsd_checkpoints/MTLSD_3D/HEMI/run"
     deadline = time.monotonic() + 120
-    while not snapshots.exists() and run.poll() is None and time.monotonic() < deadline:
+    while latest_checkpoint(folder) is None and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
-    time.sleep(3)
     # As the terminal does it: to the whole process group.
     os.killpg(run.pid, number) if number == signal.SIGINT else run.terminate()
     output, _ = run.communicate(timeout=120)
     assert run.returncode == status, output
-    checkpoint = latest_checkpoint(home / "lsd_checkpoints/MTLSD_3D/HEMI/run")
+    checkpoint = latest_checkpoint(folder)
     iteration = int(checkpoint.name.rpartition("_")[2])
     assert 0 < iteration < 10**6
     assert f"stopped at iteration {iteration}" in output
