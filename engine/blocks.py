@@ -27,6 +27,7 @@ from yacs.config import CfgNode
 from config.errors import UserError
 from config.loader import dump_config
 from data_utils.volumes import room_on_disk
+from engine.signals import handled
 from engine.slurm import check_installed
 from engine.supervisor import finished_blocks, keep_workers
 
@@ -261,12 +262,8 @@ def _heeding_all_signals():
         received.append(number)
         signal.raise_signal(signal.SIGINT)  # the one that daisy listens for
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
+    with handled(interrupt, signal.SIGTERM, signal.SIGHUP):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Progress:

@@ -7,7 +7,6 @@ from one request to the next.
 from __future__ import annotations
 
 import multiprocessing
-import signal
 
 import fastremap
 import gunpowder as gp
@@ -30,9 +29,6 @@ class SeedBatches(gp.BatchFilter):
         self.next_batch = multiprocessing.Value("q", first_batch)
 
     def provide(self, request):
-        if multiprocessing.parent_process() is not None:
-            # Ctrl-C reaches the whole process group; the main process decides when workers end.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
         with self.next_batch.get_lock():
             number = self.next_batch.value
             self.next_batch.value += 1

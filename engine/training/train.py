@@ -7,6 +7,7 @@ the learning rate of that iteration, so that stopping and resuming is the same a
 from __future__ import annotations
 
 import math
+import os
 import random
 import signal
 import sys
@@ -26,6 +27,7 @@ from data_utils.create_labels_mask import create_labels_mask
 from data_utils.layout import volumes_in
 from data_utils.volumes import room_on_disk, source_defaults
 from engine.device import Precision, resolve_device
+from engine.signals import handled
 from engine.training.pipeline import TrainingBatch, training_batches
 from engine.training.snapshot import sample_images, write_snapshot
 from models import build_model
@@ -150,10 +152,10 @@ class TrainingStep:
 def _loop(cfg, step: TrainingStep, batches, start: int, folder: Path, log: SummaryWriter) -> tuple[int, int | None]:
     """Train until TRAIN.EPOCHS or a signal; returns the last iteration, which is saved, and the signal's number."""
     print("waiting for the first batch ...", flush=True)
-    batch = next(batches)
     iteration, pace = start, Pace()
-    # Workers were forked with the first batch: only this process takes the signals that end the run.
-    with stop_on_signal() as stopped, tqdm(total=cfg.TRAIN.EPOCHS, initial=start, unit="it") as bar:
+    with stop_on_signal() as stopped:
+        batch = next(batches)
+        bar = tqdm(total=cfg.TRAIN.EPOCHS, initial=start, unit="it")
         while True:
             losses, predictions = step(batch, iteration)
             iteration += 1
@@ -232,22 +234,24 @@ def _save(cfg, step: TrainingStep, iteration: int, folder: Path) -> None:
 def stop_on_signal():
     """Give a list that gets the number of the first SIGINT or SIGTERM, so that the step in progress ends and is saved.
 
-    A second one ends the process at once.
+    A second one ends the process at once. Processes that are forked meanwhile end by SIGTERM only: Ctrl-C reaches them,
+    too, and this process decides when they end.
     """
     received: list[int] = []
+    this_process = os.getpid()
 
     def receive(number, _frame):
+        if os.getpid() != this_process:
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
         if received:
             raise KeyboardInterrupt
         received.append(number)
         tqdm.write(f"{signal.Signals(number).name}: saving a checkpoint after this iteration")
 
-    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled(receive, signal.SIGINT, signal.SIGTERM):
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _start_wandb(cfg) -> None:
