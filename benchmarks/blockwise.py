@@ -1,11 +1,16 @@
-"""What segmentation block by block costs per voxel, for volumes of 1, 4 and 16 units: flat, if it scales.
+"""What every step of the blockwise way costs per voxel, for volumes of 1, 4 and 16 units: flat, if it scales.
 
     python benchmarks/blockwise.py --units 1 4 16
 
-One worker, Parquet graph, affinities of a tiled synthetic volume; a unit is 8 blocks of 64^3 voxels. Seconds are the
-worker's own, without starting it and without its first block, which loads compiled code, per voxel that is read: in a
-small volume more blocks lie at its faces, where there is less context to read. Ratios are to the smallest volume of the
-same run.
+A unit is 6 layers of 2 x 2 blocks of 48^3 voxels, and volumes grow along z. Blocks at a volume's faces have less
+context to read, and fewer fragments in it: they cost less, and a small volume has more of them. Six layers, and a
+context that is as small a part of the block as it is by default, leave little of that, so costs are simply per voxel.
+
+Seconds are CPU seconds of the one worker, without starting it and without its first block, which loads compiled code.
+Bytes are its peak memory per voxel of a block, since it holds one block at a time. Look-up tables (nine thresholds) are
+made by the master from the whole graph: there, its CPU seconds and the peak of Python's and NumPy's memory are per
+voxel of the volume. Sizes are taken in the order 1, 4, 16, 4, 1, and the two runs of a size averaged, so that a machine
+that gets slower or faster cancels out. Ratios are to the smallest volume.
 """
 
 import argparse
@@ -13,102 +18,124 @@ import os
 import re
 import sys
 import tempfile
+import time
+import tracemalloc
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
 from scipy.ndimage import gaussian_filter
 from skimage.segmentation import find_boundaries
 
 from config.loader import load_config
 from data_utils.layout import data_folder, output_path
 from data_utils.phantom import make_phantom
-from data_utils.volumes import write_array
+from data_utils.volumes import open_array, write_array
 from engine.blocks import run_blocks
 from engine.post import large
+from engine.predict import blockwise as predict
+from models import build_model
+from models.checkpoint import save_untrained
 
-BLOCK, CONTEXT = 64, 16
-MERGE_FUNCTION = "hist_quant_75"
-COLUMNS = "{:<12}{:>8}{:>12}{:>16}{:>10}{:>18}"
+BLOCK, LAYERS = 48, 6
+UNIT_BLOCKS = LAYERS * 2 * 2
+MERGE_FUNCTION, THRESHOLD = "hist_quant_75", 0.5
+SETTINGS = {
+    "SYSTEM.NUM_WORKERS": 1,
+    "TRAIN.DEVICE": "cpu",
+    "TRAIN.THREADS": 1,
+    "TRAIN.MIXED_PRECISION": "auto",
+    "MODEL_ISO.NUM_FMAPS": 4,
+    "MODEL_ISO.NUM_FMAPS_OUT": 4,
+    "MODEL_ISO.FMAP_INC_FACTOR": 2,
+    "MODEL_ISO.DOWNSAMPLE_FACTORS": [[2, 2, 2]],
+    "MODEL_ISO.KERNEL_SIZE_DOWN": None,
+    "MODEL_ISO.KERNEL_SIZE_UP": None,
+    "MODEL_ISO.INPUT_SHAPE": (64, 64, 64),  # 48 out
+    "MODEL_ISO.GROW_INPUT": (0, 0, 0),
+    "INS_SEGMENT.BLOCK_SIZE": (BLOCK,) * 3,
+    "INS_SEGMENT.CONTEXT": (4, 4, 4),
+    "INS_SEGMENT.EPSILON_AGGLOMERATE": 0.0,
+    "INS_SEGMENT.MERGE_FUNCTION": MERGE_FUNCTION,
+}
+COLUMNS = "{:<16}{:>6}{:>8}{:>16}{:>8}{:>18}{:>8}"
 
 
-def unit_affinities() -> np.ndarray:
-    """Affinities, uint8 (3, 128, 128, 128), of a noisy phantom."""
-    _, labels, _ = make_phantom((2 * BLOCK,) * 3, seed=0)
+def two_layers() -> tuple[np.ndarray, np.ndarray]:
+    """Raw (z, y, x) and affinities (3, z, y, x) of two layers of blocks, uint8: a noisy phantom."""
+    raw, labels, _ = make_phantom((2 * BLOCK,) * 3, seed=0)
     inside = np.where(find_boundaries(labels, mode="thick"), 0, labels)
     affinities = np.ones((3, *labels.shape), np.float32)
     for axis in range(3):
         here, before = np.moveaxis(inside, axis, 0)[1:], np.moveaxis(inside, axis, 0)[:-1]
         np.moveaxis(affinities[axis], axis, 0)[1:] = (here == before) & (here > 0)
     noise = np.random.default_rng(0).normal(0, 0.1, affinities.shape)
-    return np.rint(255 * (np.stack([gaussian_filter(a, 0.7) for a in affinities]) + noise).clip(0, 1)).astype(np.uint8)
+    blurred = np.stack([gaussian_filter(channel, 0.7) for channel in affinities])
+    return raw, np.rint(255 * (blurred + noise).clip(0, 1)).astype(np.uint8)
 
 
-def voxels_read(shape, context) -> float:
-    """Voxels that a block reads, in the mean over all blocks of a volume."""
-    widths = [
-        np.mean([min(begin + BLOCK + context, size) - max(begin - context, 0) for begin in range(0, size, BLOCK)])
-        for size in shape
-    ]
-    return float(np.prod(widths))
-
-
-def main():
-    """Segment volumes of several sizes and print a line per step and size."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--units", type=int, nargs="+", default=[1, 4, 16], help="sizes of the volumes, in units")
-    args = parser.parse_args()
-
+def measure(units, raw, affinities):
+    """Take a volume of that many units through all steps: {step: (seconds, bytes)}, both per voxel."""
+    voxels = units * UNIT_BLOCKS * BLOCK**3
     measured = {}
 
     def recorded(cfg, task):
         summary = run_blocks(cfg, task)
-        log = (task.folder / "worker_0.log").read_text()
-        seconds = [float(found) for found in re.findall(r"^block \d+: ([\d.]+) s", log, re.MULTILINE)]
-        measured[task.name] = np.mean(seconds[1:]), summary.peak_memory, summary.blocks
+        log = (task.folder / "worker_0.log").read_text(encoding="utf-8")
+        seconds = [float(found) for found in re.findall(r"^block .* ([\d.]+) s CPU$", log, re.MULTILINE)]
+        step = task.name.partition("_")[0]
+        measured[step] = np.mean(seconds[1:]) / BLOCK**3, summary.peak_memory / BLOCK**3
         return summary
 
-    large.run_blocks = recorded
-    affinities, rows, first = unit_affinities(), [], {}
-    for units in args.units:
-        with tempfile.TemporaryDirectory() as home:
-            os.chdir(home)
-            settings = {
-                "DATA.HOME": home,
-                "TRAIN.CHECKPOINT": f"{home}/run/model_checkpoint_1",
-                "SYSTEM.NUM_WORKERS": 1,
-                "INS_SEGMENT.BLOCK_SIZE": (BLOCK,) * 3,
-                "INS_SEGMENT.CONTEXT": (CONTEXT,) * 3,
-                "INS_SEGMENT.EPSILON_AGGLOMERATE": 0.0,
-                "INS_SEGMENT.MERGE_FUNCTION": MERGE_FUNCTION,
-            }
-            cfg = load_config(overrides=[str(part) for item in settings.items() for part in item])
-            sample = data_folder(cfg, "test") / "volume.zarr"
-            place = {"voxel_size": (8, 8, 8), "offset": (0, 0, 0)}
-            tiled = np.tile(affinities, (1, units, 1, 1))
-            write_array(sample, "volumes/raw", tiled[0], **place)
-            write_array(output_path(cfg, sample), "volumes/pred_affs", tiled, **place)
-            large.extract_fragments_blockwise(cfg)
-            large.agglomerate_blockwise(cfg)
-            large.find_segments(cfg, MERGE_FUNCTION, 0.5)
-            large.extract_segmentation(cfg, MERGE_FUNCTION, 0.5)
-            for name, (seconds, memory, blocks) in measured.items():
-                seconds /= voxels_read(tiled.shape[1:], 0 if name.startswith("segmentation") else CONTEXT) / 1e6
-                first.setdefault(name, (seconds, memory))
-                rows.append((name.split("_")[0], units, blocks, seconds, memory, first[name]))
-    print(COLUMNS.format("step", "units", "blocks", "s per Mvoxel", "ratio", "peak memory ratio"))
-    for name, units, blocks, seconds, memory, (seconds_1, memory_1) in rows:
-        print(
-            COLUMNS.format(
-                name,
-                units,
-                blocks,
-                f"{seconds:.3f}",
-                f"{seconds / seconds_1:.2f}",
-                f"{memory / memory_1:.2f}",
-            )
-        )
+    large.run_blocks = predict.run_blocks = recorded
+    with tempfile.TemporaryDirectory() as home:
+        os.chdir(home)
+        paths = {"DATA.HOME": home, "TRAIN.CHECKPOINT": f"{home}/run/model_checkpoint_1"}
+        cfg = load_config(overrides=[str(part) for item in (SETTINGS | paths).items() for part in item])
+        torch.manual_seed(0)
+        save_untrained(cfg.TRAIN.CHECKPOINT, build_model(cfg), cfg)
+        sample = data_folder(cfg, "test") / "volume.zarr"
+        repeats = units * LAYERS // 2
+        write_array(sample, "volumes/raw", np.tile(raw, (repeats, 1, 1)), voxel_size=(8, 8, 8), offset=(0, 0, 0))
+
+        predict.predict_blockwise(cfg)
+        predicted = open_array(output_path(cfg, sample), "volumes/pred_affs", "r+")
+        for begin in range(0, predicted.shape[1], len(raw)):  # random weights predict no neurites
+            predicted[:, begin : begin + len(raw)] = affinities
+        large.extract_fragments_blockwise(cfg)
+        large.agglomerate_blockwise(cfg)
+        large.find_segments(cfg, MERGE_FUNCTION, None)  # loads compiled code
+        began = time.process_time()
+        large.find_segments(cfg, MERGE_FUNCTION, None)
+        seconds = time.process_time() - began
+        tracemalloc.start()  # slows down, so not in the call that is timed
+        large.find_segments(cfg, MERGE_FUNCTION, None)
+        _, memory = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        measured["look-up tables"] = seconds / voxels, memory / voxels
+        large.extract_segmentation(cfg, MERGE_FUNCTION, THRESHOLD)
+    return measured
+
+
+def main():
+    """Take volumes of several sizes through all steps and print a line per step and size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--units", type=int, nargs="+", default=[1, 4, 16], help="sizes of the volumes, in units, ascending"
+    )
+    args = parser.parse_args()
+
+    raw, affinities = two_layers()
+    runs = [(units, measure(units, raw, affinities)) for units in [*args.units, *args.units[-2::-1]]]
+    print(COLUMNS.format("step", "units", "blocks", "CPU s/Mvoxel", "ratio", "bytes per voxel", "ratio"))
+    for step in runs[0][1]:
+        costs = {units: np.mean([run[step] for size, run in runs if size == units], axis=0) for units in args.units}
+        for units, (seconds, memory) in costs.items():
+            ratios = [f"{ratio:.2f}" for ratio in costs[units] / costs[args.units[0]]]
+            blocks = units * UNIT_BLOCKS
+            print(COLUMNS.format(step, units, blocks, f"{seconds * 1e6:.4f}", ratios[0], f"{memory:.4g}", ratios[1]))
 
 
 if __name__ == "__main__":

@@ -52,9 +52,10 @@ def work(config: Path, task: Path) -> None:
         with client.acquire_block() as block:
             if block is None:
                 return
-            began = time.monotonic()
+            wall, cpu = time.monotonic(), time.process_time()
             process(block)
-            print(f"block {block.block_id[1]}: {time.monotonic() - began:.3f} s", flush=True)
+            wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+            print(f"block {block.block_id[1]}: {wall:.4f} s, {cpu:.4f} s CPU", flush=True)
 
 
 if __name__ == "__main__":
