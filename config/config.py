@@ -46,7 +46,7 @@ _C.DATA.TRAIN_TEST_SPLIT = 1.0
 _C.DATA.FIB = 1
 # Train and predict on single sections (volumes/raw/0 ... n) instead of volumes.
 _C.DATA.DIM_2D = False
-# Mitochondria: 0 none, 1 only them, 2 together with LSDs and affinities (MODEL_TYPE MTLSDMITO).
+# Mitochondria: 0 none, 1 only them, 2 together with LSDs and affinities. TRAIN.MODEL_TYPE MTLSDMITO decides here.
 _C.DATA.WITH_MITO = 1
 # Names of the datasets inside each zarr. The masks are 1 where labels are known; a missing one is made on
 # the fly.
@@ -114,13 +114,26 @@ _C.TRAIN.LR_SCHEDULE = "constant"
 # Iterations at the start over which the step size rises linearly to INITIAL_LR. Some hundreds if the loss
 # jumps at first.
 _C.TRAIN.WARMUP = 0
-# Weights of the losses in their sum (networks with both heads).
+# Batches whose gradients are added up for one iteration: the effect of a larger BATCH_SIZE without its memory.
+_C.TRAIN.ACCUMULATE = 1
+# Decay of an exponential moving average of the weights, which then predicts in place of the last ones. 0: off. 0.999
+# smooths over about a thousand iterations.
+_C.TRAIN.EMA = 0.0
+# Weights of the losses in their sum (networks with several heads).
 _C.TRAIN.LSD_LOSS_WEIGHT = 1.0
 _C.TRAIN.AFF_LOSS_WEIGHT = 1.0
+_C.TRAIN.MITO_LOSS_WEIGHT = 1.0
 # "no", "bf16" or "fp16": type of most of the arithmetic. bf16 takes half the memory and time on GPUs since 2020, and
 # a third of the time or less on CPUs with AMX; fp16 is for older GPUs (with loss scaling). "auto": bf16 where the
 # device is made for it.
 _C.TRAIN.MIXED_PRECISION = "no"
+# Iterations between validations: predict a labelled crop that is not trained on, segment it at INS_SEGMENT.THRESHOLDS,
+# log its VOI, and keep the best weights as model_checkpoint_best. 0: off.
+_C.TRAIN.VALIDATE_EVERY = 0
+# Zarr to validate on. None: the first one that TRAIN_TEST_SPLIT leaves out.
+_C.TRAIN.VALIDATION_VOLUME = None
+# Voxels of the crop, from the middle of the labels.
+_C.TRAIN.VALIDATION_SHAPE = (128, 128, 128)
 # Compile the network with torch.compile: minutes at the start, then faster steps. For long runs.
 _C.TRAIN.COMPILE = False
 # CPU threads for the network. 0: every core that no worker (SYSTEM.NUM_WORKERS) is busy on.
@@ -129,7 +142,8 @@ _C.TRAIN.THREADS = 0
 _C.TRAIN.SEED = 0
 # Augment training batches; the amounts are in MODEL_*. Off only to look for errors.
 _C.TRAIN.AUGMENT = True
-# Offsets in voxels of the affinities that are learned: one channel each, in this order.
+# Offsets in voxels of the affinities that are learned: one channel each, in this order. "LR_NEIGHBORHOOD": those below
+# (in 2D, those of them that stay in the section).
 _C.TRAIN.NEIGHBORHOOD = [[-1, 0, 0], [0, -1, 0], [0, 0, -1]]
 _C.TRAIN.NEIGHBORHOOD_2D = [[0, -1], [-1, 0]]
 # Long-range affinities, for mutex watershed; the first three are the direct neighbours.
@@ -148,7 +162,7 @@ _C.TRAIN.LR_NEIGHBORHOOD = [
 _C.TRAIN.LSD_EPOCHS = None
 # Weights to predict with: .../model_checkpoint_300000.
 _C.TRAIN.CHECKPOINT = ""
-# ACLSD and ACRLSD: weights of the first network.
+# ACLSD and ACRLSD: weights of the first network, a LSD model. Empty when training: it is trained first.
 _C.TRAIN.CHECKPOINT_AC = ""
 
 # ------------------------------------------------------------------------------------------------------------

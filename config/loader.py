@@ -16,7 +16,15 @@ from yacs.config import CfgNode
 
 from config.config import get_cfg_defaults
 from config.errors import UserError
-from config.network_shapes import default_kernels, nearest_input_shapes, output_shape, total_factor
+from config.model_types import MODEL_TYPES, ModelType
+from config.network_shapes import (
+    default_kernels,
+    input_shape_for,
+    nearest_input_shapes,
+    output_shape,
+    tile_context,
+    total_factor,
+)
 from config.rules import RULES, canonical
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -29,6 +37,7 @@ PATH_KEYS = (
     "DATA.OUTFILE",
     "TRAIN.CHECKPOINT",
     "TRAIN.CHECKPOINT_AC",
+    "TRAIN.VALIDATION_VOLUME",
     "INS_SEGMENT.MASK_FILE",
 ) + tuple(
     f"{section}.{name}"
@@ -50,8 +59,9 @@ def load_config(path: str | Path | None = None, overrides=()) -> CfgNode:
 
     Returns:
         The sections of `config.config`, and `MODEL`: MODEL_ISO or MODEL_ANISO by DATA.FIB, with every kernel
-        spelled out. In 2D the values of the `_2D` keys stand in `MODEL` and in `TRAIN.NEIGHBORHOOD` under the
-        plain names, too.
+        spelled out, RAW_SHAPE, the voxels of raw that a training patch needs, and CONTEXT, those that a tile of the
+        prediction needs on every side of its output. In 2D the values of the `_2D` keys stand in `MODEL` and in
+        `TRAIN.NEIGHBORHOOD` under the plain names, too.
 
     Raises:
         UserError: no such file, an error in it, an unknown key, or a value that is not allowed.
@@ -61,7 +71,21 @@ def load_config(path: str | Path | None = None, overrides=()) -> CfgNode:
     files += [Path(EXPERIMENT)] if Path(EXPERIMENT).is_file() else []
     sources += [(str(file), _entries(_read_file(file))) for file in files]
     sources += [("command line", _pairs(overrides))]
+    return _merged(sources)
 
+
+def derived_config(cfg: CfgNode, settings: dict[str, Any]) -> CfgNode:
+    """A loaded config with other settings (key -> value); what they decide is worked out anew.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    resolved = ((key, value) for key, value in _entries(cfg) if key not in settings)
+    return _merged([("the config", resolved), ("derived", settings.items())])
+
+
+def _merged(sources) -> CfgNode:
+    """The config from (origin, key-value pairs) of which later ones win."""
     cfg = CfgNode({section: {} for section in SECTIONS})
     origins = {}
     for origin, entries in sources:
@@ -187,11 +211,15 @@ def _resolve(cfg: CfgNode, origins: dict[str, str]) -> None:
 
     if preprocess.EXPORT_2D_FROM_3D is None:
         preprocess.EXPORT_2D_FROM_3D = data.DIM_2D
-    preprocess.SOURCE_DATA_OFFSET = preprocess.SOURCE_DATA_OFFSET or (0,) * dims
-    preprocess.SOURCE_DATA_RESOLUTION = preprocess.SOURCE_DATA_RESOLUTION or (8,) * dims
+    preprocess.SOURCE_DATA_OFFSET = preprocess.SOURCE_DATA_OFFSET or (0, 0, 0)
+    preprocess.SOURCE_DATA_RESOLUTION = preprocess.SOURCE_DATA_RESOLUTION or (8, 8, 8)
 
-    if train.MODEL_TYPE in ("ACLSD", "ACRLSD") and not train.CHECKPOINT_AC:
+    if MODEL_TYPES[train.MODEL_TYPE].first and not train.CHECKPOINT_AC:
         train.LSD_EPOCHS = train.LSD_EPOCHS or train.EPOCHS
+    if train.NEIGHBORHOOD == "LR_NEIGHBORHOOD":
+        train.NEIGHBORHOOD = [list(offset) for offset in train.LR_NEIGHBORHOOD]
+    if train.NEIGHBORHOOD_2D == "LR_NEIGHBORHOOD":
+        train.NEIGHBORHOOD_2D = [list(offset[-2:]) for offset in train.LR_NEIGHBORHOOD if offset[0] == 0]
     if data.DIM_2D:
         train.NEIGHBORHOOD = [list(offset) for offset in train.NEIGHBORHOOD_2D]
     if any(len(offset) != dims for offset in train.NEIGHBORHOOD):
@@ -216,6 +244,7 @@ def _resolve(cfg: CfgNode, origins: dict[str, str]) -> None:
                     raise
 
     cfg.MODEL = _model_in_use(cfg[used], dims)
+    _fit_inputs(cfg.MODEL, MODEL_TYPES[train.MODEL_TYPE])
     _check_model(cfg.MODEL, used, dims, origins)
 
 
@@ -263,6 +292,18 @@ def _model_in_use(section: CfgNode, dims: int) -> CfgNode:
     model.KERNEL_SIZE_DOWN = model.KERNEL_SIZE_DOWN or default_kernels(levels + 1, dims)
     model.KERNEL_SIZE_UP = model.KERNEL_SIZE_UP or default_kernels(levels, dims)
     return model
+
+
+def _fit_inputs(model: CfgNode, model_type: ModelType) -> None:
+    """Work out RAW_SHAPE and CONTEXT, by what one network needs, or two in a row."""
+    network = [model[n] for n in ("DOWNSAMPLE_FACTORS", "KERNEL_SIZE_DOWN", "KERNEL_SIZE_UP", "PAD_CONV")]
+    model.RAW_SHAPE, model.CONTEXT = model.INPUT_SHAPE, tile_context(*network)
+    if model_type.first and model.PAD_CONV == "same":
+        model.CONTEXT = tuple(2 * voxels for voxels in model.CONTEXT)
+    elif model_type.first:
+        model.RAW_SHAPE = input_shape_for(model.INPUT_SHAPE, *network)
+        sizes = zip(model.RAW_SHAPE, model.OUTPUT_SHAPE, strict=True)
+        model.CONTEXT = tuple((raw - output) // 2 for raw, output in sizes)
 
 
 def _check_model(model: CfgNode, section: str, dims: int, origins: dict[str, str]) -> None:

@@ -46,13 +46,13 @@ def output_shape(input_shape, downsample_factors, kernel_size_down=None, kernel_
     return tuple(sizes)
 
 
-def context(input_shape, downsample_factors, kernel_size_down=None, kernel_size_up=None, padding="valid") -> Shape:
-    """Voxels per axis by which the input is larger than the output, both sides together.
+def input_shape_for(output, downsample_factors, kernel_size_down=None, kernel_size_up=None, padding="valid") -> Shape:
+    """The smallest input shape in voxels from which the network gives at least the shape `output`.
 
-    Raises as `output_shape`.
+    Raises ValueError if the network itself cannot be built.
     """
-    output = output_shape(input_shape, downsample_factors, kernel_size_down, kernel_size_up, padding)
-    return tuple(i - o for i, o in zip(input_shape, output, strict=True))
+    axes = _axes(len(output), downsample_factors, kernel_size_down, kernel_size_up, padding)
+    return tuple(_first_possible(count(size), axis, size) for size, axis in zip(output, axes, strict=True))
 
 
 def nearest_input_shapes(
@@ -149,11 +149,12 @@ def _output_size(size: int, factors: list[int], lost_down: list[int], lost_up: l
     return size
 
 
-def _first_possible(sizes, axis) -> int | None:
+def _first_possible(sizes, axis, least_output: int = 1) -> int | None:
     for size in sizes:
         try:
-            _output_size(size, *axis)
+            output = _output_size(size, *axis)
         except ValueError:
             continue
-        return size
+        if output >= least_output:
+            return size
     return None

@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from config.model_types import MODEL_TYPES
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -195,7 +197,7 @@ RULES: dict[str, Rule] = {
     "PREPROCESS.HISTOGRAM_MATCH": optional(sequence(text, 2)),
     "PREPROCESS.USE_WANDB": flag,
     "PREPROCESS.DATASETS_TO_COPY": optional(sequence(text)),
-    "TRAIN.MODEL_TYPE": choice("MTLSD", "LSD", "AFF", "ACLSD", "ACRLSD", "MTLSDMITO"),
+    "TRAIN.MODEL_TYPE": choice(*MODEL_TYPES),
     "TRAIN.EPOCHS": integer(1),
     "TRAIN.SAVE_EVERY": integer(1),
     "TRAIN.KEEP_CHECKPOINTS": integer(0),
@@ -210,13 +212,19 @@ RULES: dict[str, Rule] = {
     "TRAIN.WARMUP": integer(0),
     "TRAIN.LSD_LOSS_WEIGHT": number(0),
     "TRAIN.AFF_LOSS_WEIGHT": number(0),
+    "TRAIN.MITO_LOSS_WEIGHT": number(0),
+    "TRAIN.ACCUMULATE": integer(1),
+    "TRAIN.EMA": share,
+    "TRAIN.VALIDATE_EVERY": integer(0),
+    "TRAIN.VALIDATION_VOLUME": optional(text),
+    "TRAIN.VALIDATION_SHAPE": sequence(integer(1), 3, kind=tuple),
     "TRAIN.MIXED_PRECISION": choice("no", "bf16", "fp16", "auto"),
     "TRAIN.COMPILE": flag,
     "TRAIN.THREADS": integer(0),
     "TRAIN.SEED": integer(0),
     "TRAIN.AUGMENT": flag,
-    "TRAIN.NEIGHBORHOOD": offsets,
-    "TRAIN.NEIGHBORHOOD_2D": offsets,
+    "TRAIN.NEIGHBORHOOD": either(offsets, choice("LR_NEIGHBORHOOD"), f"{offsets.allowed}; or LR_NEIGHBORHOOD"),
+    "TRAIN.NEIGHBORHOOD_2D": either(offsets, choice("LR_NEIGHBORHOOD"), f"{offsets.allowed}; or LR_NEIGHBORHOOD"),
     "TRAIN.LR_NEIGHBORHOOD": offsets,
     "TRAIN.LSD_EPOCHS": optional(integer(1)),
     "TRAIN.CHECKPOINT": optional(text),

@@ -13,8 +13,9 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from config.errors import UserError
+from config.model_types import task_channels
 from data_utils.create_labels_mask import is_labelled
-from data_utils.volumes import blocks, list_arrays, open_array, read, source_defaults
+from data_utils.volumes import blocks, has_array, open_array, read, source_defaults
 
 
 def check_raw(path: Path | str, cfg: CfgNode) -> None:
@@ -27,25 +28,33 @@ def check_raw(path: Path | str, cfg: CfgNode) -> None:
 
 
 def check_training_volume(path: Path | str, cfg: CfgNode) -> None:
-    """Check that a volume can be trained on; the labels mask may be missing, it is made then.
+    """Check that a volume can be trained on; labels masks may be missing, they are made then.
 
-    Raises UserError as `check_raw`, and if raw is smaller than MODEL.INPUT_SHAPE, if the labels are missing,
-    not unsigned integers, or not inside raw on the same voxels, or if nothing is labelled.
+    Raises UserError as `check_raw`, and if raw is smaller than MODEL.RAW_SHAPE, if labels that the model type needs are
+    missing, not unsigned integers, or not inside raw on the same voxels, or if nothing is labelled.
     """
     raw = _checked_raw(path, cfg)
-    if any(size < least for size, least in zip(raw.shape, cfg.MODEL.INPUT_SHAPE, strict=True)):
+    needed = cfg.MODEL.RAW_SHAPE
+    if any(size < least for size, least in zip(raw.shape[-len(needed) :], needed, strict=True)):
         raise UserError(
             f"{cfg.DATA.RAW} in {path} has shape {raw.shape}, smaller than the network's input "
-            f"{tuple(cfg.MODEL.INPUT_SHAPE)}: lower {_section(cfg)}.INPUT_SHAPE or use a larger volume"
+            f"{tuple(needed)}: lower {_section(cfg)}.INPUT_SHAPE{'_2D' * cfg.DATA.DIM_2D} or use a larger volume"
         )
-    labels = _checked_labels(path, cfg, raw)
-    _check_labelled(path, cfg, labels)
+    for dataset, mask in label_datasets(cfg):
+        labels = _checked_labels(path, dataset, cfg, raw)
+        _check_labelled(path, dataset, mask, cfg, labels)
     _check_finite(raw, f"{cfg.DATA.RAW} in {path}")
 
 
+def label_datasets(cfg: CfgNode) -> list[tuple[str, str]]:
+    """The datasets (labels, mask of what is labelled) that the configured model type is trained on."""
+    datasets = [(cfg.DATA.NEURON_LABELS, cfg.DATA.NEURON_LABELS_MASK)]
+    if "mito" in task_channels(cfg):
+        datasets.append((cfg.DATA.MITO_LABELS, cfg.DATA.MITO_LABELS_MASK))
+    return datasets
+
+
 def _checked_raw(path, cfg) -> Array:
-    if cfg.DATA.DIM_2D:
-        raise UserError("DATA.DIM_2D is True, but only volumes can be trained on and predicted: set it to False")
     where = f"{cfg.DATA.RAW} in {path}"
     raw = open_array(path, cfg.DATA.RAW, **source_defaults(cfg))
     if raw.dims != 3 or raw.voxel_size.dims != 3:
@@ -53,17 +62,17 @@ def _checked_raw(path, cfg) -> Array:
     if raw.dtype != np.uint8 and not np.issubdtype(raw.dtype, np.floating):
         raise UserError(f"{where} is {raw.dtype}: store it as uint8, or as float with values in 0..1")
     expected = tuple(cfg.MODEL.VOXEL_SIZE)
-    if raw.voxel_size != expected:
+    if tuple(raw.voxel_size)[-len(expected) :] != expected:
         raise UserError(
             f"{where} has voxel size {tuple(raw.voxel_size)} nm, the config has {expected}: "
-            f"change {_section(cfg)}.VOXEL_SIZE or resample the volume"
+            f"change {_section(cfg)}.VOXEL_SIZE{'_2D' * cfg.DATA.DIM_2D} or resample the volume"
         )
     return raw
 
 
-def _checked_labels(path, cfg, raw: Array) -> Array:
-    where = f"{cfg.DATA.NEURON_LABELS} in {path}"
-    labels = open_array(path, cfg.DATA.NEURON_LABELS, **source_defaults(cfg))
+def _checked_labels(path, dataset, cfg, raw: Array) -> Array:
+    where = f"{dataset} in {path}"
+    labels = open_array(path, dataset, **source_defaults(cfg))
     if labels.dtype.kind != "u":
         raise UserError(f"{where} is {labels.dtype}: store labels as unsigned integers, e.g. uint64")
     if labels.voxel_size != raw.voxel_size:
@@ -84,17 +93,17 @@ def _checked_labels(path, cfg, raw: Array) -> Array:
     return labels
 
 
-def _check_labelled(path, cfg, labels: Array) -> None:
+def _check_labelled(path, dataset, mask_dataset, cfg, labels: Array) -> None:
     """Labels mask: on the labels, with at least one voxel; a missing one would be made from the labels."""
-    where = f"{cfg.DATA.NEURON_LABELS_MASK} in {path}"
-    if cfg.DATA.NEURON_LABELS_MASK not in list_arrays(path):
+    where = f"{mask_dataset} in {path}"
+    if not has_array(path, mask_dataset):
         if not _any(is_labelled(read(labels, block)) for block in blocks(labels)):
-            raise UserError(f"{cfg.DATA.NEURON_LABELS} in {path} has no labelled voxel: leave the volume out")
+            raise UserError(f"{dataset} in {path} has no labelled voxel: leave the volume out")
         return
-    mask = open_array(path, cfg.DATA.NEURON_LABELS_MASK, **source_defaults(cfg))
+    mask = open_array(path, mask_dataset, **source_defaults(cfg))
     if mask.roi != labels.roi or mask.voxel_size != labels.voxel_size:
         raise UserError(
-            f"{where} has shape {mask.shape} at {tuple(mask.offset)} nm, other than {cfg.DATA.NEURON_LABELS} "
+            f"{where} has shape {mask.shape} at {tuple(mask.offset)} nm, other than {dataset} "
             f"with {labels.shape} at {tuple(labels.offset)}: correct it, or delete it and it is made anew"
         )
     if not _any(read(mask, block) for block in blocks(mask)):

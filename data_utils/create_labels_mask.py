@@ -14,7 +14,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config.errors import UserError
-from data_utils.volumes import blocks, create_array, list_arrays, open_array, read, rename_array, room_on_disk
+from data_utils.volumes import blocks, create_array, has_array, open_array, read, rename_array, room_on_disk
 
 LABELS = "volumes/labels/neuron_ids"
 MASK = "volumes/labels/labels_mask"
@@ -32,7 +32,7 @@ def create_labels_mask(path: Path | str, labels_dataset: str = LABELS, mask_data
     Memory is bounded, and a mask that was ended half-way is not taken for one. defaults: as for `open_array`.
     Returns whether one was made. Raises UserError if there are no labels or no room on disk.
     """
-    if mask_dataset in list_arrays(path):
+    if has_array(path, mask_dataset):
         return False
     labels = open_array(path, labels_dataset, **defaults)
     with room_on_disk(path):

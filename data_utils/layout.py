@@ -24,12 +24,17 @@ def data_folder(cfg: CfgNode, split: str) -> Path:
 def volumes_in(cfg: CfgNode, split: str) -> list[Path]:
     """The volumes `*.zarr` in `data_folder(cfg, split)`, sorted by name.
 
+    In 2D, those of data_3d if data_2d has none: sections are then drawn from them.
+
     Raises UserError if DATA.HOME or the folder is missing or holds no zarr.
     """
     home = cfg.DATA.HOME
     if not home or not Path(home).is_dir():
         raise UserError(f"DATA.HOME is {str(home)!r}, which is no folder: set it to the folder that holds your data")
     folder = data_folder(cfg, split)
+    volumes_3d = folder.parents[1] / "data_3d" / split
+    if not any(folder.glob("*.zarr")) and volumes_3d.is_dir():
+        folder = volumes_3d
     if not folder.is_dir():
         raise UserError(
             f"{folder} does not exist: make it with data_utils/create_dir_organisation.py, "

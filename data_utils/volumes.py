@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import dask
+import dask.array
 import numcodecs
 import numpy as np
 import zarr
@@ -61,10 +62,16 @@ def open_array(
     with `offset`, or else from the OME-NGFF scale in the group above, or else from the defaults (nm). At most
     the last three axes are space; axes before them are channels, named `c^`.
 
+    A dataset of sections, DATASET/0 ... DATASET/n, opens as one stack (z, y, x) that can be read. Sections have no
+    thickness: it is taken to be as wide as a pixel.
+
     Raises UserError if there is no such array, if its voxel size is unknown, or if voxel size or offset are
     not whole nanometres.
     """
     where = f"{dataset} in {path}"
+    if sections := _section_names(Path(path) / dataset):
+        defaults = {"default_voxel_size": default_voxel_size, "default_offset": default_offset}
+        return _stack([open_array(path, f"{dataset}/{name}", mode, **defaults) for name in sections], where)
     source = _open_zarr(Path(path), dataset, mode)
     fallback = _ome_placement(Path(path) / dataset, where)
     if fallback is None and default_voxel_size is not None:
@@ -82,6 +89,12 @@ def open_array(
         types=["channel"] * channels + ["space"] * dims,
         chunks=source.chunks,
     )
+
+
+def has_array(path: Path | str, dataset: str) -> bool:
+    """Whether a zarr holds what `open_array` can open: an array, or sections of that name."""
+    folder = Path(path) / dataset
+    return _is_array(folder) or bool(_section_names(folder))
 
 
 def create_array(
@@ -212,6 +225,8 @@ def list_arrays(path: Path | str) -> list[str]:
 def is_stored(path: Path | str, dataset: str, voxels: Sequence[slice]) -> bool:
     """Whether any chunk of a box of voxels was ever written; what never was is all fill value."""
     folder = Path(path) / dataset
+    if sections := _section_names(folder):
+        return any(is_stored(path, f"{dataset}/{name}", voxels[1:]) for name in sections[voxels[0]])
     array = _open_zarr(Path(path), dataset, "r")
     if (folder / ".zarray").is_file():
         separator = json.loads((folder / ".zarray").read_text()).get("dimension_separator", ".")
@@ -285,6 +300,32 @@ def room_on_disk(path: Path | str, needed_bytes: int = 0) -> Iterator[None]:
         raise UserError(
             f"no room on disk while writing {path}: {error.strerror}; delete something or write elsewhere"
         ) from error
+
+
+def _section_names(folder: Path) -> list[str]:
+    """Names "0" ... "n" of the sections in a folder, in that order; none if it is an array."""
+    if _is_array(folder) or not folder.is_dir():
+        return []
+    return sorted((child.name for child in folder.iterdir() if child.name.isdigit() and _is_array(child)), key=int)
+
+
+def _stack(sections: list[Array], where: str) -> Array:
+    """Sections (y, x) as one volume (z, y, x)."""
+    first = sections[0]
+    for number, section in enumerate(sections):
+        if section.roi != first.roi or section.voxel_size != first.voxel_size or len(section.shape) != 2:
+            raise UserError(
+                f"section {number} of {where} has shape {section.shape} at {tuple(section.offset)} nm, the first one "
+                f"{first.shape} at {tuple(first.offset)}: put sections that differ into zarrs of their own"
+            )
+    return Array(
+        dask.array.stack([section.data for section in sections]),
+        offset=(0, *first.offset),
+        voxel_size=(first.voxel_size[-1], *first.voxel_size),
+        axis_names=["z", "y", "x"],
+        units=["nm"] * 3,
+        types=["space"] * 3,
+    )
 
 
 def _is_array(folder: Path) -> bool:

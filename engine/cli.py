@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def run_script(main, *, description: str, example: str, default_config: str | No
         else:
             main(cfg, args)
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of processes that train together, one says it for all
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -7,7 +7,7 @@ import torch
 from config.errors import UserError
 
 
-def resolve_device(cfg, busy_cores: int = 0) -> torch.device:
+def resolve_device(cfg, busy_cores: int = 0, local_rank: int = 0, local_size: int = 1) -> torch.device:
     """The torch device of TRAIN.DEVICE ("auto": the first GPU if there is one, else the CPU); sets the CPU threads.
 
     TRAIN.THREADS 0 is OMP_NUM_THREADS if that is set, else one thread for each core but `busy_cores`, which other
@@ -19,16 +19,16 @@ def resolve_device(cfg, busy_cores: int = 0) -> torch.device:
     """
     name = cfg.TRAIN.DEVICE
     if name == "auto":
-        name = "cuda:0" if torch.cuda.is_available() else "cpu"
-    elif name == "multi_gpu":
-        name = "cuda:0"
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    elif name in ("multi_gpu", "cuda"):
+        name = f"cuda:{local_rank}"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"TRAIN.DEVICE is {name!r} but this machine has {torch.cuda.device_count()} GPUs: set it to 'auto' or 'cpu'"
         )
     from_environment = int(os.environ.get("OMP_NUM_THREADS") or 0)
-    free_cores = max(1, len(os.sched_getaffinity(0)) - busy_cores)
+    free_cores = max(1, len(os.sched_getaffinity(0)) // local_size - busy_cores)
     torch.set_num_threads(cfg.TRAIN.THREADS or from_environment or free_cores)
     return device
 
@@ -58,7 +58,9 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
     def place(self, x):
-        """Move a module or a 5D tensor to the device, in the memory format that the precision asks for."""
+        """Move a module or a batch (4D or 5D) to the device, in the memory format that the precision asks for."""
         if self.dtype is None:
             return x.to(self.device)
-        return x.to(self.device, memory_format=torch.channels_last_3d)
+        dims = max(p.ndim for p in x.parameters()) if isinstance(x, torch.nn.Module) else x.ndim
+        memory_format = torch.channels_last if dims == 4 else torch.channels_last_3d
+        return x.to(self.device, memory_format=memory_format)

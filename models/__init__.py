@@ -1,5 +1,6 @@
 """Networks, losses and checkpoints. Nothing here knows a file layout or a data set."""
 
-from models.multitask import MODEL_TYPES, build_model, task_channels
+from models.autocontext import AutoContext
+from models.multitask import build_model
 
-__all__ = ["MODEL_TYPES", "build_model", "task_channels"]
+__all__ = ["AutoContext", "build_model"]

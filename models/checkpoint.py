@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from config.errors import UserError
+from config.model_types import task_channels
 
 NETWORK_KEYS = (
     "IN_CHANNELS",
@@ -31,11 +32,9 @@ def network_settings(cfg) -> dict:
     """Config key -> plain value, for every key that shapes the network."""
     section = "MODEL_ISO" if cfg.DATA.FIB else "MODEL_ANISO"
     settings = {f"{section}.{key}": _plain(cfg.MODEL[key]) for key in NETWORK_KEYS}
-    return {
-        "TRAIN.MODEL_TYPE": cfg.TRAIN.MODEL_TYPE,
-        "TRAIN.NEIGHBORHOOD": _plain(cfg.TRAIN.NEIGHBORHOOD),
-        **settings,
-    }
+    if "affs" in task_channels(cfg):
+        settings["TRAIN.NEIGHBORHOOD"] = _plain(cfg.TRAIN.NEIGHBORHOOD)
+    return {"TRAIN.MODEL_TYPE": cfg.TRAIN.MODEL_TYPE, **settings}
 
 
 def _plain(value):
@@ -63,8 +62,11 @@ def latest_checkpoint(folder: Path | str) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def save_checkpoint(path: Path | str, model, optimizer, iteration: int, settings: dict) -> None:
-    """Write weights, optimizer state, iteration and `network_settings` to a temporary file and rename it."""
+def save_checkpoint(path: Path | str, model, optimizer, iteration: int, settings: dict, **more) -> None:
+    """Write weights, optimizer state, iteration and `network_settings` to a temporary file and rename it.
+
+    more: further entries, such as `ema_state_dict`, averaged weights that predict in place of the model's.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     state = {
@@ -72,6 +74,7 @@ def save_checkpoint(path: Path | str, model, optimizer, iteration: int, settings
         "optimizer_state_dict": optimizer.state_dict(),
         "iteration": iteration,
         "network_settings": settings,
+        **more,
     }
     try:
         torch.save(state, temporary)
@@ -88,21 +91,23 @@ def save_untrained(path: Path | str, model, cfg) -> None:
     save_checkpoint(path, model, torch.optim.Adam(model.parameters()), 0, network_settings(cfg))
 
 
-def load_checkpoint(path: Path | str, model, cfg, optimizer=None) -> int:
-    """Load weights (and the optimizer's state) and return the iteration at which they were saved.
+def load_checkpoint(path: Path | str, model, cfg, optimizer=None, key: str = "TRAIN.CHECKPOINT") -> int:
+    """Load the weights to predict with and return the iteration at which they were saved.
 
+    With an optimizer, load its state and the weights to train on with: they differ where the run averages its weights.
     Published checkpoints, which hold no iteration, give the number at the end of their file name, else 0.
+
+    Args:
+        key: the config key that names the file, for messages.
 
     Raises:
         UserError: no such file; truncated, foreign or with pickled code in it; weights of another network.
     """
+    if not path:
+        raise UserError(f"{key} is empty: set it to a file model_checkpoint_ITERATION that trainer.py wrote")
     path = Path(path)
-    state = _read(path)
-    weights = state.get("model_state_dict") if isinstance(state, dict) else None
-    if not isinstance(weights, dict):
-        raise UserError(
-            f"{path} is no checkpoint of this suite (no model_state_dict in it): set TRAIN.CHECKPOINT to another file"
-        )
+    state = read_checkpoint(path, key)
+    weights = state["model_state_dict"] if optimizer else state.get("ema_state_dict", state["model_state_dict"])
     _check_same_network(path, weights, state.get("network_settings", {}), model, cfg)
     model.load_state_dict(weights, strict=True)
     if optimizer is not None and "optimizer_state_dict" in state:
@@ -111,11 +116,13 @@ def load_checkpoint(path: Path | str, model, cfg, optimizer=None) -> int:
     return state.get("iteration", int(number[1]) if number else 0)
 
 
-def _read(path: Path):
+def read_checkpoint(path: Path | str, key: str = "TRAIN.CHECKPOINT") -> dict:
+    """All entries of a checkpoint file; raises UserError as `load_checkpoint`."""
+    path = Path(path)
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}: set TRAIN.CHECKPOINT to a model_checkpoint_N file")
+        raise UserError(f"no checkpoint at {path}: set {key} to a model_checkpoint_N file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for broken files; the remedy is the same for all
         if _is_pickle(path) and "GLOBAL" in str(error):
             reason = "holds pickled code, which is never run"
@@ -124,6 +131,9 @@ def _read(path: Path):
         raise UserError(
             f"{path} {reason}: take it from its source again, or name another model_checkpoint_N file"
         ) from None
+    if not isinstance(state, dict) or not isinstance(state.get("model_state_dict"), dict):
+        raise UserError(f"{path} is no checkpoint of this suite (no model_state_dict in it): set {key} to another file")
+    return state
 
 
 def _is_pickle(path: Path) -> bool:

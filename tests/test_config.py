@@ -12,7 +12,7 @@ import pytest
 from config.config import get_cfg_defaults
 from config.errors import UserError
 from config.loader import CHECKOUT, dump_config, load_config
-from config.network_shapes import context, nearest_input_shapes, output_shape
+from config.network_shapes import input_shape_for, nearest_input_shapes, output_shape
 from config.rules import RULES
 from engine.cli import run_script
 
@@ -296,13 +296,21 @@ def test_relative_paths_become_absolute(tmp_path):
     assert Path(cfg.TRAIN.CHECKPOINT) == Path.home() / "model"
 
 
+def test_the_long_range_neighborhood_can_be_learned_in_3d_and_in_2d():
+    wide = load_config(None, ["TRAIN.NEIGHBORHOOD", "LR_NEIGHBORHOOD"])
+    assert wide.TRAIN.NEIGHBORHOOD == wide.TRAIN.LR_NEIGHBORHOOD
+    assert len(wide.TRAIN.NEIGHBORHOOD) == 9
+    flat = load_config(None, ["DATA.DIM_2D", True, "TRAIN.NEIGHBORHOOD_2D", "LR_NEIGHBORHOOD"])
+    assert flat.TRAIN.NEIGHBORHOOD == [[-1, 0], [0, -1], [-3, 0], [0, -3], [-9, 0], [0, -9]]
+
+
 def test_fib_and_dim_2d_pick_the_network():
     assert load_config().MODEL.VOXEL_SIZE == (8, 8, 8)
     assert load_config(None, ["DATA.FIB", 0]).MODEL.VOXEL_SIZE == (40, 4, 4)
     flat = load_config("config_snemi.py", ["DATA.DIM_2D", True])
     assert (flat.MODEL.INPUT_SHAPE, flat.MODEL.OUTPUT_SHAPE, flat.MODEL.LSDS) == ((148, 148), (24, 24), 6)
     assert flat.TRAIN.NEIGHBORHOOD == [[0, -1], [-1, 0]]
-    assert (flat.PREPROCESS.EXPORT_2D_FROM_3D, flat.PREPROCESS.SOURCE_DATA_RESOLUTION) == (True, (8, 8))
+    assert (flat.PREPROCESS.EXPORT_2D_FROM_3D, flat.PREPROCESS.SOURCE_DATA_RESOLUTION) == (True, (8, 8, 8))
     assert flat.MODEL.CKPT_FOLDER.endswith("lsd_checkpoints/MTLSD_2D/SNEMI/run")
 
 
@@ -435,7 +443,8 @@ FLAT = [[2, 2], [2, 2], [3, 3]]
 )
 def test_published_shapes(factors, kernels_down, shape, output):
     assert output_shape(shape, factors, kernels_down) == output
-    assert context(shape, factors, kernels_down) == tuple(np.subtract(shape, output))
+    assert input_shape_for(output, factors, kernels_down) == shape
+    assert input_shape_for(np.subtract(output, 1), factors, kernels_down) == shape
     assert nearest_input_shapes(shape, factors, kernels_down) == [(shape, output)]
 
 

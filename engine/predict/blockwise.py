@@ -15,6 +15,7 @@ from data_utils.checks import check_raw
 from data_utils.layout import block_markers, output_path, volumes_in
 from data_utils.volumes import is_stored, list_arrays, open_array, source_defaults
 from engine.blocks import BlockTask, forget, run_blocks
+from engine.network import load_weights
 from engine.post.segment import read_mask
 from engine.predict.predict import (
     create_predictions,
@@ -23,9 +24,8 @@ from engine.predict.predict import (
     prediction_channels,
     write_tile,
 )
-from engine.predict.tiles import TilePredictor, context_voxels, tile_voxels
-from models import build_model
-from models.checkpoint import load_checkpoint
+from engine.predict.tiles import TilePredictor, tile_voxels
+from engine.sections import along_zyx
 from rag import sample_name
 
 
@@ -40,7 +40,7 @@ def predict_blockwise(cfg, skip_empty: bool = False) -> None:
     """
     samples = volumes_in(cfg, "test")
     outputs = [output_path(cfg, sample) for sample in samples]
-    load_checkpoint(cfg.TRAIN.CHECKPOINT, build_model(cfg), cfg)
+    load_weights(cfg)
     for sample in samples:
         check_raw(sample, cfg)
     for sample, output in zip(samples, outputs, strict=True):
@@ -79,7 +79,7 @@ def open_predict_worker(cfg, arguments):
 def _predict_task(cfg, sample: Path, output: Path) -> BlockTask:
     raw = open_array(sample, cfg.DATA.RAW, **source_defaults(cfg))
     tile = Coordinate(tile_voxels(cfg, raw.shape))
-    context = Coordinate(context_voxels(cfg)) * raw.voxel_size
+    context = Coordinate(along_zyx(cfg.MODEL.CONTEXT, 0)) * raw.voxel_size
     write_roi = Roi(raw.roi.begin, tile * raw.voxel_size)
     return BlockTask(
         name="predict",
@@ -90,7 +90,11 @@ def _predict_task(cfg, sample: Path, output: Path) -> BlockTask:
         open_worker=f"{__name__}:open_predict_worker",
         arguments={"sample": str(sample.absolute()), "output": str(output.absolute()), "tile": list(tile)},
         markers=block_markers(output, "predict"),
-        settings={"TRAIN.CHECKPOINT": cfg.TRAIN.CHECKPOINT, "DATA.AFFS_DTYPE": cfg.DATA.AFFS_DTYPE},
+        settings={
+            "TRAIN.CHECKPOINT": cfg.TRAIN.CHECKPOINT,
+            "TRAIN.CHECKPOINT_AC": cfg.TRAIN.CHECKPOINT_AC,
+            "DATA.AFFS_DTYPE": cfg.DATA.AFFS_DTYPE,
+        },
         gpu=True,
     )
 

@@ -10,11 +10,12 @@ import numpy as np
 from funlib.persistence import Array
 from tqdm import tqdm
 
+from config.model_types import task_channels
 from data_utils.checks import check_raw
 from data_utils.layout import output_path, volumes_in
 from data_utils.volumes import chunk_shape, create_array, open_array, rename_array, room_on_disk, source_defaults
 from engine.predict.tiles import TilePredictor, tile_voxels
-from models import task_channels
+from engine.sections import affinity_offsets
 
 # Predictions compress to about this part of their size; less room than that is certainly too little.
 LEAST_COMPRESSED = 0.25
@@ -33,7 +34,7 @@ def predict(cfg) -> None:
         check_raw(path, cfg)
     predictor = TilePredictor(cfg)
     for number, (path, output) in enumerate(zip(volumes, outputs, strict=True), start=1):
-        print(f"[{number}/{len(volumes)}] {path.name} on {predictor.device}", flush=True)
+        print(f"[{number}/{len(volumes)}] {path.name} on {predictor.precision.device}", flush=True)
         began = time.monotonic()
         names = predict_volume(cfg, predictor, path, output)
         print(f"{', '.join(names)} in {output} ({time.monotonic() - began:.0f} s)")
@@ -86,7 +87,7 @@ def create_predictions(cfg, output: Path, raw: Array) -> dict[str, Array]:
                 offset=raw.offset,
                 dtype=dtype,
                 chunk_shape=(count, *chunk_shape(tile_voxels(cfg, raw.shape), raw.shape)),
-                attributes={"offsets": [list(o) for o in cfg.TRAIN.NEIGHBORHOOD]} if task == "affs" else {},
+                attributes={"offsets": affinity_offsets(cfg)} if task == "affs" else {},
             )
             for task, count in channels.items()
         }

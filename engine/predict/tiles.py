@@ -13,37 +13,39 @@ from itertools import product
 import numpy as np
 import torch
 from funlib.persistence import Array
+from torch import nn
 
-from config.network_shapes import tile_context, total_factor
+from config.network_shapes import total_factor
 from data_utils.volumes import read
 from engine.device import Precision, resolve_device
 from engine.intensity import network_intensity
-from models import build_model, task_channels
-from models.checkpoint import load_checkpoint
+from engine.network import load_weights
+from engine.sections import along_zyx
+
+SECTIONS_PER_TILE = 8
 
 
 class TilePredictor:
     """A network on its device with the weights TRAIN.CHECKPOINT.
 
+    Args:
+        cfg: resolved config.
+        model, precision: a network from raw to predictions to use in place of those weights, and its precision.
+
     Attributes:
-        channels: task -> number of channels.
-        factor: voxels per axis of which tile begins and shapes are multiples.
+        factor: voxels along z, y, x of which tile begins and shapes are multiples.
+        context: voxels of raw along z, y, x that a tile needs on every side of its output.
 
     Raises:
         UserError: the device or the checkpoint cannot be used.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, model: nn.Module | None = None, precision: Precision | None = None):
         self.cfg = cfg
-        self.device = resolve_device(cfg)
-        self.precision = Precision(cfg.TRAIN.MIXED_PRECISION, self.device)
-        model = build_model(cfg)
-        self.channels = task_channels(cfg)
-        load_checkpoint(cfg.TRAIN.CHECKPOINT, model, cfg)
-        self.model = self.precision.place(model.eval())
-
-        self.factor = total_factor(cfg.MODEL.DOWNSAMPLE_FACTORS)
-        self.context = context_voxels(cfg)
+        self.precision = precision or Precision(cfg.TRAIN.MIXED_PRECISION, resolve_device(cfg))
+        self.model = self.precision.place(load_weights(cfg) if model is None else model).eval()
+        self.factor = along_zyx(total_factor(cfg.MODEL.DOWNSAMPLE_FACTORS), 1)
+        self.context = along_zyx(cfg.MODEL.CONTEXT, 0)
         self.keeps_size = cfg.MODEL.PAD_CONV == "same"
 
     @torch.inference_mode()
@@ -59,15 +61,16 @@ class TilePredictor:
         """
         begin_in = [b - c for b, c in zip(begin, self.context, strict=True)]
         shape_in = [s + 2 * c for s, c in zip(shape, self.context, strict=True)]
-        block = network_intensity(read_mirrored(raw, begin_in, shape_in), self.cfg)
+        block = torch.from_numpy(network_intensity(read_mirrored(raw, begin_in, shape_in), self.cfg))
+        batch = block[:, None] if self.cfg.DATA.DIM_2D else block[None, None]
         with self.precision.autocast():
-            outputs = self.model(self.precision.place(torch.from_numpy(block)[None, None]))
+            outputs = self.model(self.precision.place(batch))
         results = {}
         for task, output in outputs._asdict().items():
+            volume = output.transpose(0, 1) if self.cfg.DATA.DIM_2D else output[0]
             if self.keeps_size:
-                inner = (slice(c, c + s) for c, s in zip(self.context, shape, strict=True))
-                output = output[:, :, *inner]
-            results[task] = output[0].float().cpu().numpy()
+                volume = volume[:, *(slice(c, c + s) for c, s in zip(self.context, shape, strict=True))]
+            results[task] = volume.float().cpu().numpy()
         return results
 
     def tiles(self, volume_shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -78,22 +81,19 @@ class TilePredictor:
 
 
 def tile_voxels(cfg, volume_shape: Sequence[int]) -> tuple[int, ...]:
-    """Output voxels of a tile: OUTPUT_SHAPE + GROW_INPUT of the config, less where the volume is smaller."""
+    """Output voxels of a tile along z, y, x: OUTPUT_SHAPE + GROW_INPUT of the config, less where the volume is smaller.
+
+    In 2D a tile is a few sections, which go through the network as one batch.
+    """
     network = cfg.MODEL
     sizes = zip(
-        network.OUTPUT_SHAPE,
-        network.GROW_INPUT,
+        along_zyx(network.OUTPUT_SHAPE, SECTIONS_PER_TILE),
+        along_zyx(network.GROW_INPUT, 0),
         volume_shape,
-        total_factor(network.DOWNSAMPLE_FACTORS),
+        along_zyx(total_factor(network.DOWNSAMPLE_FACTORS), 1),
         strict=True,
     )
     return tuple(min(output + grow, -(-size // factor) * factor) for output, grow, size, factor in sizes)
-
-
-def context_voxels(cfg) -> tuple[int, ...]:
-    """Voxels of raw that a tile needs on every side of its output."""
-    network = cfg.MODEL
-    return tile_context(network.DOWNSAMPLE_FACTORS, network.KERNEL_SIZE_DOWN, network.KERNEL_SIZE_UP, network.PAD_CONV)
 
 
 def read_mirrored(array: Array, begin: Sequence[int], shape: Sequence[int]) -> np.ndarray:

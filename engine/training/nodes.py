@@ -17,21 +17,25 @@ from data_utils.create_labels_mask import is_labelled
 from engine.training.lsd import local_shape_descriptors
 
 
-class SeedBatches(gp.BatchFilter):
-    """Give every batch its own seed, drawn from the run's seed and the batch's number.
+class SeedSamples(gp.BatchFilter):
+    """Give every patch its own seed, drawn from the run's seed and the patch's number.
 
-    Workers share one counter, so they never make the same batch twice, a resumed run goes on with new batches, and
-    one worker gives the same batches in the same order every time.
+    Workers share one counter, so they never make the same patch twice, a resumed run goes on with new ones, and one
+    worker gives the same patches in the same order every time. Processes that train together count in steps.
+
+    Args:
+        seed: the run's seed.
+        first, step: number of the first patch, and from each to the next.
     """
 
-    def __init__(self, seed: int, first_batch: int):
-        self.seed = seed
-        self.next_batch = multiprocessing.Value("q", first_batch)
+    def __init__(self, seed: int, first: int, step: int):
+        self.seed, self.step = seed, step
+        self.next_number = multiprocessing.Value("q", first)
 
     def provide(self, request):
-        with self.next_batch.get_lock():
-            number = self.next_batch.value
-            self.next_batch.value += 1
+        with self.next_number.get_lock():
+            number = self.next_number.value
+            self.next_number.value += self.step
         state = np.random.SeedSequence([self.seed, number]).generate_state(1)
         seeded = gp.BatchRequest(random_seed=int(state[0]))
         for key, spec in request.items():
@@ -95,6 +99,30 @@ class CompactLabels(gp.BatchFilter):
         array.spec.dtype = np.uint32
 
 
+class Binarize(gp.BatchFilter):
+    """Replace labels by 1, uint8, where they are not 0."""
+
+    def __init__(self, labels: gp.ArrayKey):
+        self.labels = labels
+
+    def setup(self):
+        self.enable_autoskip()
+        spec = self.spec[self.labels].copy()
+        spec.dtype = np.uint8
+        self.updates(self.labels, spec)
+
+    def prepare(self, request):
+        deps = gp.BatchRequest()
+        deps[self.labels] = request[self.labels].copy()
+        deps[self.labels].dtype = None
+        return deps
+
+    def process(self, batch, request):
+        array = batch[self.labels]
+        array.data = (array.data != 0).astype(np.uint8)
+        array.spec.dtype = np.uint8
+
+
 class GrowBoundary(gp.BatchFilter):
     """Erode every label by `steps` voxels (6-neighborhood, in-plane 4-neighborhood with `only_xy`).
 
@@ -127,16 +155,17 @@ class AddLocalShapeDescriptors(gp.BatchFilter):
 
     Args:
         labels, mask: keys of the labels and of the labels mask.
-        lsds, weights: keys to provide, both (10, z, y, x) float32.
+        lsds, weights: keys to provide, both (10 or 6, z, y, x) float32.
         sigma: standard deviation in nm.
         downsample: every n-th voxel only.
+        sections: compute the six LSDs of each section by itself.
 
     Asks for 3 sigma of labels around the LSDs, beyond which a voxel has no weight in them.
     """
 
-    def __init__(self, labels, mask, lsds, weights, *, sigma: float, downsample: int):
+    def __init__(self, labels, mask, lsds, weights, *, sigma: float, downsample: int, sections: bool = False):
         self.labels, self.mask, self.lsds, self.weights = labels, mask, lsds, weights
-        self.sigma, self.downsample = sigma, downsample
+        self.sigma, self.downsample, self.sections = sigma, downsample, sections
 
     def setup(self):
         self.enable_autoskip()
@@ -144,7 +173,7 @@ class AddLocalShapeDescriptors(gp.BatchFilter):
         spec.dtype, spec.interpolatable = np.float32, True
         self.provides(self.lsds, spec)
         self.provides(self.weights, spec.copy())
-        self.context = lsd_context(self.sigma, spec.voxel_size, self.downsample)
+        self.context = lsd_context(self.sigma, spec.voxel_size, self.downsample, self.sections)
 
     def prepare(self, request):
         roi = request[self.lsds].roi
@@ -155,9 +184,15 @@ class AddLocalShapeDescriptors(gp.BatchFilter):
 
     def process(self, batch, request):
         roi, labels = request[self.lsds].roi, batch[self.labels]
-        descriptors = local_shape_descriptors(
-            labels.data, self.sigma, labels.spec.voxel_size, downsample=self.downsample
-        )
+        voxel_size = labels.spec.voxel_size
+        if self.sections:
+            of_section = [
+                local_shape_descriptors(section, self.sigma, voxel_size[1:], downsample=self.downsample)
+                for section in labels.data
+            ]
+            descriptors = np.stack(of_section, axis=1)
+        else:
+            descriptors = local_shape_descriptors(labels.data, self.sigma, voxel_size, downsample=self.downsample)
         crop = ((roi - labels.spec.roi.offset) / labels.spec.voxel_size).to_slices()
         weights = ((labels.data[crop] > 0) & (batch[self.mask].data > 0)).astype(np.float32)
 
@@ -177,7 +212,8 @@ class DefectAugment(gp.DefectAugment):
         self.artifact_source.internal_teardown()
 
 
-def lsd_context(sigma: float, voxel_size: gp.Coordinate, downsample: int) -> gp.Coordinate:
-    """Labels needed around LSDs, in nm: 3 sigma, up to a multiple of the down-sampled voxel."""
+def lsd_context(sigma: float, voxel_size: gp.Coordinate, downsample: int, sections: bool = False) -> gp.Coordinate:
+    """Labels needed around LSDs, in nm: 3 sigma, up to a multiple of the down-sampled voxel; in z none for sections."""
     step = voxel_size * downsample
-    return gp.Coordinate(int(np.ceil(3 * sigma / s)) * s for s in step)
+    context = gp.Coordinate(int(np.ceil(3 * sigma / s)) * s for s in step)
+    return gp.Coordinate(0, *context[1:]) if sections else context

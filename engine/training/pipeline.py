@@ -18,13 +18,15 @@ import numpy as np
 
 from data_utils.volumes import open_array, source_defaults
 from engine.intensity import network_scale_shift, unit_factor
+from engine.sections import affinity_offsets, along_zyx
 from engine.training.nodes import (
     AddLocalShapeDescriptors,
+    Binarize,
     CompactLabels,
     DefectAugment,
     GrowBoundary,
     LabelledLocation,
-    SeedBatches,
+    SeedSamples,
     lsd_context,
 )
 
@@ -36,13 +38,16 @@ LSDS_WEIGHTS = gp.ArrayKey("LSDS_WEIGHTS")
 AFFS = gp.ArrayKey("AFFS")
 AFFS_MASK = gp.ArrayKey("AFFS_MASK")
 AFFS_WEIGHTS = gp.ArrayKey("AFFS_WEIGHTS")
+MITO = gp.ArrayKey("MITO")
+MITO_MASK = gp.ArrayKey("MITO_MASK")
+MITO_WEIGHTS = gp.ArrayKey("MITO_WEIGHTS")
 
 # Task -> keys of its target and of the weights of the target's entries.
-TARGETS = {"lsds": (LSDS, LSDS_WEIGHTS), "affs": (AFFS, AFFS_WEIGHTS)}
+TARGETS = {"lsds": (LSDS, LSDS_WEIGHTS), "affs": (AFFS, AFFS_WEIGHTS), "mito": (MITO, MITO_WEIGHTS)}
 
 
 class TrainingBatch(NamedTuple):
-    """One batch.
+    """One batch; in 2D without the axis z.
 
     raw: (batch, 1, z, y, x) float32, the network's input.
     labels: (batch, z, y, x) uint32 of the output's shape, boundaries grown.
@@ -56,48 +61,60 @@ class TrainingBatch(NamedTuple):
 
 
 @contextmanager
-def training_batches(cfg, volumes: list[Path], tasks: tuple[str, ...], first_batch: int):
+def training_batches(cfg, volumes: list[Path], tasks: tuple[str, ...], first_sample: int = 0, step: int = 1):
     """Context manager that gives an endless iterator of `TrainingBatch`.
 
     Args:
         cfg: resolved config.
         volumes: zarrs with raw, labels and labels mask.
         tasks: which targets to make.
-        first_batch: number of the first batch (see `SeedBatches`).
+        first_sample, step: number of the first patch, and from each to the next (see `SeedSamples`).
     """
-    voxel_size = gp.Coordinate(cfg.MODEL.VOXEL_SIZE)
-    shapes = {RAW: gp.Coordinate(cfg.MODEL.INPUT_SHAPE)}
+    voxel_size = open_array(volumes[0], cfg.DATA.RAW, **source_defaults(cfg)).voxel_size
+    shapes = {RAW: gp.Coordinate(along_zyx(cfg.MODEL.RAW_SHAPE, 1))}
     for key in (LABELS, *(key for task in tasks for key in TARGETS[task])):
-        shapes[key] = gp.Coordinate(cfg.MODEL.OUTPUT_SHAPE)
+        shapes[key] = gp.Coordinate(along_zyx(cfg.MODEL.OUTPUT_SHAPE, 1))
     request = gp.BatchRequest()
     for key, shape in shapes.items():
         request.add(key, shape * voxel_size)
 
-    with gp.build(_pipeline(cfg, volumes, request, first_batch)) as provider:
-        yield _batches(provider, request, tasks)
+    pipeline = _pipeline(cfg, volumes, tasks, request) + SeedSamples(cfg.TRAIN.SEED, first_sample, step)
+    pipeline += gp.Stack(cfg.TRAIN.BATCH_SIZE)
+    if cfg.SYSTEM.NUM_WORKERS:
+        pipeline += gp.PreCache(cache_size=cfg.SYSTEM.CACHE_SIZE, num_workers=cfg.SYSTEM.NUM_WORKERS)
+    with gp.build(pipeline) as provider:
+        yield _batches(provider, request, tasks, sections=cfg.DATA.DIM_2D)
 
 
-def _batches(provider, request, tasks) -> Iterator[TrainingBatch]:
+def _batches(provider, request, tasks, sections: bool) -> Iterator[TrainingBatch]:
+    def data(batch, key, axes: int) -> np.ndarray:
+        """With the given number of axes: a channel axis is added, and in 2D the axis z goes."""
+        array = batch[key].data[..., 0, :, :] if sections else batch[key].data
+        return array[:, None] if array.ndim < axes else array
+
+    axes = 4 if sections else 5
     while True:
         batch = provider.request_batch(request)
         yield TrainingBatch(
-            raw=batch[RAW].data[:, None],
-            labels=batch[LABELS].data,
-            targets={task: batch[TARGETS[task][0]].data.astype(np.float32) for task in tasks},
-            weights={task: batch[TARGETS[task][1]].data for task in tasks},
+            raw=data(batch, RAW, axes),
+            labels=data(batch, LABELS, axes - 1),
+            targets={task: data(batch, TARGETS[task][0], axes).astype(np.float32) for task in tasks},
+            weights={task: data(batch, TARGETS[task][1], axes) for task in tasks},
         )
 
 
-def _pipeline(cfg, volumes: list[Path], request: gp.BatchRequest, first_batch: int):
+def _pipeline(cfg, volumes: list[Path], tasks: tuple[str, ...], request: gp.BatchRequest):
     model = cfg.MODEL
-    sources = tuple(_source(cfg, path, request) for path in volumes)
+    labels = [LABELS] + [MITO] * ("mito" in tasks)
+    sources = tuple(_source(cfg, path, tasks, request) for path in volumes)
     pipeline = sources + gp.RandomProvider([_labelled_size(cfg, path) for path in volumes])
-    pipeline += CompactLabels(LABELS)
+    for key in labels:
+        pipeline += CompactLabels(key)
 
     if cfg.TRAIN.AUGMENT:
         for augment in _elastic_augments(model):
             pipeline += augment
-        pipeline += gp.SimpleAugment(transpose_only=list(model.TRANSPOSE))
+        pipeline += gp.SimpleAugment(transpose_only=[axis + cfg.DATA.DIM_2D for axis in model.TRANSPOSE])
         pipeline += gp.IntensityAugment(
             RAW,
             scale_min=model.INTENSITYAUG_SCALE_MIN,
@@ -111,38 +128,51 @@ def _pipeline(cfg, volumes: list[Path], request: gp.BatchRequest, first_batch: i
             pipeline += _defect_augment(cfg)
 
     if model.GROWBOUNDARY_STEPS:
-        pipeline += GrowBoundary(LABELS, model.GROWBOUNDARY_STEPS, only_xy=not cfg.DATA.FIB)
-    pipeline += AddLocalShapeDescriptors(
-        LABELS, LABELS_MASK, LSDS, LSDS_WEIGHTS, sigma=model.LSD_SIGMA, downsample=model.LSD_DOWNSAMPLE
-    )
-    pipeline += gp.AddAffinities(
-        cfg.TRAIN.NEIGHBORHOOD, LABELS, AFFS, labels_mask=LABELS_MASK, affinities_mask=AFFS_MASK
-    )
-    pipeline += gp.BalanceLabels(AFFS, AFFS_WEIGHTS, mask=AFFS_MASK)
-    pipeline += gp.IntensityScaleShift(RAW, *network_scale_shift(cfg))
-    pipeline += gp.Stack(cfg.TRAIN.BATCH_SIZE)
-    pipeline += SeedBatches(cfg.TRAIN.SEED, first_batch)
-    if cfg.SYSTEM.NUM_WORKERS:
-        pipeline += gp.PreCache(cache_size=cfg.SYSTEM.CACHE_SIZE, num_workers=cfg.SYSTEM.NUM_WORKERS)
-    return pipeline
+        pipeline += GrowBoundary(LABELS, model.GROWBOUNDARY_STEPS, only_xy=cfg.DATA.DIM_2D or not cfg.DATA.FIB)
+    for task in tasks:
+        for node in _target_nodes(cfg, task):
+            pipeline += node
+    return pipeline + gp.IntensityScaleShift(RAW, *network_scale_shift(cfg))
 
 
-def _source(cfg, path: Path, request: gp.BatchRequest):
+def _target_nodes(cfg, task: str) -> list[gp.BatchFilter]:
+    """What makes a task's target and weights from labels."""
+    if task == "lsds":
+        sigma, downsample = cfg.MODEL.LSD_SIGMA, cfg.MODEL.LSD_DOWNSAMPLE
+        return [
+            AddLocalShapeDescriptors(
+                LABELS, LABELS_MASK, LSDS, LSDS_WEIGHTS, sigma=sigma, downsample=downsample, sections=cfg.DATA.DIM_2D
+            )
+        ]
+    if task == "affs":
+        offsets = affinity_offsets(cfg)
+        return [
+            gp.AddAffinities(offsets, LABELS, AFFS, labels_mask=LABELS_MASK, affinities_mask=AFFS_MASK),
+            gp.BalanceLabels(AFFS, AFFS_WEIGHTS, mask=AFFS_MASK),
+        ]
+    return [Binarize(MITO), gp.BalanceLabels(MITO, MITO_WEIGHTS, mask=MITO_MASK)]
+
+
+def _source(cfg, path: Path, tasks: tuple[str, ...], request: gp.BatchRequest):
     """One volume at random locations, mirrored raw and unlabelled margins as wide as any request can need."""
     names = {RAW: cfg.DATA.RAW, LABELS: cfg.DATA.NEURON_LABELS, LABELS_MASK: cfg.DATA.NEURON_LABELS_MASK}
+    if "mito" in tasks:
+        names |= {MITO: cfg.DATA.MITO_LABELS, MITO_MASK: cfg.DATA.MITO_LABELS_MASK}
     data = {key: open_array(path, name, **source_defaults(cfg)) for key, name in names.items()}
     arrays = tuple(gp.ArraySource(key, array, interpolatable=key == RAW) for key, array in data.items())
     voxel_size = data[RAW].voxel_size
 
     # A rotated request reaches as far as its diagonal.
-    context = lsd_context(cfg.MODEL.LSD_SIGMA, voxel_size, cfg.MODEL.LSD_DOWNSAMPLE)
+    context = lsd_context(cfg.MODEL.LSD_SIGMA, voxel_size, cfg.MODEL.LSD_DOWNSAMPLE, sections=cfg.DATA.DIM_2D)
     largest = request[RAW].roi.shape + context + context
     margin = gp.Coordinate(math.ceil(math.hypot(*largest) / 2 / v) * v for v in voxel_size)
+    if cfg.DATA.DIM_2D:
+        margin = gp.Coordinate(0, *margin[1:])
     source = arrays + gp.MergeProvider()
     source += gp.Normalize(RAW, factor=unit_factor(data[RAW].dtype))
     source += gp.Pad(RAW, margin, mode="reflect")
-    source += gp.Pad(LABELS, margin, value=0)
-    source += gp.Pad(LABELS_MASK, margin, value=0)
+    for key in data.keys() - {RAW}:
+        source += gp.Pad(key, margin, value=0)
     return source + LabelledLocation(LABELS_MASK)
 
 
@@ -162,8 +192,8 @@ def _elastic_augments(model) -> list[gp.BatchFilter]:
         warnings.simplefilter("ignore", DeprecationWarning)
         return [
             gp.ElasticAugment(
-                control_point_spacing=model.CONTROL_POINT_SPACING,
-                jitter_sigma=of_pass(model.JITTER_SIGMA, number),
+                control_point_spacing=along_zyx(model.CONTROL_POINT_SPACING, 1),
+                jitter_sigma=along_zyx(of_pass(model.JITTER_SIGMA, number), 0),
                 rotation_interval=model.ROTATION_INTERVAL,
                 prob_slip=of_pass(model.PROB_SLIP, number),
                 prob_shift=of_pass(model.PROB_SHIFT, number),

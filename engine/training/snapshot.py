@@ -23,7 +23,7 @@ def write_snapshot(cfg, iteration: int, batch: TrainingBatch, predictions: dict[
     margin = [(i - o) // 2 for i, o in zip(batch.raw.shape[2:], batch.labels.shape[1:], strict=True)]
     offset = tuple(m * v for m, v in zip(margin, voxel_size, strict=True))
     arrays = {
-        "volumes/raw": (display_intensity(batch.raw[0, 0], cfg), (0, 0, 0)),
+        "volumes/raw": (display_intensity(batch.raw[0, 0], cfg), (0,) * len(voxel_size)),
         "volumes/labels/neuron_ids": (batch.labels[0].astype(np.uint64), offset),
     }
     for task, prediction in predictions.items():
@@ -39,10 +39,15 @@ def sample_images(batch: TrainingBatch, predictions: dict[str, torch.Tensor]) ->
 
     Raw in grey; of every task the first three channels (affinities z, y, x; LSD offsets z, y, x).
     """
-    raw = batch.raw[0, :, batch.raw.shape[2] // 2]
-    images = {"raw": np.broadcast_to((raw - raw.min()) / max(np.ptp(raw), 1e-6), (3, *raw.shape[1:]))}
+    raw = _section(batch.raw)
+    images = {"raw": (raw - raw.min()) / max(np.ptp(raw), 1e-6)}
     for task, prediction in predictions.items():
-        middle = prediction.shape[2] // 2
-        images[f"{task}/predicted"] = prediction[0, :3, middle].cpu().numpy()
-        images[f"{task}/target"] = batch.targets[task][0, :3, middle]
+        images[f"{task}/predicted"] = _section(prediction.cpu().numpy())
+        images[f"{task}/target"] = _section(batch.targets[task])
     return images
+
+
+def _section(array: np.ndarray) -> np.ndarray:
+    """Middle section, (3, y, x), of a batch's first element: its first three channels."""
+    element = array[0] if array.ndim == 4 else array[0, :, array.shape[2] // 2]
+    return element[np.minimum([0, 1, 2], len(element) - 1)]

@@ -1,18 +1,17 @@
 """The training loop: plain PyTorch around the batches of `pipeline.py`.
 
 A run is its checkpoint folder. Started again, it goes on from the latest checkpoint there, with new batches and
-the learning rate of that iteration, so that stopping and resuming is the same as never having stopped.
+the learning rate of that iteration, so that stopping and resuming is the same as never having stopped. An auto-context
+type is two such runs, one after the other, the first one in folders of its own.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import random
-import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -21,31 +20,27 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from config.errors import UserError
-from config.loader import dump_config
-from data_utils.checks import check_training_volume
+from config.loader import derived_config, dump_config
+from config.model_types import MODEL_TYPES
+from data_utils.checks import check_training_volume, label_datasets
 from data_utils.create_labels_mask import create_labels_mask
 from data_utils.layout import volumes_in
 from data_utils.volumes import room_on_disk, source_defaults
 from engine.device import Precision, resolve_device
-from engine.signals import handled
-from engine.training.pipeline import TrainingBatch, training_batches
+from engine.network import first_config
+from engine.training.pipeline import training_batches
+from engine.training.ranks import Ranks
 from engine.training.snapshot import sample_images, write_snapshot
-from models import build_model
-from models.checkpoint import (
-    checkpoint_path,
-    checkpoints_in,
-    latest_checkpoint,
-    load_checkpoint,
-    network_settings,
-    save_checkpoint,
-)
-from models.losses import weighted_mse
+from engine.training.step import Trainer, learning_rate
+from engine.training.stopping import stop_on_signal
+from engine.training.validate import Validation
+from models.checkpoint import checkpoint_path, checkpoints_in, latest_checkpoint
 
 PREDICT_CONFIG = "config_predict.yaml"
 
 
 def train(cfg) -> None:
-    """Train the configured network on the zarrs in the train folder (DATA.TRAIN_TEST_SPLIT of them), by name the first.
+    """Train the configured model type on the zarrs in the train folder, the first DATA.TRAIN_TEST_SPLIT of them.
 
     Leaves `model_checkpoint_N`, a config for `predicter.py` beside it, TensorBoard logs and snapshots. Ended by
     SIGINT or SIGTERM, it saves the iteration that it has reached and exits with the shell's status for that signal.
@@ -53,46 +48,24 @@ def train(cfg) -> None:
     Raises:
         UserError: before anything is written, if the data, the config or a checkpoint cannot be used.
     """
+    ranks = Ranks()
     volumes = volumes_in(cfg, "train")
-    volumes = volumes[: math.ceil(len(volumes) * cfg.DATA.TRAIN_TEST_SPLIT)]
+    used = math.ceil(len(volumes) * cfg.DATA.TRAIN_TEST_SPLIT)
+    volumes, left_out = volumes[:used], volumes[used:]
     for path in volumes:
         check_training_volume(path, cfg)
-    device = resolve_device(cfg, busy_cores=cfg.SYSTEM.NUM_WORKERS)
-    precision = Precision(cfg.TRAIN.MIXED_PRECISION, device)
-    seed_everything(cfg.TRAIN.SEED)
-
-    model = precision.place(build_model(cfg))
-    optimizer = torch.optim.Adam(model.parameters(), lr=cfg.TRAIN.INITIAL_LR, betas=tuple(cfg.TRAIN.LR_BETAS))
-    folder = Path(cfg.MODEL.CKPT_FOLDER)
-    latest = latest_checkpoint(folder)
-    start = load_checkpoint(latest, model, cfg, optimizer) if latest else 0
-    if start >= cfg.TRAIN.EPOCHS:
-        print(f"{latest} has all TRAIN.EPOCHS {cfg.TRAIN.EPOCHS} iterations: nothing to do")
-        return
-    if cfg.PREPROCESS.USE_WANDB:
+    device = resolve_device(cfg, cfg.SYSTEM.NUM_WORKERS, ranks.local_rank, ranks.local_size)
+    validation = Validation(cfg, left_out) if cfg.TRAIN.VALIDATE_EVERY else None
+    if cfg.PREPROCESS.USE_WANDB and ranks.first:
         _start_wandb(cfg)
-    print(f"{f'resuming from {latest}' if latest else 'starting a new run'}: {len(volumes)} volume(s), {device}")
-
-    for path in volumes:
-        create_labels_mask(path, cfg.DATA.NEURON_LABELS, cfg.DATA.NEURON_LABELS_MASK, **source_defaults(cfg))
-    folder.mkdir(parents=True, exist_ok=True)
-    step = TrainingStep(cfg, model, optimizer, precision)
-    with (
-        room_on_disk(folder),
-        SummaryWriter(cfg.MODEL.LOG_DIR, purge_step=start) as log,
-        training_batches(cfg, volumes, model.tasks, first_batch=start) as batches,
-    ):
-        reached, signal_number = _loop(cfg, step, batches, start, folder, log)
-
-    print(
-        f"{'stopped' if signal_number else 'trained'} at iteration {reached} of {cfg.TRAIN.EPOCHS}\n"
-        f"checkpoint   {checkpoint_path(folder, reached)}\n"
-        f"TensorBoard  tensorboard --logdir {cfg.MODEL.LOG_DIR}\n"
-        f"snapshots    {cfg.MODEL.OUTPUT_DIR}\n"
-        f"predict with python predicter.py -c {folder / PREDICT_CONFIG}"
-    )
-    if signal_number:
-        sys.exit(128 + signal_number)
+    with ranks.connected(device):
+        if MODEL_TYPES[cfg.TRAIN.MODEL_TYPE].first and not cfg.TRAIN.CHECKPOINT_AC:
+            first = first_config(cfg)
+            if ranks.first:
+                print(f"{first.TRAIN.MODEL_TYPE} network first, {first.TRAIN.EPOCHS} iterations, then its successor")
+            weights = _train_network(first, volumes, device, ranks, None)
+            cfg = derived_config(cfg, {"TRAIN.CHECKPOINT_AC": str(weights)})
+        _train_network(cfg, volumes, device, ranks, validation)
 
 
 def seed_everything(seed: int) -> None:
@@ -102,87 +75,123 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def learning_rate(cfg, iteration: int) -> float:
-    """Learning rate of an iteration (the first is 0): linear warm-up, then constant or a cosine down to zero."""
-    rate = cfg.TRAIN.INITIAL_LR
-    if cfg.TRAIN.LR_SCHEDULE == "cosine":
-        rate *= 0.5 * (1 + math.cos(math.pi * iteration / cfg.TRAIN.EPOCHS))
-    return rate * min(1.0, (iteration + 1) / max(1, cfg.TRAIN.WARMUP))
+def _train_network(cfg, volumes: list[Path], device, ranks: Ranks, validation: Validation | None) -> Path:
+    """Train one network from its latest checkpoint to TRAIN.EPOCHS; returns its last checkpoint."""
+    seed_everything(cfg.TRAIN.SEED)
+    trainer = Trainer(cfg, Precision(cfg.TRAIN.MIXED_PRECISION, device), ranks)
+    folder = Path(cfg.MODEL.CKPT_FOLDER)
+    latest = latest_checkpoint(folder)
+    start = trainer.load(latest) if latest else 0
+    say = print if ranks.first else _nothing
+    if start >= cfg.TRAIN.EPOCHS:
+        say(f"{latest} has all TRAIN.EPOCHS {cfg.TRAIN.EPOCHS} iterations: nothing to do")
+        return latest
+    trainer.connect()
+    say(f"{f'resuming from {latest}' if latest else 'starting a new run'}: {len(volumes)} volume(s), {device}")
+
+    if ranks.first:
+        for path in volumes:
+            for labels, mask in label_datasets(cfg):
+                create_labels_mask(path, labels, mask, **source_defaults(cfg))
+        folder.mkdir(parents=True, exist_ok=True)
+    ranks.wait()
+    samples = start * cfg.TRAIN.ACCUMULATE * cfg.TRAIN.BATCH_SIZE * ranks.size
+    with (
+        room_on_disk(folder),
+        SummaryWriter(cfg.MODEL.LOG_DIR, purge_step=start) if ranks.first else nullcontext() as log,
+        training_batches(cfg, volumes, trainer.tasks, samples + ranks.rank, ranks.size) as batches,
+    ):
+        reached, signal_number = _loop(cfg, trainer, batches, start, Records(cfg, trainer, folder, log, validation))
+    ranks.wait()  # for the first one to have saved its last checkpoint
+
+    last = latest_checkpoint(folder)
+    say(f"{'stopped' if signal_number else 'trained'} at iteration {reached} of {cfg.TRAIN.EPOCHS}")
+    if last:
+        say(
+            f"checkpoint   {last}\n"
+            f"TensorBoard  tensorboard --logdir {cfg.MODEL.LOG_DIR}\n"
+            f"snapshots    {cfg.MODEL.OUTPUT_DIR}\n"
+            f"predict with python predicter.py -c {folder / PREDICT_CONFIG}"
+        )
+    if signal_number:
+        sys.exit(128 + signal_number)
+    return last
 
 
-class TrainingStep:
-    """One optimizer step: forward, loss per task, backward, update."""
-
-    def __init__(self, cfg, model, optimizer, precision: Precision):
-        self.cfg, self.model, self.optimizer, self.precision = cfg, model, optimizer, precision
-        self.network = torch.compile(model) if cfg.TRAIN.COMPILE else model
-        self.task_weights = {"lsds": cfg.TRAIN.LSD_LOSS_WEIGHT, "affs": cfg.TRAIN.AFF_LOSS_WEIGHT}
-        self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.dtype == torch.float16)
-
-    def __call__(self, batch: TrainingBatch, iteration: int) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-        """Train on one batch.
-
-        Returns:
-            Losses by task name and `total`; predictions by task name, (batch, channels, z, y, x) float32.
-        """
-        place = self.precision.place
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.cfg, iteration)
-        self.model.train()
-        with self.precision.autocast():
-            outputs = self.network(place(torch.from_numpy(batch.raw)))
-        predictions = {task: output.float() for task, output in outputs._asdict().items()}
-        losses = {
-            task: weighted_mse(
-                prediction,
-                place(torch.from_numpy(batch.targets[task])),
-                place(torch.from_numpy(batch.weights[task])),
-            )
-            for task, prediction in predictions.items()
-        }
-        total = sum(self.task_weights[task] * loss for task, loss in losses.items())
-        self.optimizer.zero_grad()
-        self.scaler.scale(total).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        values = {task: loss.item() for task, loss in losses.items()}
-        return {"total": total.item(), **values}, {task: p.detach() for task, p in predictions.items()}
+def _nothing(*_) -> None:
+    """What the other ranks say."""
 
 
-def _loop(cfg, step: TrainingStep, batches, start: int, folder: Path, log: SummaryWriter) -> tuple[int, int | None]:
+def _loop(cfg, trainer: Trainer, batches, start: int, records: Records) -> tuple[int, int | None]:
     """Train until TRAIN.EPOCHS or a signal; returns the last iteration, which is saved, and the signal's number."""
-    print("waiting for the first batch ...", flush=True)
-    iteration, pace = start, Pace()
-    with stop_on_signal() as stopped:
-        batch = next(batches)
-        bar = tqdm(total=cfg.TRAIN.EPOCHS, initial=start, unit="it")
-        while True:
-            losses, predictions = step(batch, iteration)
+    ranks, iteration, pace = trainer.ranks, start, Pace()
+    if ranks.first:
+        print("waiting for the first batch ...", flush=True)
+    bar = tqdm(total=cfg.TRAIN.EPOCHS, initial=start, unit="it", disable=not ranks.first)
+    with stop_on_signal() as stop, bar:
+        while iteration < cfg.TRAIN.EPOCHS:
+            # Where ranks wait for each other, all of them have to end after the same iteration.
+            with pace.wait(), stop.while_waiting() if ranks.size == 1 else nullcontext():
+                together = [next(batches) for _ in range(cfg.TRAIN.ACCUMULATE)]
+            if any(ranks.total([float(stop.number is not None)])):
+                break
+            losses, predictions = trainer.step(together, iteration)
             iteration += 1
             bar.update()
             bar.set_postfix_str(f"loss {losses['total']:.4f}, {pace.waiting:.0%} waiting for batches")
             if not math.isfinite(losses["total"]):
                 raise UserError(
                     f"the loss is {losses['total']} at iteration {iteration}: lower TRAIN.INITIAL_LR "
-                    f"or set TRAIN.MIXED_PRECISION to 'no', and resume from {latest_checkpoint(folder)}"
+                    f"or set TRAIN.MIXED_PRECISION to 'no', and resume from {latest_checkpoint(cfg.MODEL.CKPT_FOLDER)}"
                 )
-            if iteration % cfg.TRAIN.LOG_EVERY == 0:
-                scalars = {f"loss/{task}": loss for task, loss in losses.items()}
-                scalars["learning_rate"] = learning_rate(cfg, iteration - 1)
-                scalars |= pace.lap()
-                for name, value in scalars.items():
-                    log.add_scalar(name, value, iteration)
-            done = iteration >= cfg.TRAIN.EPOCHS or bool(stopped)
-            if done or iteration % cfg.TRAIN.SAVE_EVERY == 0:
-                _save(cfg, step, iteration, folder)
-                write_snapshot(cfg, iteration, batch, predictions)
-                for name, image in sample_images(batch, predictions).items():
-                    log.add_image(name, image, iteration)
-            if done:
-                break
-            with pace.wait():
-                batch = next(batches)
-    return iteration, stopped[0] if stopped else None
+            if ranks.first:
+                records.add(iteration, losses, pace, together[-1], predictions)
+        if ranks.first and iteration > records.saved:
+            records.save(iteration)
+    return iteration, stop.number
+
+
+class Records:
+    """What a run leaves: checkpoints with a config to predict with, scalars, images and snapshots.
+
+    Attributes:
+        saved: the iteration of the last checkpoint.
+    """
+
+    def __init__(self, cfg, trainer: Trainer, folder: Path, log: SummaryWriter, validation: Validation | None):
+        self.cfg, self.trainer, self.folder, self.log, self.validation = cfg, trainer, folder, log, validation
+        latest = latest_checkpoint(folder)
+        self.saved = int(latest.name.rpartition("_")[2]) if latest else 0
+
+    def add(self, iteration: int, losses: dict[str, float], pace: Pace, batch, predictions) -> None:
+        """Record an iteration, as often as the config says; `predictions` are those for `batch`."""
+        every = self.cfg.TRAIN
+        if iteration % every.LOG_EVERY == 0:
+            scalars = {f"loss/{task}": loss for task, loss in losses.items()}
+            scalars["learning_rate"] = learning_rate(self.cfg, iteration - 1)
+            self._log(scalars | pace.lap(), iteration)
+        if iteration % every.SAVE_EVERY == 0 or iteration == every.EPOCHS:
+            self.save(iteration)
+            write_snapshot(self.cfg, iteration, batch, predictions)
+            for name, image in sample_images(batch, predictions).items():
+                self.log.add_image(name, image, iteration)
+        if self.validation and iteration % every.VALIDATE_EVERY == 0:
+            self._log(self.validation.run(self.trainer, iteration), iteration)
+
+    def save(self, iteration: int) -> None:
+        """Write a checkpoint and the config to predict with it, and remove old ones."""
+        cfg, path = self.cfg, checkpoint_path(self.folder, iteration)
+        self.trainer.save(path, iteration)
+        self.saved = iteration
+        settings = {"TRAIN.CHECKPOINT": str(path.resolve()), "DATA.HOME": str(Path(cfg.DATA.HOME).resolve())}
+        dump_config(derived_config(cfg, settings), self.folder / PREDICT_CONFIG)
+        if cfg.TRAIN.KEEP_CHECKPOINTS:
+            for old in checkpoints_in(self.folder)[: -cfg.TRAIN.KEEP_CHECKPOINTS]:
+                old.unlink()
+
+    def _log(self, scalars: dict[str, float], iteration: int) -> None:
+        for name, value in scalars.items():
+            self.log.add_scalar(name, value, iteration)
 
 
 class Pace:
@@ -215,43 +224,6 @@ class Pace:
         numbers = {"pace/iterations_per_second": speed, "pace/share_waiting_for_batches": self.waiting}
         self.lap_began, self.iterations, self.waited, self.cycled = now, 0, 0.0, 0.0
         return numbers
-
-
-def _save(cfg, step: TrainingStep, iteration: int, folder: Path) -> None:
-    path = checkpoint_path(folder, iteration)
-    save_checkpoint(path, step.model, step.optimizer, iteration, network_settings(cfg))
-    predict = cfg.clone()
-    predict.defrost()
-    predict.TRAIN.CHECKPOINT = str(path.resolve())
-    predict.DATA.HOME = str(Path(cfg.DATA.HOME).resolve())
-    dump_config(predict, folder / PREDICT_CONFIG)
-    if cfg.TRAIN.KEEP_CHECKPOINTS:
-        for old in checkpoints_in(folder)[: -cfg.TRAIN.KEEP_CHECKPOINTS]:
-            old.unlink()
-
-
-@contextmanager
-def stop_on_signal():
-    """Give a list that gets the number of the first SIGINT or SIGTERM, so that the step in progress ends and is saved.
-
-    A second one ends the process at once. Processes that are forked meanwhile end by SIGTERM only: Ctrl-C reaches them,
-    too, and this process decides when they end.
-    """
-    received: list[int] = []
-    this_process = os.getpid()
-
-    def receive(number, _frame):
-        if os.getpid() != this_process:
-            if number == signal.SIGTERM:
-                os._exit(128 + number)
-            return
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        tqdm.write(f"{signal.Signals(number).name}: saving a checkpoint after this iteration")
-
-    with handled(receive, signal.SIGINT, signal.SIGTERM):
-        yield received
 
 
 def _start_wandb(cfg) -> None:

@@ -1,0 +1,56 @@
+"""Processes that train one network together: `torchrun --nproc_per_node 4 trainer.py -c ...`.
+
+Each has its own patches and its own GPU; what torchrun puts into the environment says which one this is. Without
+torchrun there is one process, and everything here does nothing.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+class Ranks:
+    """This process among those that train together.
+
+    Attributes:
+        rank, size: number of this process, and how many there are.
+        local_rank, local_size: the same on this machine.
+        first: whether this is the process that talks and writes.
+    """
+
+    def __init__(self):
+        self.rank, self.size = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
+        )
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.first = self.rank == 0
+
+    @contextmanager
+    def connected(self, device: torch.device) -> Iterator[None]:
+        """Context manager in which `total` and DistributedDataParallel work."""
+        if self.size == 1:
+            yield
+            return
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        self.device = device
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    def total(self, values: list[float]) -> list[float]:
+        """Sums of values over all processes; every process has to ask at the same time."""
+        if self.size == 1:
+            return values
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.size > 1:
+            dist.barrier()

@@ -1,0 +1,112 @@
+"""Validation during training: what counts is the segmentation, so that is what is scored.
+
+A labelled crop that is not trained on is predicted and segmented as `predicter.py` and `instance_segmenter.py` do it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fastremap
+import numpy as np
+from tqdm import tqdm
+
+from config.errors import UserError
+from config.model_types import task_channels
+from data_utils.checks import check_training_volume
+from data_utils.create_labels_mask import is_labelled
+from data_utils.volumes import has_array, open_array, read, source_defaults
+from engine.evaluate.metrics import count_overlaps, scores
+from engine.post.agglomerate import agglomerate
+from engine.post.fragments import extract_fragments
+from engine.post.segment import configured_merge_function, fragment_settings
+from engine.predict.tiles import TilePredictor
+from models.checkpoint import read_checkpoint
+
+BEST = "model_checkpoint_best"
+
+
+class Validation:
+    """A crop to score segmentations on.
+
+    Args:
+        cfg: resolved config.
+        left_out: labelled volumes that are not trained on.
+
+    Raises:
+        UserError: there is no volume to validate on, or it cannot be used, or the model type predicts no affinities.
+    """
+
+    def __init__(self, cfg, left_out: list[Path]):
+        if "affs" not in task_channels(cfg):
+            raise UserError(
+                f"TRAIN.VALIDATE_EVERY is {cfg.TRAIN.VALIDATE_EVERY}, but {cfg.TRAIN.MODEL_TYPE} predicts no "
+                "affinities to segment: set it to 0"
+            )
+        if not cfg.TRAIN.VALIDATION_VOLUME and not left_out:
+            raise UserError(
+                f"TRAIN.VALIDATE_EVERY is {cfg.TRAIN.VALIDATE_EVERY}, but every volume is trained on: name another one "
+                "in TRAIN.VALIDATION_VOLUME, lower DATA.TRAIN_TEST_SPLIT, or set it to 0"
+            )
+        self.cfg, self.path = cfg, Path(cfg.TRAIN.VALIDATION_VOLUME or left_out[0])
+        check_training_volume(self.path, cfg)
+        self.merge_function = configured_merge_function(cfg.INS_SEGMENT)
+
+    def run(self, trainer, iteration: int) -> dict[str, float]:
+        """Score the weights, and keep them as model_checkpoint_best if they are the best so far.
+
+        Returns:
+            The lowest VOI sum over INS_SEGMENT.THRESHOLDS, with its split, merge and threshold, for TensorBoard.
+        """
+        found = self._score(trainer)
+        path = Path(self.cfg.MODEL.CKPT_FOLDER) / BEST
+        best = read_checkpoint(path).get("validation_voi", np.inf) if path.is_file() else np.inf
+        text = f"iteration {iteration}: VOI sum {found['voi_sum']:.3f} at threshold {found['threshold']:.2f}"
+        if found["voi_sum"] < best:
+            trainer.save(path, iteration, validation_voi=found["voi_sum"])
+            text += f", the best so far: {path}"
+        tqdm.write(text)
+        return {f"validation/{name}": value for name, value in found.items()}
+
+    def _score(self, trainer) -> dict[str, float]:
+        cfg = self.cfg
+        raw, begin, labels = self._crop()
+        predictor = TilePredictor(cfg, trainer.predicting(), trainer.precision)
+        affinities = np.empty((task_channels(cfg)["affs"], *labels.shape), np.float32)
+        for tile, shape in predictor.tiles(labels.shape):
+            where = tuple(slice(t, t + s) for t, s in zip(tile, shape, strict=True))
+            target = affinities[:, *where]
+            predicted = predictor(raw, [b + t for b, t in zip(begin, tile, strict=True)], shape)["affs"]
+            target[:] = predicted[:, *(slice(size) for size in target.shape[1:])]
+        affinities = affinities[:3]
+        fragments = extract_fragments(affinities, **fragment_settings(cfg.INS_SEGMENT))
+        found = []
+        for threshold, segmentation in agglomerate(
+            affinities, fragments, cfg.INS_SEGMENT.THRESHOLDS, self.merge_function
+        ):
+            row = scores(*count_overlaps([(segmentation, labels)]))
+            found.append(
+                {name: float(row[name]) for name in ("voi_sum", "voi_split", "voi_merge")} | {"threshold": threshold}
+            )
+        return min(found, key=lambda row: row["voi_sum"])
+
+    def _crop(self):
+        """Raw, where the crop begins in it (voxels), and the crop's labels, 0 where nothing is known; uint64."""
+        cfg, defaults = self.cfg, source_defaults(self.cfg)
+        raw = open_array(self.path, cfg.DATA.RAW, **defaults)
+        labels = open_array(self.path, cfg.DATA.NEURON_LABELS, **defaults)
+        shape = tuple(map(min, zip(labels.shape, cfg.TRAIN.VALIDATION_SHAPE, strict=True)))
+        inside = tuple((size - s) // 2 for size, s in zip(labels.shape, shape, strict=True))
+        where = tuple(slice(b, b + s) for b, s in zip(inside, shape, strict=True))
+        truth = read(labels, where).astype(np.uint64)
+        known = is_labelled(truth)
+        if has_array(self.path, cfg.DATA.NEURON_LABELS_MASK):
+            known &= read(open_array(self.path, cfg.DATA.NEURON_LABELS_MASK, **defaults), where) > 0
+        truth = np.where(known, truth, 0)
+        if cfg.DATA.DIM_2D:
+            # Sections are segmented one by one: a neuron is another object in each of them.
+            truth = fastremap.renumber(truth, preserve_zero=True)[0].astype(np.uint64)
+            section = np.arange(len(truth), dtype=np.uint64)[:, None, None]
+            truth = np.where(truth > 0, truth + section * (truth.max() + 1), 0)
+        begin = (labels.roi.begin - raw.roi.begin) / raw.voxel_size
+        return raw, tuple(b + i for b, i in zip(begin, inside, strict=True)), truth

@@ -1,0 +1,290 @@
+"""Every model type, in 3D and in 2D: learns, resumes after SIGKILL, predicts, segments, loads published weights."""
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from config.errors import UserError
+from config.loader import load_config
+from config.model_types import MODEL_TYPES, task_channels
+from data_utils.create_labels_mask import create_labels_mask
+from data_utils.layout import data_folder, output_path
+from data_utils.phantom import write_phantom
+from data_utils.volumes import list_arrays, open_array, read
+from engine.device import Precision
+from engine.network import first_config, from_raw
+from engine.post.segment import segment
+from engine.predict.predict import predict
+from engine.predict.tiles import TilePredictor
+from engine.training.pipeline import training_batches
+from engine.training.ranks import Ranks
+from engine.training.step import Trainer
+from engine.training.train import PREDICT_CONFIG, train
+from models import build_model
+from models.checkpoint import checkpoint_path, load_checkpoint, save_untrained
+
+SETTINGS = {
+    "SYSTEM.NUM_WORKERS": 0,
+    "TRAIN.DEVICE": "cpu",
+    "TRAIN.THREADS": 1,
+    "TRAIN.EPOCHS": 4,
+    "TRAIN.SAVE_EVERY": 2,
+    "TRAIN.LOG_EVERY": 1,
+    "TRAIN.INITIAL_LR": 3e-3,
+    "MODEL_ISO.NUM_FMAPS": 4,
+    "MODEL_ISO.NUM_FMAPS_OUT": 4,
+    "MODEL_ISO.FMAP_INC_FACTOR": 2,
+    "MODEL_ISO.DOWNSAMPLE_FACTORS": [[2, 2, 2]],
+    "MODEL_ISO.DOWNSAMPLE_FACTORS_2D": [[2, 2]],
+    "MODEL_ISO.PAD_CONV": "same",
+    "MODEL_ISO.INPUT_SHAPE": (20, 20, 20),
+    "MODEL_ISO.INPUT_SHAPE_2D": (40, 40),
+    "MODEL_ISO.LSD_SIGMA": 24,
+    "INS_SEGMENT.THRESHOLDS": [0.5],
+    "INS_SEGMENT.MERGE_FUNCTION": "hist_quant_50",
+} | {f"MODEL_ISO.KERNEL_SIZE_{way}{suffix}": None for way in ("DOWN", "UP") for suffix in ("", "_2D")}
+every_model_type = pytest.mark.parametrize("model_type", MODEL_TYPES)
+in_2d_and_3d = pytest.mark.parametrize("flat", [False, True], ids=["3D", "2D"])
+
+
+@pytest.fixture(scope="module")
+def volume(tmp_path_factory):
+    path = tmp_path_factory.mktemp("phantom") / "phantom.zarr"
+    write_phantom(path, (28, 44, 48), seed=0, voxel_size=(8, 8, 8), offset=(80, 160, 0))
+    create_labels_mask(path, "volumes/labels/mito_ids", "volumes/labels/labels_mask_mito")
+    return path
+
+
+@pytest.fixture
+def home(tmp_path, volume):
+    """A data folder with the phantom to train on and to predict; 2D runs draw their sections from it."""
+    for split in ("train", "test"):
+        folder = data_folder(config(tmp_path, "MTLSD"), split)
+        folder.mkdir(parents=True)
+        (folder / "phantom.zarr").symlink_to(volume)
+    return tmp_path
+
+
+def config(home, model_type, flat=False, **overrides):
+    settings = SETTINGS | {"DATA.HOME": home, "TRAIN.MODEL_TYPE": model_type, "DATA.DIM_2D": flat}
+    settings |= {key.replace("__", "."): value for key, value in overrides.items()}
+    return load_config(overrides=[str(part) for item in settings.items() for part in item])
+
+
+def with_first_weights(home, model_type, flat, **overrides):
+    """A config, for an auto-context type with random weights for the first network."""
+    cfg = config(home, model_type, flat, **overrides)
+    if MODEL_TYPES[model_type].first:
+        path = home / "first" / "model_checkpoint_0"
+        torch.manual_seed(1)
+        save_untrained(path, build_model(first_config(cfg)), first_config(cfg))
+        cfg = config(home, model_type, flat, TRAIN__CHECKPOINT_AC=path, **overrides)
+    return cfg
+
+
+@every_model_type
+@in_2d_and_3d
+def test_the_loss_falls(home, model_type, flat):
+    """On one batch over and over: a third of its loss goes, task by task."""
+    fmaps = {"MODEL_ISO__NUM_FMAPS": 8, "MODEL_ISO__NUM_FMAPS_OUT": 8}
+    cfg = with_first_weights(home, model_type, flat, TRAIN__AUGMENT=False, **fmaps)
+    torch.manual_seed(0)
+    trainer = Trainer(cfg, Precision("no", torch.device("cpu")), Ranks())
+    trainer.connect()
+    with training_batches(
+        cfg, [data_folder(config(home, "MTLSD"), "train") / "phantom.zarr"], trainer.tasks
+    ) as batches:
+        batch = next(batches)
+    losses = [trainer.step([batch], iteration)[0] for iteration in range(70)]
+    for task in (*MODEL_TYPES[model_type].tasks, "total"):
+        assert losses[-1][task] < 0.67 * losses[0][task], task
+
+
+def train_and_die(cfg):
+    """Train, and end by SIGKILL in the middle of the third iteration of the model type's own network."""
+    step = Trainer.step
+
+    def deadly(self, batches, iteration):
+        if iteration == 2 and self.tasks == MODEL_TYPES[cfg.TRAIN.MODEL_TYPE].tasks:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, batches, iteration)
+
+    Trainer.step = deadly
+    train(cfg)
+
+
+def losses_of(cfg):
+    """Iteration -> loss, from the log files of a run in the order in which they were written."""
+    losses = {}
+    for file in sorted(Path(cfg.MODEL.LOG_DIR).glob("events*"), key=lambda file: file.stat().st_mtime_ns):
+        log = EventAccumulator(str(file))
+        log.Reload()
+        if "loss/total" in log.Tags()["scalars"]:
+            losses |= {event.step: event.value for event in log.Scalars("loss/total")}
+    return losses
+
+
+@every_model_type
+@in_2d_and_3d
+def test_training_resumes_after_sigkill_then_predicts_and_segments(home, model_type, flat):
+    folders = {f"MODEL_ISO__{name}": home / "whole" / name for name in ("CKPT_FOLDER", "LOG_DIR", "OUTPUT_DIR")}
+    whole = config(home, model_type, flat, **folders)
+    train(whole)
+
+    cfg = config(home, model_type, flat)
+    process = multiprocessing.get_context("fork").Process(target=train_and_die, args=(cfg,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    train(cfg)
+    resumed, expected = losses_of(cfg), losses_of(whole)
+    assert [resumed[3], resumed[4]] == [expected[3], expected[4]]
+
+    predict_cfg = load_config(Path(cfg.MODEL.CKPT_FOLDER) / PREDICT_CONFIG)
+    predict(predict_cfg)
+    sample = data_folder(config(home, "MTLSD"), "test") / "phantom.zarr"
+    output, raw = output_path(predict_cfg, sample), open_array(sample, "volumes/raw")
+    assert list_arrays(output) == sorted(f"volumes/pred_{task}" for task in MODEL_TYPES[model_type].tasks)
+    for task, channels in task_channels(cfg).items():
+        predicted = open_array(output, f"volumes/pred_{task}")
+        assert predicted.roi == raw.roi
+        assert predicted.shape == (channels, *raw.shape)
+        assert read(predicted).any()
+    if "affs" not in MODEL_TYPES[model_type].tasks:
+        with pytest.raises(UserError, match="pred_affs"):
+            segment(predict_cfg)
+        return
+    segment(predict_cfg)
+    segmentation = read(open_array(output, "volumes/segmentation_050"))
+    assert segmentation.shape == raw.shape
+    if flat:
+        labels = [set(np.unique(section)) - {0} for section in segmentation]
+        assert sum(map(len, labels)) == len(set.union(*labels))
+
+
+@every_model_type
+@in_2d_and_3d
+def test_a_published_checkpoint_loads(home, model_type, flat):
+    """Names and shapes of the published networks, 12 feature maps and factor 5, for every type's inputs and heads."""
+    cfg = load_config(overrides=["TRAIN.MODEL_TYPE", model_type, "DATA.DIM_2D", str(flat)])
+    dims = 2 if flat else 3
+    lsds = 6 if flat else 10
+    inputs = {"ACLSD": lsds, "ACRLSD": 1 + lsds}.get(model_type, 1)
+    heads = {
+        "MTLSD": ("lsd", "aff"),
+        "LSD": ("lsd",),
+        "MTLSDMITO": ("lsd", "aff", "mito"),
+    }.get(model_type, ("aff",))
+    channels = {"lsd": lsds, "aff": dims, "mito": 1}
+    shapes = {}
+
+    def conv_pass(name, before, fmaps, width, layers):
+        for layer in layers:
+            shapes[f"{name}.conv_pass.{layer}.weight"] = (fmaps, before if layer == 0 else fmaps, *(width,) * dims)
+            shapes[f"{name}.conv_pass.{layer}.bias"] = (fmaps,)
+
+    fmaps = [12, 60, 300, 1500]
+    for level, before in enumerate([inputs, *fmaps[:-1]]):
+        conv_pass(f"unet.l_conv.{level}", before, fmaps[level], 3, (0, 2))
+    for level, factor in enumerate([2, 2, 3]):
+        below = fmaps[level + 1]
+        shapes[f"unet.r_up.0.{level}.up.weight"] = (below, below, *(factor,) * dims)
+        shapes[f"unet.r_up.0.{level}.up.bias"] = (below,)
+        conv_pass(f"unet.r_conv.0.{level}", fmaps[level] + below, fmaps[level], 3, (0, 2))
+    for head in heads:
+        conv_pass(f"{head}_head", 12, channels[head], 1, (0,))
+
+    with torch.device("meta"):
+        model = build_model(cfg)
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == shapes
+
+
+def test_a_published_checkpoint_of_the_small_size_loads_with_its_numbers(home):
+    cfg = config(home, "ACRLSD")
+    torch.manual_seed(3)
+    weights = {name: torch.randn_like(tensor) for name, tensor in build_model(cfg).state_dict().items()}
+    path = home / "model_checkpoint_100000"
+    torch.save({"model_state_dict": weights, "optimizer_state_dict": {}}, path)
+    model = build_model(cfg)
+    assert load_checkpoint(path, model, cfg) == 100000
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_published_auto_context_shapes_come_out():
+    """328 voxels of raw give 204 of LSDs, cropped to 196, which give 72 of affinities."""
+    cfg = load_config(overrides=["TRAIN.MODEL_TYPE", "ACRLSD", "TRAIN.CHECKPOINT_AC", "x"])
+    assert cfg.MODEL.RAW_SHAPE == (328,) * 3
+    assert cfg.MODEL.INPUT_SHAPE == (196,) * 3
+    assert cfg.MODEL.OUTPUT_SHAPE == (72,) * 3
+    assert cfg.MODEL.CONTEXT == (128,) * 3
+    assert first_config(cfg).MODEL.RAW_SHAPE == (196,) * 3
+
+
+@pytest.mark.parametrize("padding", ["valid", "same"])
+@pytest.mark.parametrize("model_type", ["ACLSD", "ACRLSD"])
+@in_2d_and_3d
+def test_auto_context_tiles_fit_together(home, model_type, flat, padding):
+    """Tiles of both networks in one pass give what one network after the other gives on the whole volume."""
+    shapes = {"same": ((12,) * 3, (12,) * 2), "valid": ((28,) * 3, (28,) * 2)}[padding]
+    overrides = dict(zip(("MODEL_ISO__INPUT_SHAPE", "MODEL_ISO__INPUT_SHAPE_2D"), shapes, strict=True))
+    cfg = with_first_weights(home, model_type, flat, MODEL_ISO__PAD_CONV=padding, **overrides)
+    torch.manual_seed(2)
+    second = build_model(cfg)
+    predictor = TilePredictor(cfg, from_raw(cfg, second), Precision("no", torch.device("cpu")))
+    sample = data_folder(config(home, "MTLSD"), "test") / "phantom.zarr"
+    raw = open_array(sample, "volumes/raw")
+
+    tiled = np.zeros((3 - flat, *raw.shape), np.float32)
+    for begin, shape in predictor.tiles(raw.shape):
+        where = tuple(slice(b, b + s) for b, s in zip(begin, shape, strict=True))
+        target = tiled[:, *where]
+        target[:] = predictor(raw, begin, shape)["affs"][:, *map(slice, target.shape[1:])]
+
+    first = build_model(first_config(cfg))
+    load_checkpoint(cfg.TRAIN.CHECKPOINT_AC, first, first_config(cfg))
+    wide = [0 if flat and axis == 0 else 40 for axis in range(3)]
+    padded = np.pad(read(raw), [(w, w) for w in wide], mode="reflect").astype(np.float32) / 255 * 2 - 1
+    x = torch.from_numpy(padded)[:, None] if flat else torch.from_numpy(padded)[None, None]
+
+    def middle(y, shape):
+        begin = [(a - b) // 2 for a, b in zip(y.shape[2:], shape, strict=True)]
+        return y[(..., *(slice(b, b + s) for b, s in zip(begin, shape, strict=True)))]
+
+    with torch.inference_mode():
+        lsds = first.eval()(x).lsds
+        seen = torch.cat([middle(x, lsds.shape[2:]), lsds], dim=1) if model_type == "ACRLSD" else lsds
+        affs = second.eval()(seen).affs
+    expected = middle(affs, raw.shape[1:]).transpose(0, 1) if flat else middle(affs, raw.shape)[0]
+    np.testing.assert_allclose(tiled, expected.numpy(), atol=1e-4)
+    assert tiled.std() > 1e-3
+
+
+def test_a_first_network_that_is_given_is_not_trained(home, capsys):
+    cfg = with_first_weights(home, "ACLSD", True, TRAIN__EPOCHS=2)
+    train(cfg)
+    assert not (Path(cfg.MODEL.CKPT_FOLDER) / "first").exists()
+    assert checkpoint_path(cfg.MODEL.CKPT_FOLDER, 2).is_file()
+    predict_cfg = load_config(Path(cfg.MODEL.CKPT_FOLDER) / PREDICT_CONFIG)
+    assert predict_cfg.TRAIN.CHECKPOINT_AC == cfg.TRAIN.CHECKPOINT_AC
+
+
+def test_bad_first_weights_are_refused_before_anything_is_written(home):
+    before = sorted(home.rglob("*"))
+    with pytest.raises(UserError, match=r"TRAIN.CHECKPOINT_AC"):
+        train(config(home, "ACLSD", TRAIN__CHECKPOINT_AC=home / "nothing"))
+    assert sorted(home.rglob("*")) == before
+    cfg = config(home, "ACLSD", TRAIN__CHECKPOINT=home / "model_checkpoint_1")
+    torch.save({"model_state_dict": build_model(cfg).state_dict()}, home / "model_checkpoint_1")
+    with pytest.raises(UserError, match=r"TRAIN.CHECKPOINT_AC is empty"):
+        predict(cfg)
+
+
+def test_mitochondria_need_labels(home):
+    with pytest.raises(UserError, match=r"volumes/labels/mito"):
+        train(config(home, "MTLSDMITO", DATA__MITO_LABELS="volumes/labels/mito"))

@@ -1,0 +1,118 @@
+"""What makes training faster or better without changing what it is: ranks, accumulation, averages, validation."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import CHECKOUT, config, pairs, weights_at
+from test_training import home as home
+from test_training import volume as volume
+
+from config.errors import UserError
+from config.loader import load_config
+from data_utils.layout import data_folder
+from engine.predict.predict import predict
+from engine.training.train import PREDICT_CONFIG, train
+from models import build_model
+from models.checkpoint import checkpoint_path, load_checkpoint, read_checkpoint
+
+SHORT = {"TRAIN__EPOCHS": 3, "TRAIN__SAVE_EVERY": 3, "MODEL_ISO__PAD_CONV": "same", "MODEL_ISO__INPUT_SHAPE": (20,) * 3}
+
+
+def short(home, name, **overrides):
+    return config(home, **SHORT, MODEL_ISO__CKPT_FOLDER=home / name, **overrides)
+
+
+def assert_same_weights(one, other):
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=2e-6)
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(home):
+    whole = short(home, "whole", TRAIN__BATCH_SIZE=2)
+    train(whole)
+    settings = pairs(home, **SHORT, MODEL_ISO__CKPT_FOLDER=home / "ranks")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run(
+        [*torchrun, CHECKOUT / "trainer.py", *settings],
+        cwd=home,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("trained at iteration 3") == 1
+    assert_same_weights(weights_at(whole, 3), weights_at(short(home, "ranks"), 3))
+    half = short(home, "half")
+    train(half)
+    with pytest.raises(AssertionError):
+        assert_same_weights(weights_at(whole, 3), weights_at(half, 3))
+
+
+def test_accumulated_gradients_are_those_of_a_larger_batch(home):
+    whole, parts = short(home, "whole", TRAIN__BATCH_SIZE=2), short(home, "parts", TRAIN__ACCUMULATE=2)
+    train(whole)
+    train(parts)
+    assert_same_weights(weights_at(whole, 3), weights_at(parts, 3))
+
+
+def test_averaged_weights_predict_and_go_on_after_a_resume(home):
+    ema = {"TRAIN__EMA": 0.5, "TRAIN__EPOCHS": 4, "TRAIN__SAVE_EVERY": 1}
+    whole, parts = (config(home, **SHORT | ema, MODEL_ISO__CKPT_FOLDER=home / name) for name in ("whole", "parts"))
+    train(whole)
+    train(config(home, **SHORT | ema | {"TRAIN__EPOCHS": 2}, MODEL_ISO__CKPT_FOLDER=home / "parts"))
+    train(parts)
+    states = [read_checkpoint(checkpoint_path(whole.MODEL.CKPT_FOLDER, iteration)) for iteration in (1, 2, 3, 4)]
+    name = "lsd_head.conv_pass.0.weight"
+    average = states[0]["model_state_dict"][name]
+    for state in states[1:]:
+        average = 0.5 * average + 0.5 * state["model_state_dict"][name]
+    torch.testing.assert_close(states[-1]["ema_state_dict"][name], average)
+    resumed = read_checkpoint(checkpoint_path(parts.MODEL.CKPT_FOLDER, 4))
+    assert_same_weights(states[-1]["ema_state_dict"], resumed["ema_state_dict"])
+    assert_same_weights(states[-1]["model_state_dict"], resumed["model_state_dict"])
+
+    model = build_model(whole)
+    load_checkpoint(checkpoint_path(whole.MODEL.CKPT_FOLDER, 4), model, whole)
+    torch.testing.assert_close(model.state_dict()[name], average)
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["3D", "2D"])
+def test_validation_keeps_the_best_weights(home, volume, flat, capsys):
+    validation = {
+        "TRAIN__VALIDATE_EVERY": 1,
+        "TRAIN__VALIDATION_VOLUME": volume,
+        "TRAIN__VALIDATION_SHAPE": (16, 24, 24),
+    }
+    settings = validation | {"DATA__DIM_2D": flat, "INS_SEGMENT__EPSILON_AGGLOMERATE": 0.0}
+    if flat:
+        settings |= {"MODEL_ISO__DOWNSAMPLE_FACTORS_2D": [[2, 2]], "MODEL_ISO__INPUT_SHAPE_2D": (20, 20)}
+        settings |= {"MODEL_ISO__KERNEL_SIZE_DOWN_2D": None, "MODEL_ISO__KERNEL_SIZE_UP_2D": None}
+    cfg = short(home, "run", **settings)
+    train(cfg)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "VOI sum" in line]
+    assert len(lines) == 3
+    scores = {int(line.split()[1].rstrip(":")): float(line.split("VOI sum ")[1].split()[0]) for line in lines}
+    best = read_checkpoint(Path(cfg.MODEL.CKPT_FOLDER) / "model_checkpoint_best")
+    assert scores[best["iteration"]] == min(scores.values()) == pytest.approx(best["validation_voi"], abs=1e-3)
+
+    predict_cfg = load_config(
+        Path(cfg.MODEL.CKPT_FOLDER) / PREDICT_CONFIG,
+        ["TRAIN.CHECKPOINT", str(Path(cfg.MODEL.CKPT_FOLDER) / "model_checkpoint_best")],
+    )
+    predict(predict_cfg)
+
+
+def test_validation_needs_a_volume_that_is_not_trained_on(home, volume):
+    with pytest.raises(UserError, match=r"VALIDATION_VOLUME"):
+        train(config(home, TRAIN__VALIDATE_EVERY=1))
+    with pytest.raises(UserError, match=r"LSD predicts no affinities"):
+        train(config(home, TRAIN__VALIDATE_EVERY=1, TRAIN__VALIDATION_VOLUME=volume, TRAIN__MODEL_TYPE="LSD"))
+    (data_folder(config(home), "train") / "second.zarr").symlink_to(volume)
+    cfg = short(home, "run", TRAIN__VALIDATE_EVERY=3, DATA__TRAIN_TEST_SPLIT=0.5, TRAIN__VALIDATION_SHAPE=(16, 16, 16))
+    train(cfg)
+    assert (Path(cfg.MODEL.CKPT_FOLDER) / "model_checkpoint_best").is_file()
