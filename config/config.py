@@ -274,6 +274,19 @@ _C.MODEL_ANISO.TRANSPOSE = [1, 2]
 # Segmentation
 # ------------------------------------------------------------------------------------------------------------
 _C.INS_SEGMENT = CfgNode()
+# "waterz": watershed, then agglomeration at THRESHOLDS. "mutex": mutex watershed, which knows no threshold; it needs
+# affinities with long-range offsets (TRAIN.NEIGHBORHOOD as TRAIN.LR_NEIGHBORHOOD) and about 0.6 kB of memory per voxel
+# of the volume, or of a block with its context. Of the keys below, MASK_*, BACKGROUND_MASK and FILTER_FRAGMENTS are for
+# both.
+_C.INS_SEGMENT.METHOD = "waterz"
+# Mutex watershed: added to the affinities (0 to 1), of which then positive ones attract and negative ones repel. One
+# number for each offset, or two: for direct neighbors, and for long range. Lower numbers split more. None: -0.5 for
+# all, so that voxels attract each other if they are more likely one neurite than not.
+_C.INS_SEGMENT.MUTEX_BIAS = None
+# Link the segments of neighboring sections into 3D objects, if each is the other's largest overlap and this share (0 to
+# 1) of the smaller one overlaps; 0.5 is a good start. For affinities within sections (DATA.DIM_2D) and
+# instance_segmenter.py. None: off.
+_C.INS_SEGMENT.LINK_SECTIONS = None
 # Agglomeration thresholds: one segmentation each. Higher merges more.
 _C.INS_SEGMENT.THRESHOLDS = [0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75]
 # Merge function of waterz: hist_quant_10 ... hist_quant_95, these with _initmax, or mean. None: hist_quant_

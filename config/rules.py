@@ -235,6 +235,9 @@ RULES: dict[str, Rule] = {
         for suffix, dims in (("", 3), ("_2D", 2))
         for name, rule in _model_rules(dims).items()
     },
+    "INS_SEGMENT.METHOD": choice("waterz", "mutex"),
+    "INS_SEGMENT.MUTEX_BIAS": optional(sequence(number(-1, 1))),
+    "INS_SEGMENT.LINK_SECTIONS": optional(share),
     "INS_SEGMENT.THRESHOLDS": either(
         sequence(threshold), Rule("", lambda value: [threshold.parse(value)]), sequence(threshold).allowed
     ),

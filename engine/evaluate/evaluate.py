@@ -23,9 +23,9 @@ from data_utils.volumes import blocks, list_arrays, open_array, read, source_def
 from engine.evaluate.metrics import count_overlaps, scores
 
 FRAGMENTS = "volumes/fragments"
-SEGMENTATIONS = re.compile(r"volumes/(final_)?segmentation_.*\d")
+SEGMENTATIONS = re.compile(r"volumes/(final_)?segmentation_(.*\d|mutex)")
 SCORES = ("voi_split", "voi_merge", "voi_sum", "adapted_rand_error", "segments")
-COLUMNS = ("dataset", "merge_function", "threshold", *SCORES)
+COLUMNS = ("dataset", "method", "merge_function", "threshold", *SCORES)
 # Okabe and Ito's colours, which colour-blind readers tell apart
 COLORS = {"voi_split": "#0072B2", "voi_merge": "#D55E00", "voi_sum": "#000000"}
 LINE_STYLES = ("-", "--", ":", "-.")
@@ -100,7 +100,7 @@ def score_volume(sample, output, names, cfg):
             row = scores(*count_overlaps(overlaps(segmentation, ground_truth, mask, description=name)))
         except ValueError as error:
             raise UserError(f"{name} in {output} and {cfg.DATA.NEURON_LABELS} in {sample}: {error}") from error
-        labels = {key: segmentation.attrs.get(key) for key in ("merge_function", "threshold")}
+        labels = {key: segmentation.attrs.get(key) for key in ("method", "merge_function", "threshold")}
         rows.append({"dataset": name, **labels, **row})
     best = min((row for row in rows if row["dataset"] != FRAGMENTS), key=lambda row: row["voi_sum"])
     return {
@@ -174,19 +174,22 @@ def _csv(report):
 
 
 def _plot(report):
-    """PNG of the VOI over the thresholds, a style of line for each merge function."""
+    """PNG of the VOI over the thresholds, a style of line for each merge function, and for each method without them."""
     series = {}
     for row in report["scores"]:
-        if row["threshold"] is not None:
+        if row["dataset"] != FRAGMENTS:
             kind = row["dataset"].removeprefix("volumes/").partition("segmentation")[0]
-            series.setdefault(f"{kind}{row['merge_function']}".replace("_", " "), []).append(row)
+            name = row["dataset"] if row["threshold"] is None else kind + row["merge_function"]
+            series.setdefault(name.replace("_", " "), []).append(row)
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
     for style, (name, rows) in zip(itertools.cycle(LINE_STYLES), series.items()):
-        rows = sorted(rows, key=lambda row: row["threshold"])
         for score, color in COLORS.items():
             label = f"{score.removeprefix('voi_')}, {name}"
-            thresholds, values = ([row[key] for row in rows] for key in ("threshold", score))
+            if rows[0]["threshold"] is None:
+                axes.axhline(rows[0][score], linestyle=style, color=color, label=label)
+                continue
+            thresholds, values = zip(*sorted((row["threshold"], row[score]) for row in rows), strict=True)
             axes.plot(thresholds, values, style, color=color, marker="o", label=label)
     axes.set(xlabel="threshold", ylabel="VOI (bits)", ylim=(0, None), title=f"best: {report['best']}")
     if series:

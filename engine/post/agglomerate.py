@@ -56,15 +56,15 @@ def default_merge_function(thresholds, epsilon_agglomerate):
     return name
 
 
-def float_affinities(affinities):
+def float_affinities(affinities, channels=3):
     """Affinities as C-contiguous float32 in 0..1; uint8 is divided by 255.
 
     Raises:
-        ValueError: another shape than (3, z, y, x), another type, NaN, or values outside 0..1.
+        ValueError: another shape than (channels, z, y, x), another type, NaN, or values outside 0..1.
     """
     affinities = np.asarray(affinities)
-    if affinities.ndim != 4 or affinities.shape[0] != 3:
-        raise ValueError(f"affinities must have the shape (3, z, y, x), not {affinities.shape}")
+    if affinities.ndim != 4 or affinities.shape[0] != channels:
+        raise ValueError(f"affinities must have the shape ({channels}, z, y, x), not {affinities.shape}")
     if affinities.dtype == np.uint8:
         return affinities * np.float32(1 / 255)
     if affinities.dtype.kind != "f":

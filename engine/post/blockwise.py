@@ -15,27 +15,31 @@ import numba
 import numpy as np
 import waterz
 
+from engine.post.affinities import MUTEX
 from engine.post.agglomerate import QUEUE_BINS, float_affinities, scoring_function, silence
 from engine.post.fragments import extract_fragments
+from engine.post.mutex import is_direct, voxel_pairs
 
 LARGEST_ID = 2**63 - 1  # databases know no unsigned integers
 
 
-def fragments_of_block(affinities, *, context, block, voxels_in_block, mask=None, **settings):
+def fragments_of_block(
+    affinities, *, context, block, voxels_in_block, mask=None, extract=extract_fragments, **settings
+):
     """Fragments of one block, numbered so that no other block uses the same ids.
 
     They are extracted with context and cropped to the block. A fragment whose pieces hang together in the context
     only becomes one fragment per piece, since one id must not stand for two bodies.
 
     Args:
-        affinities: (3, z, y, x), the block and its context, channels z, y, x; uint8 in 0..255 or floating point in
-            0..1.
+        affinities: (c, z, y, x), the block and its context, channels as ``extract`` takes them.
         context: voxels around the block along z, y, x; a pair (before, after) for an axis along which they differ,
             as they do where the volume ends.
         block: the block's number, from 0.
         voxels_in_block: the same for every block: this one has ids block * voxels_in_block + 1..n.
         mask: (z, y, x) like the affinities; fragments are made where it is not 0.
-        settings: further arguments of `extract_fragments`.
+        extract: what makes the fragments, `extract_fragments` or `mutex_watershed`.
+        settings: further arguments of ``extract``.
 
     Returns:
         fragments: uint64 (z, y, x) without context, 0 is background.
@@ -49,7 +53,7 @@ def fragments_of_block(affinities, *, context, block, voxels_in_block, mask=None
     first_id = block * voxels_in_block + 1
     if first_id + voxels_in_block - 1 > LARGEST_ID:
         raise ValueError(f"block {block} of {voxels_in_block} voxels: its fragment ids would not fit into 63 bits")
-    grown = extract_fragments(affinities, mask=mask, **settings)
+    grown = extract(affinities, mask=mask, **settings)
     widths = [np.broadcast_to(width, 2) for width in context]
     inner = grown[tuple(slice(before, size - after) for (before, after), size in zip(widths, grown.shape, strict=True))]
     if not 0 < inner.size <= voxels_in_block:
@@ -62,12 +66,16 @@ def fragments_of_block(affinities, *, context, block, voxels_in_block, mask=None
     return np.append(np.uint64(0), ids)[pieces], ids, centers
 
 
-def edges_of_block(affinities, fragments, merge_function, first_id, last_id):
+def edges_of_block(affinities, fragments, merge_function, first_id, last_id, offsets=None):
     """The edges that belong to a block: those whose smaller id ``u`` is in first_id..last_id.
 
-    Arguments and results as for `score_edges`, on the block with a context of one voxel or more.
+    Arguments and results as for `score_edges`, on the block with a context of one voxel or more; for the merge function
+    ``mutex`` as for `score_mutex_edges`, with a context as large as the largest offset.
     """
-    u, v, scores = score_edges(affinities, fragments, merge_function)
+    if merge_function == MUTEX:
+        u, v, scores = score_mutex_edges(affinities, fragments, offsets)
+    else:
+        u, v, scores = score_edges(affinities, fragments, merge_function)
     own = (u >= first_id) & (u <= last_id)
     return u[own], v[own], scores[own]
 
@@ -111,6 +119,53 @@ def score_edges(affinities, fragments, merge_function):
     a, b, merge_scores = _columns(history, "a", "b", "score")
     scores = _threshold_of_merge(u, v, a, b, np.maximum.accumulate(merge_scores), len(ids))
     return ids[u], ids[v], scores
+
+
+def score_mutex_edges(affinities, fragments, offsets):
+    """Score every pair of fragments that share a face of a voxel by one minus the mean affinity between them.
+
+    The mean is over all pairs of a voxel of the one and a voxel of the other that any offset connects: two neurites
+    that touch where the membrane is faint are told apart by the long-range affinities across it.
+
+    Args:
+        affinities: (c, z, y, x), uint8 in 0..255 or floating point in 0..1.
+        fragments: (z, y, x), any unsigned ids, 0 is background.
+        offsets: (z, y, x) of each channel. Fragments touch along those of direct neighbors only.
+
+    Returns:
+        u, v, scores: as `score_edges`.
+
+    Raises:
+        ValueError: affinities of another type or range, or of another shape than the fragments.
+    """
+    affinities = float_affinities(affinities, channels=len(offsets))
+    numbers, ids = _number(fragments)
+    numbers = numbers.astype(np.int64)
+    faces = [_contacts(numbers, offset, len(ids)) for offset in offsets if is_direct(offset)]
+    edges = np.unique(np.concatenate([keys for keys, _ in faces]))
+    sums, counts = np.zeros(len(edges)), np.zeros(len(edges))
+    for channel, offset in zip(affinities, offsets, strict=True):
+        keys, voxels = _contacts(numbers, offset, len(ids))
+        index = np.searchsorted(edges, keys)
+        touching = np.append(edges, -1)[index] == keys
+        sums += np.bincount(index[touching], channel[voxels][touching], minlength=len(edges))
+        counts += np.bincount(index[touching], minlength=len(edges))
+    u, v = np.divmod(edges, len(ids))
+    return ids[u], ids[v], (1 - sums / counts).astype(np.float32)
+
+
+def _contacts(numbers, offset, count):
+    """Voxels whose partner at an offset is of another fragment: the key of the edge, and an index of the voxels.
+
+    The key of the numbers u < v is u * count + v (int64).
+    """
+    here, there = voxel_pairs(numbers.shape, offset)
+    first, second = numbers[here], numbers[there]
+    apart = (first != second) & (first > 0) & (second > 0)
+    first, second = first[apart], second[apart]
+    voxels = np.zeros(numbers.shape, bool)
+    voxels[here] = apart
+    return np.minimum(first, second) * count + np.maximum(first, second), voxels
 
 
 def _number(fragments):

@@ -57,14 +57,19 @@ def extract_fragments(
     seeds = find_seeds(distances, fragments_in_xy)
     fragments = flood(seeds, distances, foreground if background_mask else inside, fragments_in_xy).astype(np.uint64)
 
-    if filter_fragments > 0:
-        sizes = np.maximum(np.bincount(fragments.ravel()), 1)
-        sums = np.bincount(fragments.ravel(), weights=mean_affinity.ravel())
-        fragments[(sums / sizes < filter_fragments)[fragments]] = 0
+    drop_weak(fragments, mean_affinity, filter_fragments)
     if epsilon_agglomerate > 0:
         merged = agglomerate(affinities, fragments, [epsilon_agglomerate], EPSILON_MERGE_FUNCTION)
         _, fragments = next(merged)
     return fastremap.renumber(fragments, preserve_zero=True, in_place=True)[0].astype(np.uint64, copy=False)
+
+
+def drop_weak(fragments, mean_affinity, least):
+    """Set the fragments to 0, in place, whose mean of ``mean_affinity`` over their voxels is below ``least``."""
+    if least > 0:
+        sizes = np.maximum(np.bincount(fragments.ravel()), 1)
+        sums = np.bincount(fragments.ravel(), weights=mean_affinity.ravel())
+        fragments[(sums / sizes < least)[fragments]] = 0
 
 
 def squared_distances(foreground, in_xy=False):
@@ -92,7 +97,7 @@ def flood(seeds, distances, inside, in_xy=False):
     First come, first served on equal distances. The seeded watershed of ``-distances`` by Meyer's algorithm,
     over 6 neighbors (4 with ``in_xy``). Returns int32.
     """
-    labels = np.pad(np.where(inside, seeds, -1).astype(np.int32), 1, constant_values=-1)
+    labels = np.pad(np.where(inside, seeds.astype(np.int32), -1), 1, constant_values=-1)
     _, height, width = labels.shape
     offsets = np.array([-height * width, -width, -1, 1, width, height * width])
     _flood(labels.ravel(), np.pad(distances, 1).ravel(), offsets[1:-1] if in_xy else offsets)

@@ -17,9 +17,10 @@ from config.errors import UserError
 from data_utils.layout import block_markers, output_path, volumes_in
 from data_utils.volumes import chunk_shape, create_array, list_arrays, open_array, read, room_on_disk
 from engine.blocks import BlockTask, blocks_left, forget, run_blocks
+from engine.post.affinities import MUTEX, offsets_of, open_affinities, read_channels
 from engine.post.blockwise import edges_of_block, fragments_of_block
 from engine.post.luts import connected_segments, load_lut, lut_name, relabel, save_lut
-from engine.post.segment import FRAGMENTS, configured_merge_function, fragment_settings, open_affinities, read_mask
+from engine.post.segment import FRAGMENTS, configured_merge_function, fragments_by, read_mask
 from rag import open_store, sample_name
 
 # Chunks of labels are at most this wide: what a viewer loads for one screen.
@@ -35,7 +36,7 @@ def extract_fragments_blockwise(cfg) -> None:
     """
     for output in _outputs(cfg):
         affinities = open_affinities(output)
-        _check_block(cfg)
+        _check(cfg.INS_SEGMENT, offsets_of(affinities))
         task = _fragments_task(cfg, output)
         if cfg.DATA.DROP_DS_MONGOTABLE:
             forget(task)
@@ -59,6 +60,7 @@ def agglomerate_blockwise(cfg) -> None:
     merge_function = configured_merge_function(cfg.INS_SEGMENT)
     for output in _outputs(cfg):
         _require_fragments(cfg, output)
+        _check(cfg.INS_SEGMENT, offsets_of(open_affinities(output)))
         store = open_store(cfg, output, "r+")
         task = _block_task(
             cfg, output, f"agglomerate_{merge_function}", "open_agglomerate_worker", {"merge_function": merge_function}
@@ -128,7 +130,8 @@ def extract_segmentation(cfg, merge_function: str, threshold: float) -> None:
         )
         if cfg.DATA.DROP_DS_MONGOTABLE or name not in list_arrays(output):
             forget(task)
-            attributes = {"merge_function": merge_function, "threshold": threshold}
+            method = MUTEX if merge_function == MUTEX else "waterz"
+            attributes = {"method": method, "merge_function": merge_function, "threshold": threshold}
             _create_labels(cfg, output, name, open_affinities(output), attributes)
         run_blocks(cfg, task)
         print(f"{name} in {output}")
@@ -145,6 +148,7 @@ def open_fragments_worker(cfg, arguments):
     affinities, fragments = open_affinities(output), open_array(output, FRAGMENTS, "r+")
     store = open_store(cfg, output, "r+")
     settings = cfg.INS_SEGMENT
+    extract = fragments_by(settings, offsets_of(affinities))
 
     def process(block):
         number = block.block_id[1]
@@ -153,12 +157,12 @@ def open_fragments_worker(cfg, arguments):
         before, after = (write_roi.begin - read_roi.begin) / voxel_size, (read_roi.end - write_roi.end) / voxel_size
         try:
             labels, ids, centers = fragments_of_block(
-                _read_affinities(affinities, read_roi),
+                read_channels(affinities, settings.METHOD, _slices(affinities, read_roi)),
                 context=list(zip(before, after, strict=True)),
                 block=number,
                 voxels_in_block=int(np.prod(settings.BLOCK_SIZE)),
                 mask=read_mask(settings.MASK_FILE, settings.MASK_DATASET, read_roi, voxel_size),
-                **fragment_settings(settings),
+                extract=extract,
             )
         except ValueError as error:
             raise UserError(f"affinities in {output}, {read_roi}: {error}") from error
@@ -184,7 +188,9 @@ def open_agglomerate_worker(cfg, arguments):
         if not labels.any():
             edges = (np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.float32))
         else:
-            edges = edges_of_block(_read_affinities(affinities, roi), labels, merge_function, *store.id_range(number))
+            channels = read_channels(affinities, merge_function, _slices(affinities, roi))
+            own_ids = store.id_range(number)
+            edges = edges_of_block(channels, labels, merge_function, *own_ids, offsets_of(affinities))
         store.write_edges(merge_function, number, *edges)
 
     return process
@@ -215,6 +221,8 @@ def _fragments_task(cfg, output: Path) -> BlockTask:
     settings = {
         f"INS_SEGMENT.{name}": cfg.INS_SEGMENT[name]
         for name in (
+            "METHOD",
+            "MUTEX_BIAS",
             "FRAGMENTS_IN_XY",
             "BACKGROUND_MASK",
             "EPSILON_AGGLOMERATE",
@@ -252,16 +260,22 @@ def _require_fragments(cfg, output: Path) -> None:
         raise UserError(f"{left} blocks of {output} have no fragments: run 02_extract_fragments_blockwise.py first")
 
 
-def _check_block(cfg) -> None:
-    settings = cfg.INS_SEGMENT
-    for axis, block, context in zip("zyx", settings.BLOCK_SIZE, settings.CONTEXT, strict=True):
+def _check(settings, offsets) -> None:
+    fragments_by(settings, offsets)
+    if settings.LINK_SECTIONS is not None:
+        raise UserError("INS_SEGMENT.LINK_SECTIONS is for instance_segmenter.py: leave it None for blockwise scripts")
+    reach = np.maximum(np.abs(offsets).max(axis=0), 1) if settings.METHOD == MUTEX else (1, 1, 1)
+    for axis, block, context, least in zip("zyx", settings.BLOCK_SIZE, settings.CONTEXT, reach, strict=True):
         if context > block:
             raise UserError(
                 f"INS_SEGMENT.CONTEXT {tuple(settings.CONTEXT)} is larger than BLOCK_SIZE {tuple(settings.BLOCK_SIZE)} "
                 f"along {axis}: make it smaller"
             )
-        if context < 1:
-            raise UserError(f"INS_SEGMENT.CONTEXT is {tuple(settings.CONTEXT)}: it has to be 1 or more along {axis}")
+        if context < least:
+            raise UserError(
+                f"INS_SEGMENT.CONTEXT is {tuple(settings.CONTEXT)}: it has to be {least} or more along {axis}, "
+                "as far as the affinities reach"
+            )
 
 
 def _create_labels(cfg, output: Path, name: str, like, attributes) -> None:
@@ -287,10 +301,6 @@ def _digest(lut: np.ndarray) -> str:
     for start in range(0, lut.shape[1], 2**20):
         digest.update(np.ascontiguousarray(lut[:, start : start + 2**20]))
     return digest.hexdigest()
-
-
-def _read_affinities(affinities, roi) -> np.ndarray:
-    return read(affinities, (slice(3), *_slices(affinities, roi)))
 
 
 def _slices(array, roi) -> tuple[slice, ...]:

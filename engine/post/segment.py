@@ -1,9 +1,11 @@
-"""Segmentation of whole volumes in memory: affinities from disk, fragments, every threshold, back to disk.
+"""Segmentation of whole volumes in memory: affinities from disk, segments by one of two methods, back to disk.
 
-One merge goes through all thresholds, so a segmentation for each costs hardly more than one.
+With waterz one merge goes through all thresholds, so a segmentation for each costs hardly more than one. Mutex
+watershed has no threshold, and gives one segmentation.
 """
 
 import time
+from functools import partial
 
 import numpy as np
 from tqdm import tqdm
@@ -11,11 +13,22 @@ from tqdm import tqdm
 from config.errors import UserError
 from data_utils.layout import block_markers, output_path, volumes_in
 from data_utils.volumes import open_array, read, rename_array, room_on_disk, write_array
+from engine.post.affinities import (
+    AFFINITIES,
+    MUTEX,
+    NEIGHBORS,
+    offsets_of,
+    open_affinities,
+    read_channels,
+    spans_sections,
+)
 from engine.post.agglomerate import agglomerate, default_merge_function, float_affinities, scoring_function
 from engine.post.fragments import extract_fragments
+from engine.post.link import link_sections
+from engine.post.mutex import edge_biases, mutex_watershed
 
-AFFINITIES = "volumes/pred_affs"
 FRAGMENTS = "volumes/fragments"
+MUTEX_SEGMENTATION = "volumes/segmentation_mutex"
 
 
 def segment(cfg):
@@ -26,19 +39,21 @@ def segment(cfg):
     """
     outputs = [output_path(cfg, sample) for sample in volumes_in(cfg, "test")]
     for output in outputs:
-        open_affinities(output)
+        _check(output, cfg.INS_SEGMENT)
     for number, output in enumerate(outputs, start=1):
         print(f"[{number}/{len(outputs)}] {output.name}", flush=True)
         began = time.monotonic()
         names = segment_volume(output, cfg)
-        print(f"{names[0]} and {names[1]} ... {names[-1]} in {output} ({time.monotonic() - began:.0f} s)")
+        print(f"{', '.join(names)} in {output} ({time.monotonic() - began:.0f} s)")
 
 
 def segment_volume(path, cfg):
-    """Segment `volumes/pred_affs` of one zarr, in memory, at every INS_SEGMENT.THRESHOLDS.
+    """Segment `volumes/pred_affs` of one zarr, in memory, by INS_SEGMENT.METHOD.
 
-    Writes `volumes/fragments` and one `volumes/segmentation_055` per threshold (uint64, 0 is background),
-    with the attributes merge_function and threshold. Each gets its name only when it is complete.
+    waterz writes `volumes/fragments` and one `volumes/segmentation_055` per INS_SEGMENT.THRESHOLDS, with the attributes
+    method, merge_function and threshold; mutex writes `volumes/segmentation_mutex`, with method and biases. All are
+    uint64, 0 is background. INS_SEGMENT.LINK_SECTIONS links segments, but not fragments, across sections. Each dataset
+    gets its name only when it is complete; those of the other method stay.
 
     Returns:
         The names of the datasets.
@@ -47,43 +62,79 @@ def segment_volume(path, cfg):
         UserError: before anything is written, if the affinities or a setting cannot be used.
     """
     settings = cfg.INS_SEGMENT
-    merge_function = configured_merge_function(settings)
-    names = segment_names(settings.THRESHOLDS)
+    _check(path, settings)
     array = open_affinities(path)
-    placement = {"voxel_size": array.voxel_size, "offset": array.offset}
     mask = read_mask(settings.MASK_FILE, settings.MASK_DATASET, array.roi, array.voxel_size)
+    affinities = read_channels(array, settings.METHOD)
     try:
-        affinities = float_affinities(read(array)[:3])
+        affinities = float_affinities(affinities, len(affinities))
     except ValueError as error:
         raise UserError(f"{AFFINITIES} in {path}: {error}; run predicter.py again") from error
 
-    def write(name, labels, **attributes):
-        write_array(path, f"{name}.partial", labels, **placement, attributes=attributes)
-        rename_array(path, f"{name}.partial", name)
-
-    with room_on_disk(path), tqdm(total=1 + len(names), unit="step") as bar:
-        bar.set_description("fragments")
-        fragments = extract_fragments(affinities, mask=mask, **fragment_settings(settings))
-        # Fragments that were made block by block stay: the region adjacency graph speaks of them.
-        if not block_markers(path, "fragments").is_dir():
-            write(FRAGMENTS, fragments)
-        bar.update()
-        bar.set_description(merge_function)
-        for threshold, segmentation in agglomerate(affinities, fragments, list(names), merge_function):
-            write(names[threshold], segmentation, threshold=threshold, merge_function=merge_function)
-            bar.set_description(f"{merge_function} {threshold:.2f}")
+    names = []
+    steps = 1 if settings.METHOD == MUTEX else 1 + len(settings.THRESHOLDS)
+    with room_on_disk(path), tqdm(total=steps, desc=settings.METHOD, unit="step") as bar:
+        for name, labels, attributes in _datasets(affinities, offsets_of(array), settings, mask):
+            # Fragments that were made block by block stay: the region adjacency graph speaks of them.
+            if name != FRAGMENTS or not block_markers(path, "fragments").is_dir():
+                place = {"voxel_size": array.voxel_size, "offset": array.offset}
+                write_array(path, f"{name}.partial", labels, **place, attributes=attributes)
+                rename_array(path, f"{name}.partial", name)
+            names.append(name)
+            bar.set_description(name)
             bar.update()
-    return [FRAGMENTS, *names.values()]
+    return names
 
 
-def fragment_settings(settings):
-    """Arguments of `extract_fragments` from a section INS_SEGMENT."""
-    return {
-        "fragments_in_xy": settings.FRAGMENTS_IN_XY,
-        "background_mask": settings.BACKGROUND_MASK,
-        "filter_fragments": settings.FILTER_FRAGMENTS,
-        "epsilon_agglomerate": settings.EPSILON_AGGLOMERATE,
-    }
+def _check(path, settings):
+    """Raise UserError if affinities or settings cannot be used, alone or together."""
+    offsets = offsets_of(open_affinities(path))
+    fragments_by(settings, offsets)
+    configured_merge_function(settings)
+    segment_names(settings.THRESHOLDS)
+    if settings.LINK_SECTIONS is not None and spans_sections(offsets):
+        raise UserError(
+            f"INS_SEGMENT.LINK_SECTIONS is {settings.LINK_SECTIONS}, but {AFFINITIES} in {path} has offsets along z, "
+            "which join sections already: leave it None"
+        )
+    if settings.LINK_SECTIONS is not None and max(settings.THRESHOLDS) == 1:
+        raise UserError("INS_SEGMENT.THRESHOLDS has 1, which merges everything: drop it, to have sections to link")
+
+
+def _datasets(affinities, offsets, settings, mask):
+    """Name, labels and attributes of every dataset that `segment_volume` writes, one after the other."""
+
+    def finished(labels, **attributes):
+        attributes["method"] = settings.METHOD
+        if settings.LINK_SECTIONS is None:
+            return labels, attributes
+        return link_sections(labels, settings.LINK_SECTIONS), attributes | {"link_sections": settings.LINK_SECTIONS}
+
+    fragments = fragments_by(settings, offsets)(affinities, mask=mask)
+    if settings.METHOD == MUTEX:
+        yield MUTEX_SEGMENTATION, *finished(fragments, biases=edge_biases(offsets, settings.MUTEX_BIAS))
+        return
+    yield FRAGMENTS, fragments, {}
+    names, merge_function = segment_names(settings.THRESHOLDS), configured_merge_function(settings)
+    for threshold, segmentation in agglomerate(affinities, fragments, list(names), merge_function):
+        yield names[threshold], *finished(segmentation, threshold=threshold, merge_function=merge_function)
+
+
+def fragments_by(settings, offsets):
+    """What makes fragments of affinities by a section INS_SEGMENT: a function of the affinities and a ``mask``.
+
+    Raises:
+        UserError: METHOD mutex cannot be used with these offsets or MUTEX_BIAS.
+    """
+    common = {"background_mask": settings.BACKGROUND_MASK, "filter_fragments": settings.FILTER_FRAGMENTS}
+    if settings.METHOD == MUTEX:
+        return partial(mutex_watershed, offsets=offsets, biases=edge_biases(offsets, settings.MUTEX_BIAS), **common)
+    return partial(
+        extract_fragments,
+        fragments_in_xy=settings.FRAGMENTS_IN_XY or NEIGHBORS[0] not in offsets,
+        epsilon_agglomerate=settings.EPSILON_AGGLOMERATE,
+        **common,
+    )
 
 
 def segment_names(thresholds):
@@ -99,26 +150,17 @@ def segment_names(thresholds):
 
 
 def configured_merge_function(settings):
-    """MERGE_FUNCTION of a section INS_SEGMENT, or what `default_merge_function` gives if that is None.
+    """MERGE_FUNCTION of a section INS_SEGMENT, or what `default_merge_function` gives if that is None; METHOD mutex has
+    one of its own.
 
     Raises:
         UserError: a merge function that waterz does not ship compiled.
     """
+    if settings.METHOD == MUTEX:
+        return MUTEX
     name = settings.MERGE_FUNCTION or default_merge_function(settings.THRESHOLDS, settings.EPSILON_AGGLOMERATE)
     scoring_function(name)
     return name
-
-
-def open_affinities(path):
-    """The predicted affinities of a zarr.
-
-    Raises:
-        UserError: it has none.
-    """
-    try:
-        return open_array(path, AFFINITIES)
-    except UserError as error:
-        raise UserError(f"{error}; run predicter.py first") from error
 
 
 def read_mask(path, dataset, roi, voxel_size):

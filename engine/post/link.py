@@ -1,0 +1,63 @@
+"""Linking segments of neighbouring sections into 3D objects by overlap.
+
+Two segments are linked if each is the other's largest overlap and the smaller one is covered well. The share of the
+smaller one lets a neurite that tapers go on, where overlap divided by union would end it. Mutual choice keeps a small
+neurite, all of which lies over a large one, from joining it: along a stack, one such link merges two neurites for good,
+while the second branch of a fork, which it costs, is one split.
+"""
+
+from itertools import pairwise
+
+import fastremap
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+
+def link_sections(segments, share):
+    """Give the segments of a stack that belong together one id.
+
+    Args:
+        segments: (z, y, x), unsigned ids, 0 is background; each within one section.
+        share: 0..1, the least overlap of two segments as a share of the smaller one's area.
+
+    Returns:
+        uint64 (z, y, x), ids 1..n.
+
+    Raises:
+        ValueError: a segment lies in several sections.
+    """
+    numbers, _ = fastremap.renumber(np.asarray(segments, np.uint64), preserve_zero=True)
+    count = int(numbers.max(initial=0)) + 1
+    if sum(np.count_nonzero(fastremap.unique(section)) for section in numbers) != count - 1:
+        raise ValueError("segments lie in several sections, and only those within one can be linked")
+    areas = np.bincount(numbers.ravel(), minlength=count)
+    below, above, overlaps = _overlaps(numbers)
+    mutual = _largest(below, above, overlaps) & _largest(above, below, overlaps)
+    linked = mutual & (overlaps >= share * np.minimum(areas[below], areas[above]))
+    links = coo_array((np.ones(linked.sum()), (below[linked], above[linked])), shape=(count, count))
+    _, objects = connected_components(links, directed=False)
+    objects = np.append(0, objects[1:] + 1)  # background, which nothing is linked to, stays 0
+    return fastremap.renumber(objects[numbers].astype(np.uint64), preserve_zero=True)[0].astype(np.uint64, copy=False)
+
+
+def _overlaps(numbers):
+    """Pairs of segments in neighbouring sections that overlap, and by how many voxels (all int64)."""
+    count = np.int64(numbers.max(initial=0)) + 1
+    keys, sizes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for section, following in pairwise(numbers):
+        both = (section > 0) & (following > 0)
+        pairs, overlaps = np.unique(section[both].astype(np.int64) * count + following[both], return_counts=True)
+        keys.append(pairs)
+        sizes.append(overlaps)
+    below, above = np.divmod(np.concatenate(keys), count)
+    return below, above, np.concatenate(sizes)
+
+
+def _largest(segments, partners, overlaps):
+    """Whether each pair is its segment's largest overlap; of equal ones, that with the smallest partner (bool)."""
+    order = np.lexsort((partners, -overlaps, segments))
+    _, first = np.unique(segments[order], return_index=True)
+    largest = np.zeros(len(segments), bool)
+    largest[order[first]] = True
+    return largest
