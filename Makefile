@@ -1,4 +1,5 @@
 # make demo   set up and run the whole pipeline on data that it makes itself
+# make segment RAW=volume.zarr   set up and segment it with the weights that ship (OUT=result.zarr DATASET=volumes/raw)
 # make test   set up and run all tests
 # make lint   set up and check style
 # make setup  the virtual environment alone
@@ -8,10 +9,16 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test lint setup clean
+.PHONY: demo segment raw-named test lint setup clean
 
 demo: setup
 	$(RUN) demo.py
+
+segment: raw-named setup
+	$(RUN) segment.py --raw "$(RAW)" $(if $(OUT),--out "$(OUT)") $(if $(DATASET),DATA.RAW "$(DATASET)")
+
+raw-named:
+	@test -n "$(RAW)" || { echo "error: no RAW: make segment RAW=volume.zarr" >&2; exit 2; }
 
 test: setup
 	$(RUN) -m pytest

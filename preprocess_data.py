@@ -1,0 +1,12 @@
+"""Make training data from training data: python preprocess_data.py -c FILE PREPROCESS.EXPORT_2D_FROM_3D True"""
+
+from data_utils.preprocess import preprocess
+from engine.cli import run_script
+
+if __name__ == "__main__":
+    run_script(
+        preprocess,
+        description="Export sections (PREPROCESS.EXPORT_2D_FROM_3D) or match grey values (PREPROCESS.HISTOGRAM_MATCH).",
+        example="python preprocess_data.py -c config_cremi.py PREPROCESS.EXPORT_2D_FROM_3D True",
+        default_config="config/config.py",
+    )

@@ -1,0 +1,14 @@
+"""Predict and segment with the weights in this folder: FIB-SEM, 10 x 10 x 10 nm.
+
+The recipe that they were trained with, and only what differs from it. README.md beside this file says what they are.
+"""
+
+from pathlib import Path
+
+from config.config_fib25 import _C as RECIPE
+
+_C = RECIPE.clone()
+# Absolute, because relative paths in a config count from the current directory.
+_C.TRAIN.CHECKPOINT = str(Path(__file__).resolve().parent / "fib25_mtlsd" / "model_checkpoint_4000")
+# The best of nine thresholds on held-out sections.
+_C.INS_SEGMENT.THRESHOLDS = [0.55]

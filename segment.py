@@ -1,0 +1,58 @@
+"""Segment a volume with the weights that ship: python segment.py --raw volume.zarr (or `make segment RAW=volume.zarr`).
+
+A network knows voxels of one size: the volume is brought to that, and its segmentation back to the volume's own voxels.
+Commands that a user could type in the checkout do all of it, and are printed.
+"""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from config.loader import CHECKOUT, find_config, load_config
+from data_utils.layout import data_folder, output_path
+from engine.cli import run_script
+from engine.evaluate.figure import draw_sample
+from engine.post.segment import segment_names
+from engine.predict.check import check_before_segmenting
+
+
+def main(_, args) -> None:
+    """Write `volumes/segmentation` (uint64) on the voxels of raw, and a picture of a section beside the zarr."""
+    raw = Path(args.raw).absolute()
+    out = Path(args.out or raw.with_name(f"{raw.stem}_segmentation.zarr")).absolute()
+    work = out.with_name(f"{out.stem}_work")
+    config = ["-c", str(find_config(args.config)), *args.overrides, "DATA.HOME", str(work)]
+    cfg = load_config(config[1], config[2:])
+    check_before_segmenting(raw, out, cfg)
+
+    rescaled = data_folder(cfg, "test") / f"{out.stem}.zarr"
+    predicted = output_path(cfg, rescaled)
+    name = next(iter(segment_names(cfg.INS_SEGMENT.THRESHOLDS).values()))
+    size = ["--voxel-size", *cfg.MODEL.VOXEL_SIZE, "--overwrite"]
+    back = ["--to", "volumes/segmentation", "--like", raw, cfg.DATA.RAW, "--labels"]
+    run("data_utils/rescale.py", raw, rescaled, "--dataset", cfg.DATA.RAW, *size)
+    run("predicter.py", *config)
+    run("instance_segmenter.py", *config)
+    run("data_utils/rescale.py", predicted, out, "--dataset", name, *back)
+    draw_sample(predicted, rescaled, name, out.with_suffix(".png"), cfg)
+    print(f"\nsegmentation  {out}/volumes/segmentation, on the voxels of {raw}/{cfg.DATA.RAW}")
+    print(f"a section     {out.with_suffix('.png')}\naffinities    {predicted}; delete {work} if you do not need them")
+
+
+def run(script: str, *arguments) -> None:
+    """Print and run a command; if it fails, this script ends with the same exit status."""
+    command = [script, *map(str, arguments)]
+    print("\n$ python", shlex.join(command), flush=True)
+    if status := subprocess.run([sys.executable, CHECKOUT / script, *command[1:]]).returncode:
+        sys.exit(status)
+
+
+if __name__ == "__main__":
+    run_script(
+        main,
+        description="Segment DATA.RAW of an isotropic volume (--raw) into --out, or NAME_segmentation.zarr beside it.",
+        example="python segment.py --raw volume.zarr DATA.RAW volumes/em INS_SEGMENT.THRESHOLDS 0.6",
+        default_config="pretrained/config_fib25.py",
+        add_arguments=lambda it: (it.add_argument("--raw", required=True), it.add_argument("--out")),
+    )

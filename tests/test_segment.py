@@ -1,0 +1,160 @@
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import segment
+from config.errors import UserError
+from config.loader import load_config
+from data_utils.volumes import list_arrays, open_array, read, write_array
+from engine.predict.check import check_before_segmenting
+from models import build_model
+from models.checkpoint import load_checkpoint, network_settings, save_checkpoint
+from pretrained.export import export
+
+CHECKOUT = Path(segment.__file__).parent
+SHAPE = (30, 26, 34)
+OFFSET = (160, -80, 32)
+NINE = [[-1, 0, 0], [0, -1, 0], [0, 0, -1], [-3, 0, 0], [0, -3, 0], [0, 0, -3], [-9, 0, 0], [0, -9, 0], [0, 0, -9]]
+CONFIG = f"""
+from yacs.config import CfgNode
+cfg = CfgNode()
+cfg.TRAIN = CfgNode(dict(CHECKPOINT="HERE/run/model_checkpoint_7", NEIGHBORHOOD={NINE}, DEVICE="cpu", THREADS=1))
+cfg.MODEL_ISO = CfgNode(dict(
+    VOXEL_SIZE=(10, 10, 10), NUM_FMAPS=2, NUM_FMAPS_OUT=2, FMAP_INC_FACTOR=2, DOWNSAMPLE_FACTORS=[[2, 2, 2]],
+    KERNEL_SIZE_DOWN=None, KERNEL_SIZE_UP=None, PAD_CONV="same", INPUT_SHAPE=(32, 32, 32), GROW_INPUT=(0, 0, 0),
+))
+cfg.INS_SEGMENT = CfgNode(dict(THRESHOLDS=[0.5], MERGE_FUNCTION="mean"))
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Config file of a tiny network with random weights and nine affinities, for voxels of 10 nm."""
+    path = tmp_path / "tiny.py"
+    path.write_text(CONFIG.replace("HERE", str(tmp_path)))
+    cfg = load_config(path)
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    checkpoint = Path(cfg.TRAIN.CHECKPOINT)
+    checkpoint.parent.mkdir()
+    optimizer = torch.optim.Adam(model.parameters())
+    sum(weight.sum() for weight in model.parameters()).backward()
+    optimizer.step()  # so that there is a state to leave out
+    save_checkpoint(checkpoint, model, optimizer, 7, network_settings(cfg))
+    return path
+
+
+def write_volume(path, voxel_size=(8, 8, 8), raw=None, dataset="volumes/raw"):
+    if raw is None:
+        raw = np.random.default_rng(0).integers(0, 256, SHAPE, dtype=np.uint8)
+    write_array(path, dataset, raw, voxel_size=voxel_size, offset=OFFSET[: len(voxel_size)])
+    return path
+
+
+@pytest.mark.parametrize("voxel_size", [8, 16])
+def test_segmentation_lies_on_the_voxels_of_the_volume(tmp_path, config, capfd, voxel_size):
+    raw = write_volume(tmp_path / "fly.zarr", (voxel_size,) * 3, dataset="em/s0")
+    args = argparse.Namespace(raw=str(raw), out=None, config=str(config), overrides=["DATA.RAW", "em/s0"])
+    segment.main(None, args)
+
+    out = tmp_path / "fly_segmentation.zarr"
+    assert list_arrays(out) == ["volumes/segmentation"]
+    segmentation, volume = open_array(out, "volumes/segmentation"), open_array(raw, "em/s0")
+    assert (segmentation.roi, segmentation.voxel_size) == (volume.roi, volume.voxel_size)
+    assert segmentation.dtype == np.uint64
+    assert read(segmentation).any()
+    assert (tmp_path / "fly_segmentation.png").is_file()
+    assert f"{out}/volumes/segmentation" in capfd.readouterr().out
+
+    # What the network saw and gave is in its own voxels, at the same place; every voxel has the label at its centre.
+    at_10_nm = next((tmp_path / "fly_segmentation_work" / "lsd_outputs").rglob("fly_segmentation.zarr"))
+    labels = open_array(at_10_nm, "volumes/segmentation_050")
+    assert tuple(labels.voxel_size) == (10, 10, 10)
+    assert labels.roi.contains(volume.roi)
+    assert open_array(at_10_nm, "volumes/pred_affs").shape[0] == 9
+    indices = [((np.arange(size) + 0.5) * voxel_size / 10).astype(int) for size in SHAPE]
+    np.testing.assert_array_equal(read(segmentation), read(labels)[np.ix_(*indices)])
+
+
+def test_a_failing_command_ends_the_script_with_its_status(tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        segment.run("data_utils/rescale.py", tmp_path / "none.zarr", tmp_path / "out.zarr", "--voxel-size", 8, 8, 8)
+    assert ended.value.code == 2
+
+
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, config):
+    good = write_volume(tmp_path / "good.zarr")
+    no_size = write_volume(tmp_path / "no_size.zarr")
+    (no_size / "volumes/raw/.zattrs").unlink()
+    with_nan = np.full(SHAPE, np.nan, np.float32)
+    out = tmp_path / "results" / "out.zarr"
+    for path, overrides, message in [
+        (tmp_path / "none.zarr", (), "none.zarr does not exist or is not a zarr folder"),
+        (good, ("DATA.RAW", "volumes/em"), "no dataset volumes/em in .*good.zarr; it holds volumes/raw"),
+        (no_size, (), "has no voxel size: set its attributes resolution and offset"),
+        (write_volume(tmp_path / "a.zarr", (40, 4, 4)), (), r"\(40, 4, 4\) nm.* isotropic .*rescale.py .*trainer.py"),
+        (write_volume(tmp_path / "b.zarr", (8, 8), np.ones((9, 9), np.uint8)), (), r"\(8, 8\) nm.* isotropic"),
+        (write_volume(tmp_path / "c.zarr", raw=np.ones(SHAPE, np.uint16)), (), "is uint16: store it as uint8"),
+        (write_volume(tmp_path / "d.zarr", raw=with_nan), (), "NaN"),
+        (good, ("TRAIN.CHECKPOINT", "none/model_checkpoint_7"), "no checkpoint at"),
+        (good, ("MODEL_ISO.NUM_FMAPS", "3"), "NUM_FMAPS is 3"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            check_before_segmenting(path, out, load_config(config, overrides))
+    with pytest.raises(UserError, match="exists: delete it"):
+        check_before_segmenting(good, good, load_config(config))
+    assert not out.parent.exists()
+
+
+def test_no_room_is_said_before_anything_is_written(tmp_path, config, small_disk):
+    disk = small_disk(64)
+    with pytest.raises(UserError, match=r"no room on disk for .*out\.zarr"):
+        check_before_segmenting(write_volume(tmp_path / "fly.zarr"), disk / "out.zarr", load_config(config))
+    assert list(disk.iterdir()) == []
+
+
+@pytest.mark.parametrize(("voxel_size", "warned"), [(4, True), (5, False), (20, False), (24, True)])
+def test_voxels_far_from_those_trained_on_bring_a_warning(tmp_path, config, capsys, voxel_size, warned):
+    raw = write_volume(tmp_path / "fly.zarr", (voxel_size,) * 3)
+    check_before_segmenting(raw, tmp_path / "out.zarr", load_config(config))
+    assert ("beyond a factor of 2" in capsys.readouterr().err) == warned
+
+
+def test_script_says_in_one_line_what_is_wrong(tmp_path, config):
+    command = [sys.executable, CHECKOUT / "segment.py", "-c", config, "--raw", tmp_path / "none.zarr"]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert refused.stderr.startswith(f"error: {tmp_path}/none.zarr does not exist")
+
+
+def test_exported_weights_are_the_same_network_in_a_third_of_the_room(tmp_path, config):
+    cfg = load_config(config)
+    written = export(cfg, tmp_path / "pretrained" / "tiny")
+    assert written == tmp_path / "pretrained" / "tiny" / "model_checkpoint_7"
+    state = torch.load(written, weights_only=True)
+    assert sorted(state) == ["iteration", "model_state_dict", "network_settings"]
+    trained, exported = build_model(cfg), build_model(cfg)
+    load_checkpoint(cfg.TRAIN.CHECKPOINT, trained, cfg)
+    assert load_checkpoint(written, exported, cfg) == 7
+    for name, weights in trained.state_dict().items():
+        assert torch.equal(weights, exported.state_dict()[name])
+    with pytest.raises(UserError, match="NUM_FMAPS"):
+        load_checkpoint(written, build_model(cfg), load_config(config, ["MODEL_ISO.NUM_FMAPS", "3"]))
+    with pytest.raises(UserError, match="is the checkpoint itself"):
+        export(cfg, Path(cfg.TRAIN.CHECKPOINT).parent)
+
+
+def test_the_weights_that_ship_belong_to_their_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # paths must not depend on where one is
+    cfg = load_config("pretrained/config_fib25.py")
+    weights = Path(cfg.TRAIN.CHECKPOINT)
+    if not weights.is_file():
+        pytest.skip(f"no weights at {weights}")
+    load_checkpoint(weights, build_model(cfg), cfg)
+    assert weights.stat().st_size <= 10e6
+    assert "optimizer_state_dict" not in torch.load(weights, weights_only=True)
