@@ -44,12 +44,16 @@ def spans_sections(offsets):
 
 
 def read_channels(array, method, voxels=()):
-    """The channels that a method takes, as stored: mutex all, waterz `direct_neighbors`.
+    """The `channels_for` a method from disk, as stored.
 
     voxels: slices along z, y, x; all voxels without.
     """
-    affinities = read(array, (slice(None), *voxels))
-    return affinities if method == MUTEX else direct_neighbors(affinities, offsets_of(array))
+    return channels_for(method, read(array, (slice(None), *voxels)), offsets_of(array))
+
+
+def channels_for(method, affinities, offsets):
+    """The channels (c, z, y, x) that a method takes: mutex all, waterz `direct_neighbors`."""
+    return affinities if method == MUTEX else direct_neighbors(affinities, offsets)
 
 
 def direct_neighbors(affinities, offsets):

@@ -74,7 +74,7 @@ def segment_volume(path, cfg):
     names = []
     steps = 1 if settings.METHOD == MUTEX else 1 + len(settings.THRESHOLDS)
     with room_on_disk(path), tqdm(total=steps, desc=settings.METHOD, unit="step") as bar:
-        for name, labels, attributes in _datasets(affinities, offsets_of(array), settings, mask):
+        for name, labels, attributes in segmentations(affinities, offsets_of(array), settings, mask):
             # Fragments that were made block by block stay: the region adjacency graph speaks of them.
             if name != FRAGMENTS or not block_markers(path, "fragments").is_dir():
                 place = {"voxel_size": array.voxel_size, "offset": array.offset}
@@ -101,8 +101,17 @@ def _check(path, settings):
         raise UserError("INS_SEGMENT.THRESHOLDS has 1, which merges everything: drop it, to have sections to link")
 
 
-def _datasets(affinities, offsets, settings, mask):
-    """Name, labels and attributes of every dataset that `segment_volume` writes, one after the other."""
+def segmentations(affinities, offsets, settings, mask=None):
+    """Segment a volume in memory by a section INS_SEGMENT.
+
+    Args:
+        affinities: float32 (c, z, y, x) in 0..1, the `channels_for` METHOD.
+        offsets: (z, y, x) of each channel of the prediction that they come from.
+        mask: (z, y, x); segments are made where it is not 0.
+
+    Yields:
+        Name, labels (uint64, z, y, x) and attributes of every dataset that `segment_volume` writes.
+    """
 
     def finished(labels, **attributes):
         attributes["method"] = settings.METHOD

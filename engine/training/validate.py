@@ -17,10 +17,10 @@ from data_utils.checks import check_training_volume
 from data_utils.create_labels_mask import is_labelled
 from data_utils.volumes import has_array, open_array, read, source_defaults
 from engine.evaluate.metrics import count_overlaps, scores
-from engine.post.agglomerate import agglomerate
-from engine.post.fragments import extract_fragments
-from engine.post.segment import configured_merge_function, fragment_settings
+from engine.post.affinities import channels_for
+from engine.post.segment import FRAGMENTS, configured_merge_function, segmentations
 from engine.predict.tiles import TilePredictor
+from engine.sections import affinity_offsets
 from models.checkpoint import read_checkpoint
 
 BEST = "model_checkpoint_best"
@@ -50,7 +50,7 @@ class Validation:
             )
         self.cfg, self.path = cfg, Path(cfg.TRAIN.VALIDATION_VOLUME or left_out[0])
         check_training_volume(self.path, cfg)
-        self.merge_function = configured_merge_function(cfg.INS_SEGMENT)
+        configured_merge_function(cfg.INS_SEGMENT)
 
     def run(self, trainer, iteration: int) -> dict[str, float]:
         """Score the weights, and keep them as model_checkpoint_best if they are the best so far.
@@ -78,16 +78,14 @@ class Validation:
             target = affinities[:, *where]
             predicted = predictor(raw, [b + t for b, t in zip(begin, tile, strict=True)], shape)["affs"]
             target[:] = predicted[:, *(slice(size) for size in target.shape[1:])]
-        affinities = affinities[:3]
-        fragments = extract_fragments(affinities, **fragment_settings(cfg.INS_SEGMENT))
+        offsets = [tuple(offset) for offset in affinity_offsets(cfg)]
+        affinities = channels_for(cfg.INS_SEGMENT.METHOD, affinities, offsets)
         found = []
-        for threshold, segmentation in agglomerate(
-            affinities, fragments, cfg.INS_SEGMENT.THRESHOLDS, self.merge_function
-        ):
-            row = scores(*count_overlaps([(segmentation, labels)]))
-            found.append(
-                {name: float(row[name]) for name in ("voi_sum", "voi_split", "voi_merge")} | {"threshold": threshold}
-            )
+        for name, segmentation, attributes in segmentations(affinities, offsets, cfg.INS_SEGMENT):
+            if name != FRAGMENTS:
+                row = scores(*count_overlaps([(segmentation, labels)]))
+                voi = {score: float(row[score]) for score in ("voi_sum", "voi_split", "voi_merge")}
+                found.append(voi | {"threshold": attributes.get("threshold", 0.0)})
         return min(found, key=lambda row: row["voi_sum"])
 
     def _crop(self):
@@ -103,7 +101,7 @@ class Validation:
         if has_array(self.path, cfg.DATA.NEURON_LABELS_MASK):
             known &= read(open_array(self.path, cfg.DATA.NEURON_LABELS_MASK, **defaults), where) > 0
         truth = np.where(known, truth, 0)
-        if cfg.DATA.DIM_2D:
+        if cfg.DATA.DIM_2D and cfg.INS_SEGMENT.LINK_SECTIONS is None:
             # Sections are segmented one by one: a neuron is another object in each of them.
             truth = fastremap.renumber(truth, preserve_zero=True)[0].astype(np.uint64)
             section = np.arange(len(truth), dtype=np.uint64)[:, None, None]
