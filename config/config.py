@@ -202,9 +202,9 @@ _C.MODEL_ISO.OUTPUT_SHAPE_2D = None
 # None: 36, or the multiple next below.
 _C.MODEL_ISO.GROW_INPUT = None
 _C.MODEL_ISO.GROW_INPUT_2D = None
-# Size of a voxel in nm. Data of another voxel size is refused.
+# Size of a voxel in nm. Data of another voxel size is refused. None in 2D: that in y and x.
 _C.MODEL_ISO.VOXEL_SIZE = (8, 8, 8)
-_C.MODEL_ISO.VOXEL_SIZE_2D = (8, 8)
+_C.MODEL_ISO.VOXEL_SIZE_2D = None
 # LSDs: standard deviation in nm of the Gaussian that weighs the neighbourhood, about half a neurite's
 # diameter; and compute them on every n-th voxel only.
 _C.MODEL_ISO.LSD_SIGMA = 80.0
@@ -259,7 +259,6 @@ _C.MODEL_ANISO.DOWNSAMPLE_FACTORS = [[1, 2, 2], [2, 2, 2], [3, 3, 3]]
 _C.MODEL_ANISO.KERNEL_SIZE_DOWN[0] = [(1, 3, 3), (1, 3, 3)]
 _C.MODEL_ANISO.INPUT_SHAPE = (132, 268, 268)
 _C.MODEL_ANISO.VOXEL_SIZE = (40, 4, 4)
-_C.MODEL_ANISO.VOXEL_SIZE_2D = (4, 4)
 # One pass, without jitter in z; sections slip and shift often and far, as they do in serial sections.
 _C.MODEL_ANISO.CONTROL_POINT_SPACING = (4, 4, 10)
 _C.MODEL_ANISO.CONTROL_POINT_SPACING_2D = (4, 4)

@@ -21,7 +21,6 @@ _C.TRAIN.SAVE_EVERY = 5000
 # 3x3x3 kernels everywhere, and 2 as last factor: voxels are less anisotropic than in CREMI.
 _C.MODEL_ANISO = CfgNode()
 _C.MODEL_ANISO.VOXEL_SIZE = (29, 6, 6)
-_C.MODEL_ANISO.VOXEL_SIZE_2D = (6, 6)
 _C.MODEL_ANISO.DOWNSAMPLE_FACTORS = [[1, 2, 2], [2, 2, 2], [2, 2, 2]]
 _C.MODEL_ANISO.KERNEL_SIZE_DOWN = None
 _C.MODEL_ANISO.KERNEL_SIZE_UP = None

@@ -229,6 +229,7 @@ def _resolve(cfg: CfgNode, origins: dict[str, str]) -> None:
     used = "MODEL_ISO" if data.FIB else "MODEL_ANISO"
     for section in ("MODEL_ISO", "MODEL_ANISO"):
         model = cfg[section]
+        model.VOXEL_SIZE_2D = model.VOXEL_SIZE_2D or model.VOXEL_SIZE[1:]
         model.LSDS = model.LSDS or (6 if data.DIM_2D else 10)
         for name, folder in [
             ("LOG_DIR", "lsd_logs"),

@@ -230,7 +230,7 @@ RULES: dict[str, Rule] = {
     "TRAIN.CHECKPOINT": optional(text),
     "TRAIN.CHECKPOINT_AC": optional(text),
     **{
-        f"{section}.{name}{suffix}": rule
+        f"{section}.{name}{suffix}": optional(rule) if name + suffix == "VOXEL_SIZE_2D" else rule
         for section in ("MODEL_ISO", "MODEL_ANISO")
         for suffix, dims in (("", 3), ("_2D", 2))
         for name, rule in _model_rules(dims).items()

@@ -1,0 +1,102 @@
+"""What each model type and each segmentation method scores when all of them get the same few iterations.
+
+    make demo                                                  # makes the phantoms that are used here
+    python benchmarks/model_types.py -c config_demo.py DATA.HOME demo_data TRAIN.EPOCHS 600
+
+Every type is trained on the train folder of the config's data set, predicts the test folder, and is segmented by waterz
+(best of INS_SEGMENT.THRESHOLDS) and by mutex watershed, with the scripts that a user would call. All affinities are
+those of TRAIN.LR_NEIGHBORHOOD. In 2D, sections are trained on and segmented, and linked into 3D objects by overlap. One
+run each, so small differences say nothing. Everything lies below DATA.HOME/model_types; a run that is there is not
+repeated.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config.loader import CHECKOUT, load_config
+from config.model_types import MODEL_TYPES
+from data_utils.layout import output_path, volumes_in
+from data_utils.volumes import has_array
+from engine.cli import run_script
+from engine.evaluate.evaluate import scores_path
+from engine.training.train import PREDICT_CONFIG
+from models.checkpoint import checkpoint_path
+
+SETTINGS_2D = {
+    "DATA.DIM_2D": True,
+    "MODEL_ISO.DOWNSAMPLE_FACTORS_2D": [[2, 2], [2, 2], [2, 2]],
+    "MODEL_ISO.KERNEL_SIZE_DOWN_2D": None,
+    "MODEL_ISO.KERNEL_SIZE_UP_2D": None,
+    "MODEL_ISO.INPUT_SHAPE_2D": (96, 96),
+    "MODEL_ISO.GROW_INPUT_2D": (0, 0),
+    "INS_SEGMENT.LINK_SECTIONS": 0.5,
+}
+NEIGHBORHOOD = {"TRAIN.NEIGHBORHOOD": "LR_NEIGHBORHOOD", "TRAIN.NEIGHBORHOOD_2D": "LR_NEIGHBORHOOD"}
+COLUMNS = "{:<12}{:>5}{:>12}{:>12}{:>12}"
+
+
+def main(cfg, args) -> None:
+    """Train, predict, segment and score every model type, and print a row for each."""
+    has_mito = all(has_array(path, cfg.DATA.MITO_LABELS) for path in volumes_in(cfg, "train"))
+    rows = []
+    for flat in (False, True):
+        for name, model_type in MODEL_TYPES.items():
+            if "mito" not in model_type.tasks or has_mito:
+                scores = train_and_score(cfg, args, name, flat)
+                rows.append((name, "2D" if flat else "3D", *scores))
+    print("\n" + COLUMNS.format("type", "", "waterz", "threshold", "mutex"))
+    for row in rows:
+        print(COLUMNS.format(*row))
+
+
+def train_and_score(cfg, args, model_type: str, flat: bool) -> tuple[str, str, str]:
+    """VOI sums of waterz with its best threshold, and of mutex watershed; "-" for a type without affinities."""
+    runs = Path(cfg.DATA.HOME) / "model_types"
+    run = runs / f"{model_type}_{'2D' if flat else '3D'}"
+    folders = {f"MODEL_ISO.{key}": run / key for key in ("LOG_DIR", "OUTPUT_DIR")} | {"MODEL_ISO.CKPT_FOLDER": run}
+    settings = {"TRAIN.MODEL_TYPE": model_type} | NEIGHBORHOOD | (SETTINGS_2D if flat else {}) | folders
+    if first := MODEL_TYPES[model_type].first:
+        folder = runs / f"{first}_{'2D' if flat else '3D'}"
+        settings["TRAIN.CHECKPOINT_AC"] = checkpoint_path(folder, cfg.TRAIN.EPOCHS)
+    call("trainer.py", "-c", args.config, *args.overrides, *pairs(settings))
+    if "affs" not in MODEL_TYPES[model_type].tasks:
+        return "-", "-", "-"
+    predicted = run / PREDICT_CONFIG
+    call("predicter.py", "-c", predicted)
+    for method in ("waterz", "mutex"):
+        call("instance_segmenter.py", "-c", predicted, "INS_SEGMENT.METHOD", method)
+    call("06_evaluate_volumes.py", "-c", predicted)
+    predict_cfg = load_config(predicted)
+    report = json.loads(scores_path(output_path(predict_cfg, volumes_in(predict_cfg, "test")[0])).read_text())
+    by_method = {
+        method: min((row for row in report["scores"] if row["method"] == method), key=lambda row: row["voi_sum"])
+        for method in ("waterz", "mutex")
+    }
+    waterz, mutex = by_method["waterz"], by_method["mutex"]
+    return f"{waterz['voi_sum']:.3f}", f"{waterz['threshold']:.2f}", f"{mutex['voi_sum']:.3f}"
+
+
+def pairs(settings: dict) -> list[str]:
+    """Settings as KEY VALUE arguments."""
+    return [str(part) for item in settings.items() for part in item]
+
+
+def call(script: str, *arguments) -> None:
+    """Run a script as a user would; its failure ends the benchmark with the same exit status."""
+    print("$ python", script, *arguments, flush=True)
+    if status := subprocess.run([sys.executable, CHECKOUT / script, *map(str, arguments)]).returncode:
+        sys.exit(status)
+
+
+if __name__ == "__main__":
+    run_script(
+        main,
+        description="Train, segment and score every model type.",
+        example="python benchmarks/model_types.py -c config_demo.py DATA.HOME demo_data TRAIN.EPOCHS 600",
+        default_config="config/config_demo.py",
+        add_arguments=lambda _: None,
+    )
