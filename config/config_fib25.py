@@ -17,6 +17,8 @@ _C.DATA.DATA_DIR_PATH = "data"
 _C.DATA.BRAIN_VOL = "FIB25"
 
 _C.TRAIN = CfgNode()
+# Nine channels, so that one network serves both methods of segmentation.
+_C.TRAIN.NEIGHBORHOOD = "LR_NEIGHBORHOOD"
 _C.TRAIN.EPOCHS = 4000
 _C.TRAIN.SAVE_EVERY = 500
 _C.TRAIN.INITIAL_LR = 1e-3
