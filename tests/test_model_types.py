@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from config.errors import UserError
 from config.loader import load_config
 from config.model_types import MODEL_TYPES, task_channels
 from data_utils.create_labels_mask import create_labels_mask
-from data_utils.layout import data_folder, output_path
+from data_utils.layout import data_folder, output_path, volumes_in
 from data_utils.phantom import write_phantom
+from data_utils.preprocess import export_sections
 from data_utils.volumes import list_arrays, open_array, read
 from engine.device import Precision
 from engine.network import first_config, from_raw
 from engine.post.segment import segment
+from engine.predict.blockwise import predict_blockwise
 from engine.predict.predict import predict
 from engine.predict.tiles import TilePredictor
 from engine.training.pipeline import training_batches
@@ -288,3 +291,47 @@ def test_bad_first_weights_are_refused_before_anything_is_written(home):
 def test_mitochondria_need_labels(home):
     with pytest.raises(UserError, match=r"volumes/labels/mito"):
         train(config(home, "MTLSDMITO", DATA__MITO_LABELS="volumes/labels/mito"))
+
+
+@pytest.mark.parametrize(("model_type", "flat"), [("ACRLSD", False), ("MTLSDMITO", True)], ids=["ACRLSD-3D", "MITO-2D"])
+def test_blockwise_prediction_gives_what_prediction_in_one_process_gives(home, monkeypatch, model_type, flat):
+    monkeypatch.chdir(home)
+    path = home / "run" / "model_checkpoint_0"
+    cfg = with_first_weights(home, model_type, flat, TRAIN__CHECKPOINT=path, SYSTEM__NUM_WORKERS=1)
+    torch.manual_seed(4)
+    save_untrained(path, build_model(cfg), cfg)
+    predict(cfg)
+    output = output_path(cfg, data_folder(config(home, "MTLSD"), "test") / "phantom.zarr")
+    names = [f"volumes/pred_{task}" for task in MODEL_TYPES[model_type].tasks]
+    expected = {name: read(open_array(output, name)) for name in names}
+    shutil.rmtree(output)
+    predict_blockwise(cfg)
+    for name in names:
+        # The last bit may differ: a worker's thread pool adds up in another order.
+        np.testing.assert_allclose(read(open_array(output, name)), expected[name], atol=1)
+        assert expected[name].std() > 0
+
+
+def test_sections_on_disk_are_as_good_as_sections_of_a_volume(home):
+    """Exported ones, volumes/raw/0 ... n, give the same batches and the same predictions."""
+    path = home / "run" / "model_checkpoint_0"
+    cfg = config(home, "MTLSD", True, TRAIN__CHECKPOINT=path)
+    torch.manual_seed(4)
+    save_untrained(path, build_model(cfg), cfg)
+
+    def results():
+        volume = volumes_in(cfg, "train")[0]
+        with training_batches(cfg, [volume], ("lsds", "affs")) as batches:
+            batch = next(batches)
+        predict(cfg)
+        return volume, batch, read(open_array(output_path(cfg, volume), "volumes/pred_affs"))
+
+    volume, batch, affinities = results()
+    assert volume.parents[1].name == "data_3d"
+    export_sections(cfg)
+    flat_volume, flat_batch, flat_affinities = results()
+    assert flat_volume.parents[1].name == "data_2d"
+    assert "volumes/raw/27" in list_arrays(flat_volume)
+    np.testing.assert_array_equal(batch.raw, flat_batch.raw)
+    np.testing.assert_array_equal(batch.targets["lsds"], flat_batch.targets["lsds"])
+    np.testing.assert_array_equal(affinities, flat_affinities)
