@@ -130,9 +130,14 @@ def test_scores_land_beside_the_output(config, real, capsys):
     mask[30:] = 0
     write_array(sample, cfg.DATA.NEURON_LABELS, truth, **PLACE)
     write_array(sample, cfg.DATA.NEURON_LABELS_MASK, mask, **PLACE)
-    labels = {"threshold": 0.5, "merge_function": "mean"}
+    labels = {"method": "waterz", "threshold": 0.5, "merge_function": "mean"}
     write_array(output, "volumes/segmentation_050", segmentation, **PLACE, attributes=labels)
     write_array(output, "volumes/final_segmentation_mean_060", np.ones_like(truth), **PLACE)
+    labels = {"method": "mutex", "biases": [-0.5] * 9}
+    write_array(output, "volumes/segmentation_mutex", np.roll(truth, 1, axis=1), **PLACE, attributes=labels)
+    labels = {"method": "mutex", "merge_function": "mutex", "threshold": 0.5}
+    write_array(output, "volumes/final_segmentation_mutex_050", segmentation, **PLACE, attributes=labels)
+    write_array(output, "volumes/segmentation_mutex.partial", truth, **PLACE)
     write_array(output, "volumes/fragments", truth, **PLACE)
     write_array(output, "volumes/segmentation_060.partial", truth, **PLACE)
     evaluate(cfg)
@@ -142,7 +147,9 @@ def test_scores_land_beside_the_output(config, real, capsys):
     assert list(rows) == [
         "volumes/fragments",
         "volumes/final_segmentation_mean_060",
+        "volumes/final_segmentation_mutex_050",
         "volumes/segmentation_050",
+        "volumes/segmentation_mutex",
     ]
     # the fragments are perfect here, but they are no segmentation
     assert rows["volumes/fragments"]["voi_sum"] == 0
@@ -153,10 +160,12 @@ def test_scores_land_beside_the_output(config, real, capsys):
     with open(output.parent / "sample_scores.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["dataset"] for row in table] == list(rows)
-    assert float(table[2]["voi_sum"]) == rows["volumes/segmentation_050"]["voi_sum"]
-    assert table[2]["threshold"] == "0.5"
+    assert float(table[3]["voi_sum"]) == rows["volumes/segmentation_050"]["voi_sum"]
+    columns = [(row["method"], row["merge_function"], row["threshold"]) for row in table]
+    assert columns[2:] == [("mutex", "mutex", "0.5"), ("waterz", "mean", "0.5"), ("mutex", "", "")]
     assert (output.parent / "sample_scores.png").read_bytes().startswith(b"\x89PNG")
-    assert "volumes/segmentation_050" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in rows)
     assert not list(output.parent.glob("*.partial"))
 
 

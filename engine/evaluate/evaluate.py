@@ -178,10 +178,10 @@ def _plot(report):
     series = {}
     for row in report["scores"]:
         if row["dataset"] != FRAGMENTS:
-            kind = row["dataset"].removeprefix("volumes/").partition("segmentation")[0]
-            name = row["dataset"] if row["threshold"] is None else kind + row["merge_function"]
+            kind, _, rest = row["dataset"].removeprefix("volumes/").partition("segmentation_")
+            name = f"{kind}{rest if row['threshold'] is None else row['merge_function']}"
             series.setdefault(name.replace("_", " "), []).append(row)
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
     for style, (name, rows) in zip(itertools.cycle(LINE_STYLES), series.items()):
         for score, color in COLORS.items():
@@ -193,7 +193,7 @@ def _plot(report):
             axes.plot(thresholds, values, style, color=color, marker="o", label=label)
     axes.set(xlabel="threshold", ylabel="VOI (bits)", ylim=(0, None), title=f"best: {report['best']}")
     if series:
-        axes.legend()
+        figure.legend(loc="outside lower center", ncols=min(3, len(series)), fontsize="small")
     image = io.BytesIO()
     figure.savefig(image, dpi=150)
     return image.getvalue()
