@@ -14,16 +14,18 @@ class Task:
     Attributes:
         head: name of the head in the state dict (contract with published checkpoints).
         loss_weight: key of TRAIN that weighs its loss, a weighted mean squared error.
+        labels: key of DATA that names the labels it is trained on; with _MASK behind it, their mask.
     """
 
     head: str
     loss_weight: str
+    labels: str = "NEURON_LABELS"
 
 
 TASKS = {
     "lsds": Task("lsd_head", "LSD_LOSS_WEIGHT"),
     "affs": Task("aff_head", "AFF_LOSS_WEIGHT"),
-    "mito": Task("mito_head", "MITO_LOSS_WEIGHT"),
+    "mito": Task("mito_head", "MITO_LOSS_WEIGHT", "MITO_LABELS"),
 }
 
 
@@ -56,6 +58,12 @@ def task_channels(cfg) -> dict[str, int]:
     """Task -> number of output channels of the configured model type, in output order."""
     channels = {"lsds": cfg.MODEL.LSDS, "affs": len(cfg.TRAIN.NEIGHBORHOOD), "mito": 1}
     return {task: channels[task] for task in MODEL_TYPES[cfg.TRAIN.MODEL_TYPE].tasks}
+
+
+def label_keys(cfg) -> list[str]:
+    """Keys of DATA that name the labels which the configured model type is trained on; those of neurons come first."""
+    tasks = MODEL_TYPES[cfg.TRAIN.MODEL_TYPE].tasks
+    return list(dict.fromkeys(["NEURON_LABELS", *(TASKS[task].labels for task in tasks)]))
 
 
 def input_channels(cfg) -> int:

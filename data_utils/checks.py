@@ -13,7 +13,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from config.errors import UserError
-from config.model_types import task_channels
+from config.model_types import label_keys
 from data_utils.create_labels_mask import is_labelled
 from data_utils.volumes import blocks, has_array, open_array, read, source_defaults
 
@@ -48,10 +48,7 @@ def check_training_volume(path: Path | str, cfg: CfgNode) -> None:
 
 def label_datasets(cfg: CfgNode) -> list[tuple[str, str]]:
     """The datasets (labels, mask of what is labelled) that the configured model type is trained on."""
-    datasets = [(cfg.DATA.NEURON_LABELS, cfg.DATA.NEURON_LABELS_MASK)]
-    if "mito" in task_channels(cfg):
-        datasets.append((cfg.DATA.MITO_LABELS, cfg.DATA.MITO_LABELS_MASK))
-    return datasets
+    return [(cfg.DATA[key], cfg.DATA[f"{key}_MASK"]) for key in label_keys(cfg)]
 
 
 def _checked_raw(path, cfg) -> Array:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from config.errors import UserError
 from data_utils.create_labels_mask import is_labelled
 from data_utils.layout import output_path, volumes_in
-from data_utils.volumes import blocks, list_arrays, open_array, read, source_defaults
+from data_utils.volumes import blocks, has_array, list_arrays, open_array, read, source_defaults
 from engine.evaluate.metrics import count_overlaps, scores
 
 FRAGMENTS = "volumes/fragments"
@@ -41,7 +41,7 @@ def evaluate(cfg):
     """
     work = {}
     for sample in volumes_in(cfg, "test"):
-        if cfg.DATA.NEURON_LABELS not in list_arrays(sample):
+        if not has_array(sample, cfg.DATA.NEURON_LABELS):
             print(f"{sample.name} is left out: it has no ground truth {cfg.DATA.NEURON_LABELS}")
             continue
         output = output_path(cfg, sample)
@@ -91,7 +91,7 @@ def score_volume(sample, output, names, cfg):
         UserError: as `overlaps`, or no voxel in common is labelled.
     """
     ground_truth = open_array(sample, cfg.DATA.NEURON_LABELS, **source_defaults(cfg))
-    has_mask = cfg.DATA.NEURON_LABELS_MASK in list_arrays(sample)
+    has_mask = has_array(sample, cfg.DATA.NEURON_LABELS_MASK)
     mask = open_array(sample, cfg.DATA.NEURON_LABELS_MASK, **source_defaults(cfg)) if has_mask else None
     rows = []
     for name in names:

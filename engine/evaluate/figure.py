@@ -18,7 +18,7 @@ from scipy.sparse import coo_array
 from skimage.segmentation import find_boundaries
 from yacs.config import CfgNode
 
-from data_utils.volumes import list_arrays, open_array, source_defaults
+from data_utils.volumes import has_array, open_array, source_defaults
 
 OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 WIDTH = 1200  # pixels, the width of a README
@@ -86,7 +86,7 @@ def draw_sample(
     roi = Roi(segmentation.roi.offset + (voxels // 2 - shape // 2) * voxel_size, shape * voxel_size)
 
     def load(path, dataset, optional=False):
-        if optional and dataset not in list_arrays(path):
+        if optional and not has_array(path, dataset):
             return None
         return open_array(path, dataset, **source_defaults(cfg)).to_ndarray(roi, fill_value=0)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import gunpowder as gp
 import numpy as np
 
+from config.model_types import label_keys
 from data_utils.volumes import open_array, source_defaults
 from engine.intensity import network_scale_shift, unit_factor
 from engine.sections import affinity_offsets, along_zyx
@@ -42,8 +43,8 @@ MITO = gp.ArrayKey("MITO")
 MITO_MASK = gp.ArrayKey("MITO_MASK")
 MITO_WEIGHTS = gp.ArrayKey("MITO_WEIGHTS")
 
-# Task -> keys of its target and of the weights of the target's entries.
-TARGETS = {"lsds": (LSDS, LSDS_WEIGHTS), "affs": (AFFS, AFFS_WEIGHTS), "mito": (MITO, MITO_WEIGHTS)}
+# Key of DATA that names labels -> keys of the labels and of their mask.
+LABEL_ARRAYS = {"NEURON_LABELS": (LABELS, LABELS_MASK), "MITO_LABELS": (MITO, MITO_MASK)}
 
 
 class TrainingBatch(NamedTuple):
@@ -72,7 +73,7 @@ def training_batches(cfg, volumes: list[Path], tasks: tuple[str, ...], first_sam
     """
     voxel_size = open_array(volumes[0], cfg.DATA.RAW, **source_defaults(cfg)).voxel_size
     shapes = {RAW: gp.Coordinate(along_zyx(cfg.MODEL.RAW_SHAPE, 1))}
-    for key in (LABELS, *(key for task in tasks for key in TARGETS[task])):
+    for key in (LABELS, *(key for task in tasks for key in TARGETS[task][:2])):
         shapes[key] = gp.Coordinate(along_zyx(cfg.MODEL.OUTPUT_SHAPE, 1))
     request = gp.BatchRequest()
     for key, shape in shapes.items():
@@ -98,18 +99,17 @@ def _batches(provider, request, tasks, sections: bool) -> Iterator[TrainingBatch
         yield TrainingBatch(
             raw=data(batch, RAW, axes),
             labels=data(batch, LABELS, axes - 1),
-            targets={task: data(batch, TARGETS[task][0], axes).astype(np.float32) for task in tasks},
-            weights={task: data(batch, TARGETS[task][1], axes) for task in tasks},
+            targets={task: data(batch, TARGETS[task].values, axes).astype(np.float32) for task in tasks},
+            weights={task: data(batch, TARGETS[task].weights, axes) for task in tasks},
         )
 
 
 def _pipeline(cfg, volumes: list[Path], tasks: tuple[str, ...], request: gp.BatchRequest):
     model = cfg.MODEL
-    labels = [LABELS] + [MITO] * ("mito" in tasks)
-    sources = tuple(_source(cfg, path, tasks, request) for path in volumes)
+    sources = tuple(_source(cfg, path, request) for path in volumes)
     pipeline = sources + gp.RandomProvider([_labelled_size(cfg, path) for path in volumes])
-    for key in labels:
-        pipeline += CompactLabels(key)
+    for key in label_keys(cfg):
+        pipeline += CompactLabels(LABEL_ARRAYS[key][0])
 
     if cfg.TRAIN.AUGMENT:
         for augment in _elastic_augments(model):
@@ -130,34 +130,50 @@ def _pipeline(cfg, volumes: list[Path], tasks: tuple[str, ...], request: gp.Batc
     if model.GROWBOUNDARY_STEPS:
         pipeline += GrowBoundary(LABELS, model.GROWBOUNDARY_STEPS, only_xy=cfg.DATA.DIM_2D or not cfg.DATA.FIB)
     for task in tasks:
-        for node in _target_nodes(cfg, task):
+        for node in TARGETS[task].nodes(cfg):
             pipeline += node
     return pipeline + gp.IntensityScaleShift(RAW, *network_scale_shift(cfg))
 
 
-def _target_nodes(cfg, task: str) -> list[gp.BatchFilter]:
-    """What makes a task's target and weights from labels."""
-    if task == "lsds":
-        sigma, downsample = cfg.MODEL.LSD_SIGMA, cfg.MODEL.LSD_DOWNSAMPLE
-        return [
-            AddLocalShapeDescriptors(
-                LABELS, LABELS_MASK, LSDS, LSDS_WEIGHTS, sigma=sigma, downsample=downsample, sections=cfg.DATA.DIM_2D
-            )
-        ]
-    if task == "affs":
-        offsets = affinity_offsets(cfg)
-        return [
-            gp.AddAffinities(offsets, LABELS, AFFS, labels_mask=LABELS_MASK, affinities_mask=AFFS_MASK),
-            gp.BalanceLabels(AFFS, AFFS_WEIGHTS, mask=AFFS_MASK),
-        ]
+def _lsd_nodes(cfg) -> list[gp.BatchFilter]:
+    sigma, downsample, sections = cfg.MODEL.LSD_SIGMA, cfg.MODEL.LSD_DOWNSAMPLE, cfg.DATA.DIM_2D
+    options = {"sigma": sigma, "downsample": downsample, "sections": sections}
+    return [AddLocalShapeDescriptors(LABELS, LABELS_MASK, LSDS, LSDS_WEIGHTS, **options)]
+
+
+def _affinity_nodes(cfg) -> list[gp.BatchFilter]:
+    offsets = affinity_offsets(cfg)
+    return [
+        gp.AddAffinities(offsets, LABELS, AFFS, labels_mask=LABELS_MASK, affinities_mask=AFFS_MASK),
+        gp.BalanceLabels(AFFS, AFFS_WEIGHTS, mask=AFFS_MASK),
+    ]
+
+
+def _mito_nodes(cfg) -> list[gp.BatchFilter]:
     return [Binarize(MITO), gp.BalanceLabels(MITO, MITO_WEIGHTS, mask=MITO_MASK)]
 
 
-def _source(cfg, path: Path, tasks: tuple[str, ...], request: gp.BatchRequest):
+class Target(NamedTuple):
+    """A task's target, the weights of its entries, and what makes the two from labels by a config."""
+
+    values: gp.ArrayKey
+    weights: gp.ArrayKey
+    nodes: Callable[..., list[gp.BatchFilter]]
+
+
+TARGETS = {
+    "lsds": Target(LSDS, LSDS_WEIGHTS, _lsd_nodes),
+    "affs": Target(AFFS, AFFS_WEIGHTS, _affinity_nodes),
+    "mito": Target(MITO, MITO_WEIGHTS, _mito_nodes),
+}
+
+
+def _source(cfg, path: Path, request: gp.BatchRequest):
     """One volume at random locations, mirrored raw and unlabelled margins as wide as any request can need."""
-    names = {RAW: cfg.DATA.RAW, LABELS: cfg.DATA.NEURON_LABELS, LABELS_MASK: cfg.DATA.NEURON_LABELS_MASK}
-    if "mito" in tasks:
-        names |= {MITO: cfg.DATA.MITO_LABELS, MITO_MASK: cfg.DATA.MITO_LABELS_MASK}
+    names = {RAW: cfg.DATA.RAW}
+    for key in label_keys(cfg):
+        labels, mask = LABEL_ARRAYS[key]
+        names |= {labels: cfg.DATA[key], mask: cfg.DATA[f"{key}_MASK"]}
     data = {key: open_array(path, name, **source_defaults(cfg)) for key, name in names.items()}
     arrays = tuple(gp.ArraySource(key, array, interpolatable=key == RAW) for key, array in data.items())
     voxel_size = data[RAW].voxel_size
