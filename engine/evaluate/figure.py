@@ -19,6 +19,7 @@ from skimage.segmentation import find_boundaries
 from yacs.config import CfgNode
 
 from data_utils.volumes import has_array, open_array, source_defaults
+from engine.post.affinities import AFFINITIES, NEIGHBORS, offsets_of, open_affinities
 
 OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 WIDTH = 1200  # pixels, the width of a README
@@ -85,6 +86,9 @@ def draw_sample(
     shape = Coordinate(1, *(min(n, WIDEST_CROP) for n in voxels[1:]))
     roi = Roi(segmentation.roi.offset + (voxels // 2 - shape // 2) * voxel_size, shape * voxel_size)
 
+    # Long-range affinities are low far from membranes, and would make these look thick.
+    direct = [offset in NEIGHBORS for offset in offsets_of(open_affinities(output_zarr))]
+
     def load(path, dataset, optional=False):
         if optional and not has_array(path, dataset):
             return None
@@ -93,7 +97,7 @@ def draw_sample(
     draw_segmentation_figure(
         png,
         raw=load(raw_zarr, cfg.DATA.RAW),
-        affinities=load(output_zarr, "volumes/pred_affs"),
+        affinities=load(output_zarr, AFFINITIES)[direct],
         lsds=load(output_zarr, "volumes/pred_lsds", optional=True),
         fragments=load(output_zarr, "volumes/fragments", optional=True),
         segmentation=load(output_zarr, segmentation_dataset),
