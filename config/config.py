@@ -279,7 +279,7 @@ _C.INS_SEGMENT = CfgNode()
 # both.
 _C.INS_SEGMENT.METHOD = "waterz"
 # Mutex watershed: added to the affinities (0 to 1), of which then positive ones attract and negative ones repel. One
-# number for each offset, or two: for direct neighbors, and for long range. Lower numbers split more. None: -0.45 and
+# number for each offset, or two: for direct neighbors, and for long range. Lower numbers split more. None: -0.4 and
 # -0.5, about where two voxels are as likely one neurite as not; lower the second where neurites merge.
 _C.INS_SEGMENT.MUTEX_BIAS = None
 # Link the segments of neighboring sections into 3D objects, if each is the other's largest overlap and this share (0 to

@@ -133,7 +133,7 @@ def test_biases_decide_what_attracts_and_what_repels():
     assert mutex(affinities, (-0.7, 0)).max() == 1  # long range is surer
     assert mutex(affinities, (-0.7, -1)).max() == 2
     assert edge_biases(OFFSETS, (-0.2, -0.6)) == [-0.2] * 3 + [-0.6] * 3
-    assert edge_biases(OFFSETS) == [-0.45] * 3 + [-0.5] * 3
+    assert edge_biases(OFFSETS) == [-0.4] * 3 + [-0.5] * 3
 
 
 def test_mask_background_and_filter():
@@ -233,7 +233,7 @@ def test_blocks_give_nearly_what_one_process_gives_and_workers_change_nothing(ho
         "volumes/" + n for n in ("pred_affs", "segmentation_040", "segmentation_mutex")
     ]
     attributes = open_array(output(folder), "volumes/segmentation_mutex").attrs
-    assert (attributes["method"], attributes["biases"]) == ("mutex", [-0.45] * 3 + [-0.5] * 3)
+    assert (attributes["method"], attributes["biases"]) == ("mutex", [-0.4] * 3 + [-0.5] * 3)
 
     two = graph(config(folder))
     find_segments(config(folder), "mutex", 0.5)

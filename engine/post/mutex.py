@@ -14,7 +14,7 @@ from engine.post.affinities import spans_sections
 from engine.post.agglomerate import float_affinities
 from engine.post.fragments import BOUNDARY, drop_weak, flood, squared_distances
 
-DEFAULT_BIASES = (-0.45, -0.5)  # direct, long range; of affinities that are equally sure, direct ones go first
+DEFAULT_BIASES = (-0.4, -0.5)  # direct, long range; of affinities that are equally sure, direct ones go first
 SPECK = 10  # voxels: what is smaller was cut off by noise, and goes to the fragment around it
 
 
