@@ -4,14 +4,13 @@ Runs the same commands that a user would type, prints each, and ends with a pict
 """
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from config.loader import load_config
 from data_utils.layout import data_folder, output_path, volumes_in
 from data_utils.phantom import write_phantom
+from engine.cli import call_script
 from engine.evaluate.evaluate import scores_path
 from engine.evaluate.figure import draw_sample
 from engine.training.train import PREDICT_CONFIG, seed_everything
@@ -38,7 +37,7 @@ def main() -> None:
         print(path)
 
     step("train")
-    run("trainer.py", "-c", CONFIG, "DATA.HOME", HOME)
+    call_script("trainer.py", "-c", CONFIG, "DATA.HOME", HOME, cwd=HOME)
     trained = Path(cfg.MODEL.CKPT_FOLDER) / PREDICT_CONFIG
     best, score = segment_and_score(trained, "trained")
 
@@ -75,7 +74,7 @@ def segment_and_score(config: Path, what: str, *overrides) -> tuple[str, float]:
         steps.append(("segmentation", "05_extract_segmentation_from_lut.py", [*merge_function, "-th", threshold]))
     for title, script, options in [*steps, ("evaluate", "06_evaluate_volumes.py", [])]:
         step(f"{title} ({what} network)")
-        run(script, "-c", config, *options, *overrides)
+        call_script(script, "-c", config, *options, *overrides, cwd=HOME)
     report = json.loads(scores_path(output_path(cfg, volumes_in(cfg, "test")[0])).read_text())
     return report["best"], next(row["voi_sum"] for row in report["scores"] if row["dataset"] == report["best"])
 
@@ -83,15 +82,6 @@ def segment_and_score(config: Path, what: str, *overrides) -> tuple[str, float]:
 def step(title: str) -> None:
     """Print a headline."""
     print(f"\n=== {title} ===", flush=True)
-
-
-def run(script: str, *arguments) -> None:
-    """Run a script as a user would; its failure ends the demo with the same exit status."""
-    command = [script, *map(str, arguments)]
-    print("$ python", *command, flush=True)
-    status = subprocess.run([sys.executable, CHECKOUT / script, *command[1:]], cwd=HOME).returncode
-    if status:
-        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,11 @@ A network knows voxels of one size: the volume is brought to that, and its segme
 Commands that a user could type in the checkout do all of it, and are printed.
 """
 
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
-from config.loader import CHECKOUT, find_config, load_config
+from config.loader import find_config, load_config
 from data_utils.layout import data_folder, output_path
-from engine.cli import run_script
+from engine.cli import call_script, run_script
 from engine.evaluate.figure import draw_sample
 from engine.post.segment import segment_names
 from engine.predict.check import check_before_segmenting
@@ -31,21 +28,13 @@ def main(_, args) -> None:
     name = next(iter(segment_names(cfg.INS_SEGMENT.THRESHOLDS).values()))
     size = ["--voxel-size", *cfg.MODEL.VOXEL_SIZE, "--overwrite"]
     back = ["--to", "volumes/segmentation", "--like", raw, cfg.DATA.RAW, "--labels"]
-    run("data_utils/rescale.py", raw, rescaled, "--dataset", cfg.DATA.RAW, *size)
-    run("predicter.py", *config)
-    run("instance_segmenter.py", *config)
-    run("data_utils/rescale.py", predicted, out, "--dataset", name, *back)
+    call_script("data_utils/rescale.py", raw, rescaled, "--dataset", cfg.DATA.RAW, *size)
+    call_script("predicter.py", *config)
+    call_script("instance_segmenter.py", *config)
+    call_script("data_utils/rescale.py", predicted, out, "--dataset", name, *back)
     draw_sample(predicted, rescaled, name, out.with_suffix(".png"), cfg)
     print(f"\nsegmentation  {out}/volumes/segmentation, on the voxels of {raw}/{cfg.DATA.RAW}")
     print(f"a section     {out.with_suffix('.png')}\naffinities    {predicted}; delete {work} if you do not need them")
-
-
-def run(script: str, *arguments) -> None:
-    """Print and run a command; if it fails, this script ends with the same exit status."""
-    command = [script, *map(str, arguments)]
-    print("\n$ python", shlex.join(command), flush=True)
-    if status := subprocess.run([sys.executable, CHECKOUT / script, *command[1:]]).returncode:
-        sys.exit(status)
 
 
 if __name__ == "__main__":

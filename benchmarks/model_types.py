@@ -11,17 +11,16 @@ repeated.
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config.loader import CHECKOUT, load_config
+from config.loader import load_config
 from config.model_types import MODEL_TYPES
 from data_utils.layout import output_path, volumes_in
 from data_utils.volumes import has_array
-from engine.cli import run_script
+from engine.cli import call_script, run_script
 from engine.evaluate.evaluate import scores_path
 from engine.training.train import PREDICT_CONFIG
 from models.checkpoint import checkpoint_path
@@ -62,14 +61,14 @@ def train_and_score(cfg, args, model_type: str, flat: bool) -> tuple[str, str, s
     if first := MODEL_TYPES[model_type].first:
         folder = runs / f"{first}_{'2D' if flat else '3D'}"
         settings["TRAIN.CHECKPOINT_AC"] = checkpoint_path(folder, cfg.TRAIN.EPOCHS)
-    call("trainer.py", "-c", args.config, *args.overrides, *pairs(settings))
+    call_script("trainer.py", "-c", args.config, *args.overrides, *pairs(settings))
     if "affs" not in MODEL_TYPES[model_type].tasks:
         return "-", "-", "-"
     predicted = run / PREDICT_CONFIG
-    call("predicter.py", "-c", predicted)
+    call_script("predicter.py", "-c", predicted)
     for method in ("waterz", "mutex"):
-        call("instance_segmenter.py", "-c", predicted, "INS_SEGMENT.METHOD", method)
-    call("06_evaluate_volumes.py", "-c", predicted)
+        call_script("instance_segmenter.py", "-c", predicted, "INS_SEGMENT.METHOD", method)
+    call_script("06_evaluate_volumes.py", "-c", predicted)
     predict_cfg = load_config(predicted)
     report = json.loads(scores_path(output_path(predict_cfg, volumes_in(predict_cfg, "test")[0])).read_text())
     by_method = {
@@ -83,13 +82,6 @@ def train_and_score(cfg, args, model_type: str, flat: bool) -> tuple[str, str, s
 def pairs(settings: dict) -> list[str]:
     """Settings as KEY VALUE arguments."""
     return [str(part) for item in settings.items() for part in item]
-
-
-def call(script: str, *arguments) -> None:
-    """Run a script as a user would; its failure ends the benchmark with the same exit status."""
-    print("$ python", script, *arguments, flush=True)
-    if status := subprocess.run([sys.executable, CHECKOUT / script, *map(str, arguments)]).returncode:
-        sys.exit(status)
 
 
 if __name__ == "__main__":

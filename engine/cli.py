@@ -3,11 +3,13 @@
 import argparse
 import logging
 import os
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 from config.errors import UserError
-from config.loader import EXPERIMENT, load_config
+from config.loader import CHECKOUT, EXPERIMENT, load_config
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,6 +63,14 @@ def run_script(main, *, description: str, example: str, default_config: str | No
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def call_script(script: str, *arguments, cwd: Path | None = None) -> None:
+    """Print a command as a user would type it in the checkout, and run it; its failure ends this program likewise."""
+    command = [script, *map(str, arguments)]
+    print("\n$ python", shlex.join(command), flush=True)
+    if status := subprocess.run([sys.executable, CHECKOUT / script, *command[1:]], cwd=cwd).returncode:
+        sys.exit(status)
 
 
 def add_merge_function(parser) -> None:

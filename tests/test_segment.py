@@ -11,6 +11,7 @@ import segment
 from config.errors import UserError
 from config.loader import load_config
 from data_utils.volumes import list_arrays, open_array, read, write_array
+from engine.cli import call_script
 from engine.predict.check import check_before_segmenting
 from models import build_model
 from models.checkpoint import load_checkpoint, network_settings, save_checkpoint
@@ -83,7 +84,7 @@ def test_segmentation_lies_on_the_voxels_of_the_volume(tmp_path, config, capfd, 
 
 def test_a_failing_command_ends_the_script_with_its_status(tmp_path):
     with pytest.raises(SystemExit) as ended:
-        segment.run("data_utils/rescale.py", tmp_path / "none.zarr", tmp_path / "out.zarr", "--voxel-size", 8, 8, 8)
+        call_script("data_utils/rescale.py", tmp_path / "none.zarr", tmp_path / "out.zarr", "--voxel-size", 8, 8, 8)
     assert ended.value.code == 2
 
 

@@ -71,56 +71,55 @@ class LabelledLocation(gp.RandomLocation):
         return accepted
 
 
-class CompactLabels(gp.BatchFilter):
+class Relabel(gp.BatchFilter):
+    """Replace labels by `new_labels` of them, of type `dtype`."""
+
+    dtype: type
+
+    def __init__(self, labels: gp.ArrayKey):
+        self.labels = labels
+
+    def new_labels(self, labels: np.ndarray) -> np.ndarray:
+        """What becomes of labels (z, y, x)."""
+        raise NotImplementedError
+
+    def setup(self):
+        self.enable_autoskip()
+        spec = self.spec[self.labels].copy()
+        spec.dtype = self.dtype
+        self.updates(self.labels, spec)
+
+    def prepare(self, request):
+        deps = gp.BatchRequest()
+        deps[self.labels] = request[self.labels].copy()
+        deps[self.labels].dtype = None
+        return deps
+
+    def process(self, batch, request):
+        array = batch[self.labels]
+        array.data = self.new_labels(array.data).astype(self.dtype)
+        array.spec.dtype = self.dtype
+
+
+class CompactLabels(Relabel):
     """Renumber labels to 1..n as uint32; background stays 0, and ids that mean "not labelled" become 0.
 
     Deforming goes through float64 and affinities through int32: ids of large volumes would collide in either.
     """
 
-    def __init__(self, labels: gp.ArrayKey):
-        self.labels = labels
+    dtype = np.uint32
 
-    def setup(self):
-        self.enable_autoskip()
-        spec = self.spec[self.labels].copy()
-        spec.dtype = np.uint32
-        self.updates(self.labels, spec)
-
-    def prepare(self, request):
-        deps = gp.BatchRequest()
-        deps[self.labels] = request[self.labels].copy()
-        deps[self.labels].dtype = None
-        return deps
-
-    def process(self, batch, request):
-        array = batch[self.labels]
-        labels = np.where(is_labelled(array.data), array.data, 0)
-        array.data = fastremap.renumber(labels, preserve_zero=True)[0].astype(np.uint32)
-        array.spec.dtype = np.uint32
+    def new_labels(self, labels):
+        return fastremap.renumber(np.where(is_labelled(labels), labels, 0), preserve_zero=True)[0]
 
 
-class Binarize(gp.BatchFilter):
+class Binarize(Relabel):
     """Replace labels by 1, uint8, where they are not 0."""
 
-    def __init__(self, labels: gp.ArrayKey):
-        self.labels = labels
+    dtype = np.uint8
 
-    def setup(self):
-        self.enable_autoskip()
-        spec = self.spec[self.labels].copy()
-        spec.dtype = np.uint8
-        self.updates(self.labels, spec)
-
-    def prepare(self, request):
-        deps = gp.BatchRequest()
-        deps[self.labels] = request[self.labels].copy()
-        deps[self.labels].dtype = None
-        return deps
-
-    def process(self, batch, request):
-        array = batch[self.labels]
-        array.data = (array.data != 0).astype(np.uint8)
-        array.spec.dtype = np.uint8
+    def new_labels(self, labels):
+        return labels != 0
 
 
 class GrowBoundary(gp.BatchFilter):
