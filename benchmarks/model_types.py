@@ -25,15 +25,7 @@ from engine.evaluate.evaluate import scores_path
 from engine.training.train import PREDICT_CONFIG
 from models.checkpoint import checkpoint_path
 
-SETTINGS_2D = {
-    "DATA.DIM_2D": True,
-    "MODEL_ISO.DOWNSAMPLE_FACTORS_2D": [[2, 2], [2, 2], [2, 2]],
-    "MODEL_ISO.KERNEL_SIZE_DOWN_2D": None,
-    "MODEL_ISO.KERNEL_SIZE_UP_2D": None,
-    "MODEL_ISO.INPUT_SHAPE_2D": (96, 96),
-    "MODEL_ISO.GROW_INPUT_2D": (0, 0),
-    "INS_SEGMENT.LINK_SECTIONS": 0.5,
-}
+SETTINGS_2D = {"DATA.DIM_2D": True, "INS_SEGMENT.LINK_SECTIONS": 0.5}
 NEIGHBORHOOD = {"TRAIN.NEIGHBORHOOD": "LR_NEIGHBORHOOD", "TRAIN.NEIGHBORHOOD_2D": "LR_NEIGHBORHOOD"}
 COLUMNS = "{:<12}{:>5}{:>12}{:>12}{:>12}"
 

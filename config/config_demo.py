@@ -37,6 +37,9 @@ _C.MODEL_ISO.KERNEL_SIZE_UP = None
 _C.MODEL_ISO.PAD_CONV = "same"
 _C.MODEL_ISO.INPUT_SHAPE = (48, 48, 48)
 _C.MODEL_ISO.GROW_INPUT = (8, 8, 8)
+# With DATA.DIM_2D True.
+_C.MODEL_ISO.DOWNSAMPLE_FACTORS_2D = [[2, 2], [2, 2], [2, 2]]
+_C.MODEL_ISO.INPUT_SHAPE_2D = (96, 96)
 # Mirroring and transposing are enough for phantoms that all look alike.
 _C.MODEL_ISO.PROB_ELASTIC = 0.0
 

@@ -19,6 +19,7 @@ _C.DATA.BRAIN_VOL = "FIB25"
 _C.TRAIN = CfgNode()
 # Nine channels, so that one network serves both methods of segmentation.
 _C.TRAIN.NEIGHBORHOOD = "LR_NEIGHBORHOOD"
+_C.TRAIN.NEIGHBORHOOD_2D = "LR_NEIGHBORHOOD"
 _C.TRAIN.EPOCHS = 4000
 _C.TRAIN.SAVE_EVERY = 500
 _C.TRAIN.INITIAL_LR = 1e-3
@@ -36,6 +37,9 @@ _C.MODEL_ISO.DOWNSAMPLE_FACTORS = [[2, 2, 2], [2, 2, 2], [2, 2, 2]]
 _C.MODEL_ISO.PAD_CONV = "same"
 _C.MODEL_ISO.INPUT_SHAPE = (64, 64, 64)
 _C.MODEL_ISO.GROW_INPUT = (40, 40, 40)
+# With DATA.DIM_2D True.
+_C.MODEL_ISO.DOWNSAMPLE_FACTORS_2D = [[2, 2], [2, 2], [2, 2]]
+_C.MODEL_ISO.INPUT_SHAPE_2D = (128, 128)
 # The sections are well aligned, and mirroring and transposing alone give 48 views of a patch.
 _C.MODEL_ISO.PROB_ELASTIC = 0.15
 _C.MODEL_ISO.JITTER_SIGMA = (2, 2, 2)
