@@ -22,9 +22,8 @@ class Ranks:
     """
 
     def __init__(self):
-        self.rank, self.size = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
-        )
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.first = self.rank == 0
@@ -35,6 +34,8 @@ class Ranks:
         if self.size == 1:
             yield
             return
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         self.device = device
         try:
