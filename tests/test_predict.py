@@ -30,7 +30,7 @@ def home(tmp_path):
     return tmp_path
 
 
-def config(home, *overrides, padding="valid", size=28, grow=0):
+def config(home, *overrides, padding="valid", size=28, grow=8):
     """A network with the down-samplings (2, 2, 2) and (1, 2, 2)."""
     settings = {
         "DATA.HOME": home,
@@ -62,7 +62,7 @@ def predictions(cfg):
 def test_two_tilings_give_the_same_prediction_as_the_whole_volume_at_once(home, padding):
     cfg = config(home, padding=padding)
     _, affs, lsds = predictions(cfg)
-    _, affs_other, lsds_other = predictions(config(home, padding=padding, grow=8))
+    _, affs_other, lsds_other = predictions(config(home, padding=padding, grow=16))
     np.testing.assert_allclose(affs, affs_other, atol=1e-5)
     np.testing.assert_allclose(lsds, lsds_other, atol=1e-5)
 
