@@ -108,7 +108,7 @@ def load_checkpoint(path: Path | str, model, cfg, optimizer=None, key: str = "TR
     path = Path(path)
     state = read_checkpoint(path, key)
     weights = state["model_state_dict"] if optimizer else state.get("ema_state_dict", state["model_state_dict"])
-    _check_same_network(path, weights, state.get("network_settings", {}), model, cfg)
+    _check_same_network(path, weights, state.get("network_settings", {}), model, cfg, key)
     model.load_state_dict(weights, strict=True)
     if optimizer is not None and "optimizer_state_dict" in state:
         optimizer.load_state_dict(state["optimizer_state_dict"])
@@ -142,13 +142,14 @@ def _is_pickle(path: Path) -> bool:
         return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")
 
 
-def _check_same_network(path: Path, weights: dict, trained: dict, model, cfg) -> None:
-    for key, now in network_settings(cfg).items():
-        if key in trained and trained[key] != now:
-            raise UserError(
-                f"{key} is {now} but {path} was trained with {trained[key]}: set it to that, "
-                "or give the new network a CKPT_FOLDER of its own"
-            )
+def _check_same_network(path: Path, weights: dict, trained: dict, model, cfg, key: str) -> None:
+    for setting, now in network_settings(cfg).items():
+        if setting in trained and trained[setting] != now:
+            if key == "TRAIN.CHECKPOINT":
+                remedy = "set it to that, or give the new network a CKPT_FOLDER of its own"
+            else:
+                remedy = f"name another checkpoint in {key}"
+            raise UserError(f"{setting} is {now} but {path} was trained with {trained[setting]}: {remedy}")
 
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in weights.items()}

@@ -282,6 +282,10 @@ def test_bad_first_weights_are_refused_before_anything_is_written(home):
     with pytest.raises(UserError, match=r"TRAIN.CHECKPOINT_AC"):
         train(config(home, "ACLSD", TRAIN__CHECKPOINT_AC=home / "nothing"))
     assert sorted(home.rglob("*")) == before
+    other = config(home, "MTLSD")
+    save_untrained(home / "other", build_model(other), other)
+    with pytest.raises(UserError, match=r"is LSD but .*other was trained with MTLSD: name another .*CHECKPOINT_AC"):
+        train(config(home, "ACLSD", TRAIN__CHECKPOINT_AC=home / "other"))
     cfg = config(home, "ACLSD", TRAIN__CHECKPOINT=home / "model_checkpoint_1")
     torch.save({"model_state_dict": build_model(cfg).state_dict()}, home / "model_checkpoint_1")
     with pytest.raises(UserError, match=r"TRAIN.CHECKPOINT_AC is empty"):
