@@ -243,8 +243,8 @@ _C.MODEL_ISO.INTENSITYSCALESHIFT_SHIFT = [-1.0, 0.5]
 # A zarr with images of damaged sections, put in at random. Empty: none.
 _C.MODEL_ISO.DEFECT_AUGMENT = ""
 # TensorBoard logs, checkpoints and snapshots of a run. None: HOME/lsd_logs (lsd_checkpoints, lsd_snapshots)
-# / MODEL_TYPE_{2D,3D} / BRAIN_VOL / run. Training resumes from a checkpoint in CKPT_FOLDER: change it to
-# start anew.
+# / MODEL_TYPE_{2D,3D} / BRAIN_VOL / run, or / the name of CKPT_FOLDER if that is given. Training resumes from a
+# checkpoint in CKPT_FOLDER: change it to start anew.
 _C.MODEL_ISO.LOG_DIR = None
 _C.MODEL_ISO.CKPT_FOLDER = None
 _C.MODEL_ISO.OUTPUT_DIR = None

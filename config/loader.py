@@ -229,6 +229,8 @@ def _resolve(cfg: CfgNode, origins: dict[str, str]) -> None:
     used = "MODEL_ISO" if data.FIB else "MODEL_ANISO"
     for section in ("MODEL_ISO", "MODEL_ANISO"):
         model = cfg[section]
+        # Logs and snapshots of a run lie in folders of its checkpoints' name.
+        run = Path(model.CKPT_FOLDER or "run").name
         model.VOXEL_SIZE_2D = model.VOXEL_SIZE_2D or model.VOXEL_SIZE[1:]
         model.LSDS = model.LSDS or (6 if data.DIM_2D else 10)
         for name, folder in [
@@ -236,7 +238,7 @@ def _resolve(cfg: CfgNode, origins: dict[str, str]) -> None:
             ("CKPT_FOLDER", "lsd_checkpoints"),
             ("OUTPUT_DIR", "lsd_snapshots"),
         ]:
-            model[name] = model[name] or f"{data.HOME}/{folder}/{train.MODEL_TYPE}_{dims}D/{data.BRAIN_VOL}/run"
+            model[name] = model[name] or f"{data.HOME}/{folder}/{train.MODEL_TYPE}_{dims}D/{data.BRAIN_VOL}/{run}"
         for suffix, axes in (("", 3), ("_2D", 2)):
             try:
                 _fit_network(model, section, suffix, origins)

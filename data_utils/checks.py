@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 from config.errors import UserError
 from config.model_types import label_keys
 from data_utils.create_labels_mask import is_labelled
-from data_utils.volumes import blocks, has_array, open_array, read, source_defaults
+from data_utils.volumes import blocks, has_array, list_arrays, open_array, read, source_defaults
 
 
 def check_raw(path: Path | str, cfg: CfgNode) -> None:
@@ -41,6 +41,11 @@ def check_training_volume(path: Path | str, cfg: CfgNode) -> None:
             f"{tuple(needed)}: lower {_section(cfg)}.INPUT_SHAPE{'_2D' * cfg.DATA.DIM_2D} or use a larger volume"
         )
     for dataset, mask in label_datasets(cfg):
+        if not has_array(path, dataset):
+            raise UserError(
+                f"no dataset {dataset} in {path}, and {cfg.TRAIN.MODEL_TYPE} is trained on it; it holds "
+                f"{', '.join(list_arrays(path))}: name the labels in DATA, or choose another TRAIN.MODEL_TYPE"
+            )
         labels = _checked_labels(path, dataset, cfg, raw)
         _check_labelled(path, dataset, mask, cfg, labels)
     _check_finite(raw, f"{cfg.DATA.RAW} in {path}")

@@ -5,6 +5,7 @@ daisy does the scheduling, retries, timeouts and done markers; `engine.superviso
 these depend on: resuming with others would mix two results, so it is refused.
 """
 
+import fcntl
 import functools
 import json
 import math
@@ -12,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +35,7 @@ from engine.supervisor import finished_blocks, keep_workers
 
 LOGS = "daisy_logs"
 RETRIES = 3
+SECONDS_TO_WAIT = 20
 
 
 @dataclass
@@ -101,15 +104,22 @@ def run_blocks(cfg: CfgNode, task: BlockTask) -> Summary:
     and SIGHUP end all workers; what is done stays done, and the next call does the rest.
 
     Raises:
-        UserError: finished blocks were made with other settings; Slurm is missing or refuses jobs; workers cannot
-            start; blocks failed RETRIES + 1 times.
+        UserError: finished blocks were made with other settings; another run is at work here; Slurm is missing or
+            refuses jobs; workers cannot start; blocks failed RETRIES + 1 times.
     """
     if cfg.CLUSTER.TYPE == "slurm":
         check_installed()
     with room_on_disk(task.markers), room_on_disk(task.folder):
         _check_settings(task)
-        _prepare_folder(cfg, task)
+        task.folder.mkdir(parents=True, exist_ok=True)
 
+    with _alone(task.folder), _alone(task.markers):
+        return _run_alone(cfg, task)
+
+
+def _run_alone(cfg: CfgNode, task: BlockTask) -> Summary:
+    with room_on_disk(task.folder):
+        _prepare_folder(cfg, task)
     what = f"{task.name} of {task.sample}"
     daisy_task = _daisy_task(task)
     total = math.prod(daisy_task.block_grid_shape)
@@ -251,6 +261,25 @@ def _raise_if_incomplete(task, summary, first_error):
         raise UserError(f"the process that looks after the workers was killed; {remedy}")
     print(f"\nThe first block that failed:\n{first_error}", file=sys.stderr)
     raise UserError(f"blocks of {task.name} of {task.sample} failed {RETRIES + 1} times, see {task.folder}; {remedy}")
+
+
+@contextmanager
+def _alone(folder: Path):
+    """Keep other runs out of a folder. What is left of a run that was killed ends within seconds: it is waited for."""
+    with open(folder / "lock", "w") as file:
+        deadline = time.monotonic() + SECONDS_TO_WAIT
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"another run works with {folder}: wait for its end, or start this one in another folder, "
+                        "with another DATA.OUTFILE if it is the same volume and checkpoint"
+                    ) from None
+                time.sleep(0.2)
+        yield
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Blocks on local workers: nothing gets lost or done with mixed settings, whatever is killed."""
 
+import fcntl
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ import pytest
 
 from config.errors import UserError
 from config.loader import CHECKOUT, load_config
+from engine import blocks
 from engine.blocks import forget, run_blocks
 from tests.block_master import BLOCKS, CONTEXT, VOLUME, config, results, start_master, toy_task, trouble, wait_for
 
@@ -152,6 +154,19 @@ def test_a_signal_to_the_master_ends_everything(folder, number, status):
     done = len(results(folder))
     assert 3 <= done < BLOCKS
     assert "the same command does the rest" in (folder / "master.log").read_text()
+
+
+def test_two_runs_do_not_work_in_one_folder(folder, monkeypatch):
+    """A run of another volume of that name would give its task to the workers of this one."""
+    monkeypatch.setattr(blocks, "SECONDS_TO_WAIT", 0.3)
+    task = toy_task(folder)
+    for kept in (task.folder, task.markers):
+        kept.mkdir(parents=True, exist_ok=True)
+        with open(kept / "lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with pytest.raises(UserError, match=rf"another run works with {kept}"):
+                run_blocks(config(1), task)
+    assert run_blocks(config(1), task).done == BLOCKS
 
 
 def test_other_settings_are_refused_until_the_finished_blocks_are_dropped(folder):

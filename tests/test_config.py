@@ -296,6 +296,12 @@ def test_relative_paths_become_absolute(tmp_path):
     assert Path(cfg.TRAIN.CHECKPOINT) == Path.home() / "model"
 
 
+def test_logs_and_snapshots_go_by_the_name_of_the_checkpoints_folder():
+    model = load_config(None, ["MODEL_ISO.CKPT_FOLDER", "/runs/wide", "DATA.HOME", "/data"]).MODEL
+    assert (model.CKPT_FOLDER, model.LOG_DIR) == ("/runs/wide", "/data/lsd_logs/MTLSD_3D/HEMI/wide")
+    assert model.OUTPUT_DIR == "/data/lsd_snapshots/MTLSD_3D/HEMI/wide"
+
+
 def test_the_long_range_neighborhood_can_be_learned_in_3d_and_in_2d():
     wide = load_config(None, ["TRAIN.NEIGHBORHOOD", "LR_NEIGHBORHOOD"])
     assert wide.TRAIN.NEIGHBORHOOD == wide.TRAIN.LR_NEIGHBORHOOD

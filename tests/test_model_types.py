@@ -298,7 +298,7 @@ def test_mitochondria_need_labels(home):
 
 
 @pytest.mark.parametrize(("model_type", "flat"), [("ACRLSD", False), ("MTLSDMITO", True)], ids=["ACRLSD-3D", "MITO-2D"])
-def test_blockwise_prediction_gives_what_prediction_in_one_process_gives(home, monkeypatch, model_type, flat):
+def test_blockwise_prediction_gives_what_prediction_in_one_process_gives(home, monkeypatch, capsys, model_type, flat):
     monkeypatch.chdir(home)
     path = home / "run" / "model_checkpoint_0"
     cfg = with_first_weights(home, model_type, flat, TRAIN__CHECKPOINT=path, SYSTEM__NUM_WORKERS=1)
@@ -308,6 +308,8 @@ def test_blockwise_prediction_gives_what_prediction_in_one_process_gives(home, m
     output = output_path(cfg, data_folder(config(home, "MTLSD"), "test") / "phantom.zarr")
     names = [f"volumes/pred_{task}" for task in MODEL_TYPES[model_type].tasks]
     expected = {name: read(open_array(output, name)) for name in names}
+    predict_blockwise(cfg)
+    assert "is predicted already" in capsys.readouterr().out
     shutil.rmtree(output)
     predict_blockwise(cfg)
     for name in names:

@@ -48,6 +48,9 @@ def predict_blockwise(cfg, skip_empty: bool = False) -> None:
         names = {output_name(kind) for kind in prediction_channels(cfg)}
         partial = {f"{name}.partial" for name in names}
         existing = set(list_arrays(output))
+        if names <= existing and not task.markers.is_dir() and not cfg.DATA.DROP_DS_MONGOTABLE:
+            print(f"{output} is predicted already; DATA.DROP_DS_MONGOTABLE True predicts it anew")
+            continue
         if cfg.DATA.DROP_DS_MONGOTABLE or not (partial <= existing or names <= existing):
             forget(task)
             create_predictions(cfg, output, open_array(sample, cfg.DATA.RAW, **source_defaults(cfg)))

@@ -49,7 +49,10 @@ class Validation:
                 "in TRAIN.VALIDATION_VOLUME, lower DATA.TRAIN_TEST_SPLIT, or set it to 0"
             )
         self.cfg, self.path = cfg, Path(cfg.TRAIN.VALIDATION_VOLUME or left_out[0])
-        check_training_volume(self.path, cfg)
+        try:
+            check_training_volume(self.path, cfg)
+        except UserError as error:
+            raise UserError(f"TRAIN.VALIDATION_VOLUME: {error}") from None
         configured_merge_function(cfg.INS_SEGMENT)
 
     def run(self, trainer, iteration: int) -> dict[str, float]:
