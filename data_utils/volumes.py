@@ -22,7 +22,7 @@ import dask.array
 import numcodecs
 import numpy as np
 import zarr
-from funlib.geometry import Coordinate
+from funlib.geometry import Coordinate, Roi
 from funlib.persistence import Array
 
 from config.errors import UserError
@@ -208,6 +208,12 @@ def rename_array(path: Path | str, dataset: str, new_name: str) -> None:
 def read(array: Array, slices: Any = ...) -> np.ndarray:
     """Voxels as numpy, straight from zarr: `array[slices]` without the few milliseconds of its dask graph."""
     return np.asarray(array._source_data[slices])
+
+
+def voxels_of(array: Array, roi: Roi) -> tuple[slice, ...]:
+    """Slices along an array's spatial axes of the voxels that a ROI (nm, inside the array's) covers."""
+    begin, shape = (roi.begin - array.offset) / array.voxel_size, roi.shape / array.voxel_size
+    return tuple(slice(b, b + s) for b, s in zip(begin, shape, strict=True))
 
 
 def list_arrays(path: Path | str) -> list[str]:

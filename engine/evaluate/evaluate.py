@@ -19,7 +19,7 @@ from tqdm import tqdm
 from config.errors import UserError
 from data_utils.create_labels_mask import is_labelled
 from data_utils.layout import output_path, volumes_in
-from data_utils.volumes import blocks, has_array, list_arrays, open_array, read, source_defaults
+from data_utils.volumes import blocks, has_array, list_arrays, open_array, read, source_defaults, voxels_of
 from engine.evaluate.metrics import count_overlaps, scores
 
 FRAGMENTS = "volumes/fragments"
@@ -140,14 +140,9 @@ def overlaps(segmentation, ground_truth, mask=None, *, max_bytes=2**27, descript
         part = Roi(begin, Coordinate(s.stop - s.start for s in block) * voxel_size).intersect(roi)
         if part.empty:
             continue
-        labels, truth, *masks = (read(array, _slices(array, part)) for array in arrays)
+        labels, truth, *masks = (read(array, voxels_of(array, part)) for array in arrays)
         known = is_labelled(truth) & (masks[0] != 0 if masks else True)
         yield labels, np.where(known, truth, 0)
-
-
-def _slices(array, roi):
-    begin, shape = (roi.begin - array.offset) / array.voxel_size, roi.shape / array.voxel_size
-    return tuple(slice(b, b + s) for b, s in zip(begin, shape, strict=True))
 
 
 def format_table(report):

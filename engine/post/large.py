@@ -15,7 +15,7 @@ from funlib.geometry import Coordinate, Roi
 
 from config.errors import UserError
 from data_utils.layout import block_markers, output_path, volumes_in
-from data_utils.volumes import chunk_shape, create_array, list_arrays, open_array, read, room_on_disk
+from data_utils.volumes import chunk_shape, create_array, list_arrays, open_array, read, room_on_disk, voxels_of
 from engine.blocks import BlockTask, blocks_left, forget, run_blocks
 from engine.post.affinities import MUTEX, offsets_of, open_affinities, read_channels
 from engine.post.blockwise import edges_of_block, fragments_of_block
@@ -157,7 +157,7 @@ def open_fragments_worker(cfg, arguments):
         before, after = (write_roi.begin - read_roi.begin) / voxel_size, (read_roi.end - write_roi.end) / voxel_size
         try:
             labels, ids, centers = fragments_of_block(
-                read_channels(affinities, settings.METHOD, _slices(affinities, read_roi)),
+                read_channels(affinities, settings.METHOD, voxels_of(affinities, read_roi)),
                 context=list(zip(before, after, strict=True)),
                 block=number,
                 voxels_in_block=int(np.prod(settings.BLOCK_SIZE)),
@@ -166,7 +166,7 @@ def open_fragments_worker(cfg, arguments):
             )
         except ValueError as error:
             raise UserError(f"affinities in {output}, {read_roi}: {error}") from error
-        where = _slices(fragments, write_roi)
+        where = voxels_of(fragments, write_roi)
         if len(ids) or read(fragments, where).any():
             fragments[where] = labels
         world = np.rint(np.array(write_roi.begin) + (centers + 0.5) * np.array(voxel_size)).astype(np.int64)
@@ -184,11 +184,11 @@ def open_agglomerate_worker(cfg, arguments):
     def process(block):
         number = block.block_id[1]
         roi = block.read_roi.intersect(affinities.roi)
-        labels = read(fragments, _slices(fragments, roi))
+        labels = read(fragments, voxels_of(fragments, roi))
         if not labels.any():
             edges = (np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.float32))
         else:
-            channels = read_channels(affinities, merge_function, _slices(affinities, roi))
+            channels = read_channels(affinities, merge_function, voxels_of(affinities, roi))
             own_ids = store.id_range(number)
             edges = edges_of_block(channels, labels, merge_function, *own_ids, offsets_of(affinities))
         store.write_edges(merge_function, number, *edges)
@@ -204,7 +204,7 @@ def open_relabel_worker(cfg, arguments):
     lut = load_lut(arguments["lut"])
 
     def process(block):
-        where = _slices(fragments, block.write_roi.intersect(fragments.roi))
+        where = voxels_of(fragments, block.write_roi.intersect(fragments.roi))
         try:
             segmentation[where] = relabel(read(fragments, where), lut)
         except ValueError as error:
@@ -301,9 +301,3 @@ def _digest(lut: np.ndarray) -> str:
     for start in range(0, lut.shape[1], 2**20):
         digest.update(np.ascontiguousarray(lut[:, start : start + 2**20]))
     return digest.hexdigest()
-
-
-def _slices(array, roi) -> tuple[slice, ...]:
-    """Voxels of an array's spatial axes that a ROI covers."""
-    begin, shape = (roi.begin - array.roi.begin) / array.voxel_size, roi.shape / array.voxel_size
-    return tuple(slice(b, b + s) for b, s in zip(begin, shape, strict=True))

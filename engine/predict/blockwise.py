@@ -13,7 +13,7 @@ from funlib.geometry import Coordinate, Roi
 
 from data_utils.checks import check_raw
 from data_utils.layout import block_markers, output_path, volumes_in
-from data_utils.volumes import is_stored, list_arrays, open_array, source_defaults
+from data_utils.volumes import is_stored, list_arrays, open_array, source_defaults, voxels_of
 from engine.blocks import BlockTask, forget, run_blocks
 from engine.network import load_weights
 from engine.post.segment import read_mask
@@ -110,9 +110,7 @@ def _blocks_to_skip(cfg, sample: Path, task: BlockTask) -> np.ndarray:
     empty, outside = np.zeros(grid, bool), np.zeros(grid, bool)
     for index in np.ndindex(*grid):
         roi = Roi(raw.roi.begin + Coordinate(index) * block, block).intersect(raw.roi)
-        begin, shape = (roi.begin - raw.roi.begin) / raw.voxel_size, roi.shape / raw.voxel_size
-        voxels = tuple(slice(b, b + s) for b, s in zip(begin, shape, strict=True))
-        empty[index] = not is_stored(sample, cfg.DATA.RAW, voxels)
+        empty[index] = not is_stored(sample, cfg.DATA.RAW, voxels_of(raw, roi))
         mask = read_mask(cfg.INS_SEGMENT.MASK_FILE, cfg.INS_SEGMENT.MASK_DATASET, roi, raw.voxel_size)
         outside[index] = mask is not None and not mask.any()
     print(

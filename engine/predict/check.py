@@ -10,9 +10,8 @@ from config.errors import UserError
 from data_utils.checks import check_raw
 from data_utils.volumes import open_array, room_on_disk
 from engine.device import resolve_device
+from engine.network import load_weights
 from engine.predict.predict import LEAST_COMPRESSED, prediction_channels
-from models import build_model
-from models.checkpoint import load_checkpoint
 
 
 def check_before_segmenting(path: Path, output: Path, cfg) -> None:
@@ -36,7 +35,7 @@ def check_before_segmenting(path: Path, output: Path, cfg) -> None:
     if output.exists():
         raise UserError(f"{output} exists: delete it, or name another output")
     resolve_device(cfg)
-    load_checkpoint(cfg.TRAIN.CHECKPOINT, build_model(cfg), cfg)
+    load_weights(cfg)
 
     voxels = math.prod(raw.roi.shape) / math.prod(trained)
     values = voxels * (raw.dtype.itemsize + sum(prediction_channels(cfg).values()))

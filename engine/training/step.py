@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import cached_property
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -71,8 +72,9 @@ class Trainer:
             forward = torch.compile(forward)
         self.model = self.precision.place(from_raw(self.cfg, forward))
 
+    @cached_property
     def predicting(self) -> torch.nn.Module:
-        """What predicts from raw data with the weights that a checkpoint of now would have."""
+        """What predicts from raw data with the weights that a checkpoint of now would have, trained or averaged."""
         return from_raw(self.cfg, self.averaged.module if self.averaged else self.network)
 
     def step(self, batches: list[TrainingBatch], iteration: int) -> tuple[dict[str, float], dict[str, torch.Tensor]]:

@@ -5,6 +5,7 @@ A labelled crop that is not trained on is predicted and segmented as `predicter.
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 import fastremap
@@ -54,6 +55,7 @@ class Validation:
         except UserError as error:
             raise UserError(f"TRAIN.VALIDATION_VOLUME: {error}") from None
         configured_merge_function(cfg.INS_SEGMENT)
+        self.best: float | None = None
 
     def run(self, trainer, iteration: int) -> dict[str, float]:
         """Score the weights, and keep them as model_checkpoint_best if they are the best so far.
@@ -63,9 +65,11 @@ class Validation:
         """
         found = self._score(trainer)
         path = Path(self.cfg.MODEL.CKPT_FOLDER) / BEST
-        best = read_checkpoint(path).get("validation_voi", np.inf) if path.is_file() else np.inf
+        if self.best is None:
+            self.best = read_checkpoint(path).get("validation_voi", np.inf) if path.is_file() else np.inf
         text = f"iteration {iteration}: VOI sum {found['voi_sum']:.3f} at threshold {found['threshold']:.2f}"
-        if found["voi_sum"] < best:
+        if found["voi_sum"] < self.best:
+            self.best = found["voi_sum"]
             trainer.save(path, iteration, validation_voi=found["voi_sum"])
             text += f", the best so far: {path}"
         tqdm.write(text)
@@ -73,8 +77,8 @@ class Validation:
 
     def _score(self, trainer) -> dict[str, float]:
         cfg = self.cfg
-        raw, begin, labels = self._crop()
-        predictor = TilePredictor(cfg, trainer.predicting(), trainer.precision)
+        raw, begin, labels = self._crop
+        predictor = TilePredictor(cfg, trainer.predicting, trainer.precision)
         affinities = np.empty((task_channels(cfg)["affs"], *labels.shape), np.float32)
         for tile, shape in predictor.tiles(labels.shape):
             where = tuple(slice(t, t + s) for t, s in zip(tile, shape, strict=True))
@@ -91,6 +95,7 @@ class Validation:
                 found.append(voi | {"threshold": attributes.get("threshold", 0.0)})
         return min(found, key=lambda row: row["voi_sum"])
 
+    @cached_property
     def _crop(self):
         """Raw, where the crop begins in it (voxels), and the crop's labels, 0 where nothing is known; uint64."""
         cfg, defaults = self.cfg, source_defaults(self.cfg)
