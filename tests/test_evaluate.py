@@ -10,7 +10,7 @@ from config.errors import UserError
 from config.loader import load_config
 from data_utils.layout import output_path
 from data_utils.volumes import write_array
-from engine.evaluate.evaluate import evaluate, overlaps
+from engine.evaluate.evaluate import evaluate, overlaps, scores_path
 from engine.evaluate.metrics import count_overlaps, scores
 
 PLACE = {"voxel_size": (10, 10, 10), "offset": (0, 0, 0)}
@@ -167,6 +167,33 @@ def test_scores_land_beside_the_output(config, real, capsys):
     printed = capsys.readouterr().out
     assert all(name in printed for name in rows)
     assert not list(output.parent.glob("*.partial"))
+
+
+@pytest.mark.parametrize("max_bytes", [2**27, 2**15])
+def test_sections_that_are_not_linked_are_scored_one_by_one(config, real, max_bytes, monkeypatch):
+    cfg, sample, _ = config
+    segmentation, truth = real
+    cfg.defrost()
+    cfg.DATA.DIM_2D = True
+    output = output_path(cfg, sample)
+    monkeypatch.setattr(overlaps, "__kwdefaults__", overlaps.__kwdefaults__ | {"max_bytes": max_bytes})
+    write_array(sample, cfg.DATA.NEURON_LABELS, truth, **PLACE)
+    write_array(output, "volumes/segmentation_050", segmentation, **PLACE)
+    evaluate(cfg)
+    report = json.loads(scores_path(output).read_text())
+    assert report["by_section"]
+    (row,) = report["scores"]
+    sections = [scores(*count_overlaps([pair])) for pair in zip(segmentation, truth, strict=True)]
+    assert report["objects"] == sum(section["objects"] for section in sections)
+    for score in ("voi_split", "voi_merge", "voi_sum"):
+        mean = np.average([s[score] for s in sections], weights=[s["voxels"] for s in sections])
+        assert row[score] == pytest.approx(mean, abs=1e-9)
+
+    cfg.INS_SEGMENT.LINK_SECTIONS = 0.5
+    evaluate(cfg)
+    (linked,) = json.loads(scores_path(output).read_text())["scores"]
+    assert_equals_scikit_image(linked, truth, segmentation)
+    assert linked["voi_sum"] != pytest.approx(row["voi_sum"], abs=1e-3)
 
 
 def test_without_ground_truth_or_segmentation_nothing_is_scored(config, real, capsys):

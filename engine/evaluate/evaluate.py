@@ -21,6 +21,7 @@ from data_utils.create_labels_mask import is_labelled
 from data_utils.layout import output_path, volumes_in
 from data_utils.volumes import blocks, has_array, list_arrays, open_array, read, source_defaults, voxels_of
 from engine.evaluate.metrics import count_overlaps, scores
+from engine.sections import ids_by_section, scored_by_section
 
 FRAGMENTS = "volumes/fragments"
 SEGMENTATIONS = re.compile(r"volumes/(final_)?segmentation_(.*\d|mutex)")
@@ -34,7 +35,8 @@ LINE_STYLES = ("-", "--", ":", "-.")
 def evaluate(cfg):
     """Score every segmentation of every test volume that has ground truth (DATA.NEURON_LABELS in its zarr).
 
-    Writes SAMPLE_scores.json, .csv and .png beside the output zarr, and prints the table.
+    Sections that were not linked are scored one by one: an object is another one in each of them. Writes
+    SAMPLE_scores.json, .csv and .png beside the output zarr, and prints the table.
 
     Raises:
         UserError: no volume has ground truth, or one that has was not segmented.
@@ -84,8 +86,9 @@ def score_volume(sample, output, names, cfg):
     """Score datasets of the zarr ``output`` against the ground truth in the zarr ``sample``.
 
     Returns:
-        dict: sample, ground_truth, objects, voxels (both of the ground truth that was compared), best (the
-        dataset of lowest VOI sum, fragments aside) and scores, a list of dicts with the keys COLUMNS.
+        dict: sample, ground_truth, by_section (whether sections were scored one by one), objects, voxels (both of the
+        ground truth that was compared), best (the dataset of lowest VOI sum, fragments aside) and scores, a list of
+        dicts with the keys COLUMNS.
 
     Raises:
         UserError: as `overlaps`, or no voxel in common is labelled.
@@ -93,11 +96,12 @@ def score_volume(sample, output, names, cfg):
     ground_truth = open_array(sample, cfg.DATA.NEURON_LABELS, **source_defaults(cfg))
     has_mask = has_array(sample, cfg.DATA.NEURON_LABELS_MASK)
     mask = open_array(sample, cfg.DATA.NEURON_LABELS_MASK, **source_defaults(cfg)) if has_mask else None
-    rows = []
+    rows, by_section = [], scored_by_section(cfg)
     for name in names:
         segmentation = open_array(output, name)
+        shared = overlaps(segmentation, ground_truth, mask, by_section=by_section, description=name)
         try:
-            row = scores(*count_overlaps(overlaps(segmentation, ground_truth, mask, description=name)))
+            row = scores(*count_overlaps(shared))
         except ValueError as error:
             raise UserError(f"{name} in {output} and {cfg.DATA.NEURON_LABELS} in {sample}: {error}") from error
         labels = {key: segmentation.attrs.get(key) for key in ("method", "merge_function", "threshold")}
@@ -106,6 +110,7 @@ def score_volume(sample, output, names, cfg):
     return {
         "sample": str(sample),
         "ground_truth": cfg.DATA.NEURON_LABELS,
+        "by_section": by_section,
         "objects": rows[0]["objects"],
         "voxels": rows[0]["voxels"],
         "best": best["dataset"],
@@ -113,13 +118,14 @@ def score_volume(sample, output, names, cfg):
     }
 
 
-def overlaps(segmentation, ground_truth, mask=None, *, max_bytes=2**27, description=None):
+def overlaps(segmentation, ground_truth, mask=None, *, by_section=False, max_bytes=2**27, description=None):
     """Yield blocks (segmentation, ground truth) of two label volumes on disk, where both have voxels.
 
     Args:
         segmentation, ground_truth: arrays with their place in the world, as `open_array` gives them.
         mask: a third one; the ground truth reads 0 where it is 0, and where an id says that a voxel is not labelled.
             Only the ROI that all share is read.
+        by_section: give segments and objects another id in every section.
         max_bytes: size of a block of the segmentation.
         description: name on the progress bar.
 
@@ -135,13 +141,18 @@ def overlaps(segmentation, ground_truth, mask=None, *, max_bytes=2**27, descript
         if any((array.offset - segmentation.offset) % voxel_size):
             raise ValueError(f"offsets {segmentation.offset} and {array.offset} nm differ by part of a voxel")
         roi = roi.intersect(array.roi)
+    segment_numbers, object_numbers = {}, {}
     for block in tqdm(blocks(segmentation, max_bytes), description, unit="block", leave=False, delay=2):
         begin = segmentation.offset + Coordinate(s.start for s in block) * voxel_size
         part = Roi(begin, Coordinate(s.stop - s.start for s in block) * voxel_size).intersect(roi)
         if part.empty:
             continue
         labels, truth, *masks = (read(array, voxels_of(array, part)) for array in arrays)
-        known = is_labelled(truth) & (masks[0] != 0 if masks else True)
+        known = (truth != 0) & is_labelled(truth) & (masks[0] != 0 if masks else True)
+        if by_section:
+            section = (part.begin[0] - roi.begin[0]) // voxel_size[0]
+            labels = ids_by_section(labels, section, segment_numbers)
+            truth = ids_by_section(truth, section, object_numbers)
         yield labels, np.where(known, truth, 0)
 
 
@@ -149,7 +160,8 @@ def format_table(report):
     """The scores of a `score_volume` report as lines of text, one per segmentation."""
     width = max(len(row["dataset"]) for row in report["scores"])
     lines = [
-        f"{report['sample']}: {report['objects']} objects, {report['voxels'] / 1e6:.2f} million voxels",
+        f"{report['sample']}: {report['objects']} objects, {report['voxels'] / 1e6:.2f} million voxels"
+        + ", section by section" * report["by_section"],
         f"{'':{width}}  VOI split   merge     sum  adapted Rand error  segments",
     ]
     for row in report["scores"]:

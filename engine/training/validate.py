@@ -8,7 +8,6 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-import fastremap
 import numpy as np
 from tqdm import tqdm
 
@@ -21,7 +20,7 @@ from engine.evaluate.metrics import count_overlaps, scores
 from engine.post.affinities import channels_for
 from engine.post.segment import FRAGMENTS, configured_merge_function, segmentations
 from engine.predict.tiles import TilePredictor
-from engine.sections import affinity_offsets
+from engine.sections import affinity_offsets, ids_by_section, scored_by_section
 from models.checkpoint import read_checkpoint
 
 BEST = "model_checkpoint_best"
@@ -90,6 +89,8 @@ class Validation:
         found = []
         for name, segmentation, attributes in segmentations(affinities, offsets, cfg.INS_SEGMENT):
             if name != FRAGMENTS:
+                if scored_by_section(cfg):
+                    segmentation = ids_by_section(segmentation, 0, {})
                 row = scores(*count_overlaps([(segmentation, labels)]))
                 voi = {score: float(row[score]) for score in ("voi_sum", "voi_split", "voi_merge")}
                 found.append(voi | {"threshold": attributes.get("threshold", 0.0)})
@@ -105,14 +106,11 @@ class Validation:
         inside = tuple((size - s) // 2 for size, s in zip(labels.shape, shape, strict=True))
         where = tuple(slice(b, b + s) for b, s in zip(inside, shape, strict=True))
         truth = read(labels, where).astype(np.uint64)
-        known = is_labelled(truth)
+        known = (truth != 0) & is_labelled(truth)
         if has_array(self.path, cfg.DATA.NEURON_LABELS_MASK):
             known &= read(open_array(self.path, cfg.DATA.NEURON_LABELS_MASK, **defaults), where) > 0
+        if scored_by_section(cfg):
+            truth = ids_by_section(truth, 0, {})
         truth = np.where(known, truth, 0)
-        if cfg.DATA.DIM_2D and cfg.INS_SEGMENT.LINK_SECTIONS is None:
-            # Sections are segmented one by one: a neuron is another object in each of them.
-            truth = fastremap.renumber(truth, preserve_zero=True)[0].astype(np.uint64)
-            section = np.arange(len(truth), dtype=np.uint64)[:, None, None]
-            truth = np.where(truth > 0, truth + section * (truth.max() + 1), 0)
         begin = (labels.roi.begin - raw.roi.begin) / raw.voxel_size
         return raw, tuple(b + i for b, i in zip(begin, inside, strict=True)), truth
