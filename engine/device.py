@@ -1,6 +1,7 @@
-"""Where the network runs, and how many threads it may take there."""
+"""Where the network runs, how many threads it may take there, and what to do where it cannot."""
 
 import os
+from contextlib import contextmanager
 
 import torch
 
@@ -31,6 +32,30 @@ def resolve_device(cfg, busy_cores: int = 0, local_rank: int = 0, local_size: in
     free_cores = max(1, len(os.sched_getaffinity(0)) // local_size - busy_cores)
     torch.set_num_threads(cfg.TRAIN.THREADS or from_environment or free_cores)
     return device
+
+
+@contextmanager
+def explained(less_memory: str):
+    """Run a network, and say what to do where memory does not suffice for it, or where torch.compile fails.
+
+    Args:
+        less_memory: what to do so that it needs less memory.
+
+    Raises:
+        UserError: in place of PyTorch's errors in these two cases.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise UserError(f"there is too little memory for the network: {less_memory}") from error
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"TRAIN.COMPILE is True, but compiling the network failed ({reason}): see that a C++ compiler is "
+                "installed, or set it to False"
+            ) from error
+        raise
 
 
 class Precision:

@@ -1,6 +1,7 @@
 """What makes training faster or better without changing what it is: ranks, accumulation, averages, validation."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from test_training import volume as volume
 from config.errors import UserError
 from config.loader import load_config
 from data_utils.layout import data_folder
+from engine.device import explained
 from engine.predict.predict import predict
 from engine.training.train import PREDICT_CONFIG, train
 from models import build_model
@@ -51,6 +53,41 @@ def test_two_processes_train_as_one_with_twice_the_batch(home):
     train(half)
     with pytest.raises(AssertionError):
         assert_same_weights(weights_at(whole, 3), weights_at(half, 3))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_network_trains_to_the_same_weights(home):
+    plain, compiled = short(home, "plain"), short(home, "compiled", TRAIN__COMPILE=True)
+    train(plain)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    train(compiled)
+    assert counters["stats"]["unique_graphs"] > 0
+    assert_same_weights(weights_at(plain, 3), weights_at(compiled, 3))
+
+
+def test_a_network_that_cannot_be_compiled_says_what_to_do(home):
+    run = subprocess.run(
+        [sys.executable, CHECKOUT / "trainer.py", *pairs(home, **SHORT, TRAIN__COMPILE=True)],
+        cwd=home,
+        env=os.environ | {"CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(home / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert run.returncode == 2, run.stderr
+    (error,) = (line for line in run.stderr.splitlines() if line.startswith("error:"))
+    assert "TRAIN.COMPILE" in error
+    assert "compiler" in error
+    assert "Traceback" not in run.stderr
+    assert not list(home.rglob("model_checkpoint_*"))
+
+
+def test_too_little_memory_says_what_to_do():
+    with pytest.raises(UserError, match="make it smaller"), explained("make it smaller"):
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="shape"), explained("make it smaller"):
+        torch.ones(2) @ torch.ones(3, 2)
 
 
 def test_accumulated_gradients_are_those_of_a_larger_batch(home):

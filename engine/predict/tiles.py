@@ -17,7 +17,7 @@ from torch import nn
 
 from config.network_shapes import total_factor
 from data_utils.volumes import read
-from engine.device import Precision, resolve_device
+from engine.device import Precision, explained, resolve_device
 from engine.intensity import network_intensity
 from engine.network import load_weights
 from engine.sections import along_zyx
@@ -58,12 +58,15 @@ class TilePredictor:
 
         Returns:
             task -> (channels, *shape) float32 in 0..1.
+
+        Raises:
+            UserError: too little memory.
         """
         begin_in = [b - c for b, c in zip(begin, self.context, strict=True)]
         shape_in = [s + 2 * c for s, c in zip(shape, self.context, strict=True)]
         block = torch.from_numpy(network_intensity(read_mirrored(raw, begin_in, shape_in), self.cfg))
         batch = block[:, None] if self.cfg.DATA.DIM_2D else block[None, None]
-        with self.precision.autocast():
+        with explained("make GROW_INPUT of the network's section smaller"), self.precision.autocast():
             outputs = self.model(self.precision.place(batch))
         results = {}
         for task, output in outputs._asdict().items():

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from config.model_types import TASKS
-from engine.device import Precision
+from engine.device import Precision, explained
 from engine.network import from_raw
 from engine.training.pipeline import TrainingBatch
 from engine.training.ranks import Ranks
@@ -77,6 +77,7 @@ class Trainer:
         """What predicts from raw data with the weights that a checkpoint of now would have, trained or averaged."""
         return from_raw(self.cfg, self.averaged.module if self.averaged else self.network)
 
+    @explained("make INPUT_SHAPE or NUM_FMAPS of the network's section, or TRAIN.BATCH_SIZE, smaller")
     def step(self, batches: list[TrainingBatch], iteration: int) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
         """Train on batches, whose gradients are added up over all of them and over all ranks.
 
@@ -86,6 +87,9 @@ class Trainer:
         Returns:
             Losses by task name and `total`; predictions for the last batch by task name, (batch, channels, z, y, x)
             float32.
+
+        Raises:
+            UserError: too little memory, or TRAIN.COMPILE failed.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.cfg, iteration)
