@@ -97,6 +97,18 @@ def test_fragments_are_those_of_a_hand_made_case():
     assert not kept[:, :, 14:].any()
 
 
+def test_neurites_meet_where_the_membrane_is_surest():
+    affinities = np.ones((3, 8, 8, 30), np.float32)
+    affinities[..., 12:18] = [0.4, 0.35, 0.3, 0.2, 0.1, 0.45]
+    for flipped in (False, True):
+        fragments = extract_fragments(affinities[..., ::-1] if flipped else affinities)
+        fragments = fragments[..., ::-1] if flipped else fragments
+        left, right = fragments[0, 0, 0], fragments[0, 0, -1]
+        assert left != right
+        assert (fragments[..., :16] == left).all()
+        assert (fragments[..., 17:] == right).all()
+
+
 def test_volumes_without_and_full_of_boundary():
     assert not extract_fragments(np.zeros((3, 4, 20, 20), np.float32)).any()
     assert (extract_fragments(np.ones((3, 4, 20, 20), np.float32)) == 1).all()

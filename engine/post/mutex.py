@@ -12,7 +12,7 @@ import numpy as np
 from config.errors import UserError
 from engine.post.affinities import spans_sections
 from engine.post.agglomerate import float_affinities
-from engine.post.fragments import BOUNDARY, drop_weak, flood, squared_distances
+from engine.post.fragments import BOUNDARY, drop_weak, flood, flood_levels, squared_distances
 
 DEFAULT_BIASES = (-0.4, -0.5)  # direct, long range; of affinities that are equally sure, direct ones go first
 SPECK = 10  # voxels: what is smaller was cut off by noise, and goes to the fragment around it
@@ -88,7 +88,8 @@ def mutex_watershed(affinities, *, offsets, biases, background_mask=False, mask=
 
     if not background_mask:
         in_xy = not spans_sections(offsets)
-        segments = flood(segments, squared_distances(foreground, in_xy), inside, in_xy).astype(np.uint64)
+        levels = flood_levels(squared_distances(foreground, in_xy), mean_affinity)
+        segments = flood(segments, levels, inside, in_xy).astype(np.uint64)
     drop_weak(segments, mean_affinity, filter_fragments)
     return fastremap.renumber(segments, preserve_zero=True)[0].astype(np.uint64, copy=False)
 
