@@ -6,3 +6,7 @@ class UserError(Exception):
 
     Scripts print it without a traceback and end with exit status 2. Whoever raises it has written nothing yet.
     """
+
+
+class DeviceError(UserError):
+    """What the device of one process does not have; others that train together may not meet it."""

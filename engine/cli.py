@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from config.errors import UserError
+from config.errors import DeviceError, UserError
 from config.loader import CHECKOUT, EXPERIMENT, load_config
 
 
@@ -57,7 +57,8 @@ def run_script(main, *, description: str, example: str, default_config: str | No
         else:
             main(cfg, args)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # of processes that train together, one says it for all
+        # Of processes that train together, one says for all what all of them meet.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, DeviceError):
             print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

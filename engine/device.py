@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from config.errors import UserError
+from config.errors import DeviceError, UserError
 
 
 def resolve_device(cfg, busy_cores: int = 0, local_rank: int = 0, local_size: int = 1) -> torch.device:
@@ -25,8 +25,9 @@ def resolve_device(cfg, busy_cores: int = 0, local_rank: int = 0, local_size: in
         name = f"cuda:{local_rank}"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"TRAIN.DEVICE is {name!r} but this machine has {torch.cuda.device_count()} GPUs: set it to 'auto' or 'cpu'"
+        raise DeviceError(
+            f"TRAIN.DEVICE {cfg.TRAIN.DEVICE!r} means {name!r}, but this machine has {torch.cuda.device_count()} GPUs: "
+            "set it to 'auto' or 'cpu', or start fewer processes"
         )
     from_environment = int(os.environ.get("OMP_NUM_THREADS") or 0)
     free_cores = max(1, len(os.sched_getaffinity(0)) // local_size - busy_cores)
@@ -42,16 +43,16 @@ def explained(less_memory: str):
         less_memory: what to do so that it needs less memory.
 
     Raises:
-        UserError: in place of PyTorch's errors in these two cases.
+        DeviceError: in place of PyTorch's errors in these two cases.
     """
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise UserError(f"there is too little memory for the network: {less_memory}") from error
+            raise DeviceError(f"there is too little memory for the network: {less_memory}") from error
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = str(error).splitlines()[0]
-            raise UserError(
+            raise DeviceError(
                 f"TRAIN.COMPILE is True, but compiling the network failed ({reason}): see that a C++ compiler is "
                 "installed, or set it to False"
             ) from error
@@ -71,8 +72,10 @@ class Precision:
     def __init__(self, name: str, device: torch.device):
         self.device = device
         if name == "auto":
-            on_gpu = device.type == "cuda"
-            fast = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_amx_tile_supported()
+            if device.type == "cuda":
+                fast = torch.cuda.is_bf16_supported(including_emulation=False)
+            else:
+                fast = torch.cpu._is_amx_tile_supported()
             name = "bf16" if fast else "no"
         self.dtype = self.DTYPES[name]
         if self.dtype == torch.float16 and device.type == "cpu":

@@ -265,42 +265,45 @@ def run_trainer(home, **overrides):
     )
 
 
-def end_training(home, number, when):
+def end_training(home, number, send, when):
     """Send a signal to a training run as soon as `when(run)`; returns the run, its output, and its last checkpoint."""
     run = run_trainer(home, TRAIN__EPOCHS=10**6, TRAIN__SAVE_EVERY=2, SYSTEM__NUM_WORKERS=1)
     when(run)
-    # As the terminal does it: to the whole process group.
-    os.killpg(run.pid, number) if number == signal.SIGINT else run.terminate()
+    send(run.pid, number)
     output, _ = run.communicate(timeout=120)
     with pytest.raises(ProcessLookupError):
         os.killpg(run.pid, 0)
     return run, output, latest_checkpoint(home / "lsd_checkpoints/MTLSD_3D/HEMI/run")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_training_with_a_checkpoint_and_no_process_left(home, number, status):
+# Terminals and schedulers send signals to the whole process group.
+SIGNALS = [(signal.SIGTERM, os.kill), (signal.SIGTERM, os.killpg), (signal.SIGINT, os.killpg)]
+
+
+@pytest.mark.parametrize(("number", "send"), SIGNALS)
+def test_a_signal_ends_training_with_a_checkpoint_and_no_process_left(home, number, send):
     def is_trained(run):
         deadline = time.monotonic() + 120
         folder = home / "lsd_checkpoints/MTLSD_3D/HEMI/run"
         while latest_checkpoint(folder) is None and run.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
 
-    run, output, checkpoint = end_training(home, number, is_trained)
-    assert run.returncode == status, output
+    run, output, checkpoint = end_training(home, number, send, is_trained)
+    assert run.returncode == 128 + number, output
     iteration = int(checkpoint.name.rpartition("_")[2])
     assert 0 < iteration < 10**6
     assert f"stopped at iteration {iteration}" in output
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_training_before_its_first_batch(home, number, status):
+@pytest.mark.parametrize(("number", "send"), SIGNALS)
+def test_a_signal_ends_training_before_its_first_batch(home, number, send):
     def waits(run):
         while "waiting for the first batch" not in run.stdout.readline():
             assert run.poll() is None
         time.sleep(0.3)
 
-    run, output, checkpoint = end_training(home, number, waits)
-    assert run.returncode == status, output
+    run, output, checkpoint = end_training(home, number, send, waits)
+    assert run.returncode == 128 + number, output
     assert "stopped at iteration" in output
     assert checkpoint is None or checkpoint.name != "model_checkpoint_0"
 

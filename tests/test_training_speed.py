@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,11 @@ from engine.device import explained
 from engine.predict.predict import predict
 from engine.training.train import PREDICT_CONFIG, train
 from models import build_model
-from models.checkpoint import checkpoint_path, load_checkpoint, read_checkpoint
+from models.checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint, read_checkpoint
 
 SHORT = {"TRAIN__EPOCHS": 3, "TRAIN__SAVE_EVERY": 3, "MODEL_ISO__PAD_CONV": "same", "MODEL_ISO__INPUT_SHAPE": (20,) * 3}
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def short(home, name, **overrides):
@@ -37,9 +40,8 @@ def test_two_processes_train_as_one_with_twice_the_batch(home):
     whole = short(home, "whole", TRAIN__BATCH_SIZE=2)
     train(whole)
     settings = pairs(home, **SHORT, MODEL_ISO__CKPT_FOLDER=home / "ranks")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run = subprocess.run(
-        [*torchrun, CHECKOUT / "trainer.py", *settings],
+        [*TORCHRUN, CHECKOUT / "trainer.py", *settings],
         cwd=home,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -53,6 +55,28 @@ def test_two_processes_train_as_one_with_twice_the_batch(home):
     train(half)
     with pytest.raises(AssertionError):
         assert_same_weights(weights_at(whole, 3), weights_at(half, 3))
+
+
+def test_a_signal_ends_all_ranks_with_a_checkpoint(home):
+    cfg = short(home, "ranks")
+    settings = pairs(home, **SHORT | {"TRAIN__EPOCHS": 10**6}, MODEL_ISO__CKPT_FOLDER=home / "ranks")
+    run = subprocess.Popen(
+        [*TORCHRUN, CHECKOUT / "trainer.py", *settings],
+        cwd=home,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while latest_checkpoint(cfg.MODEL.CKPT_FOLDER) is None and run.poll() is None:
+        time.sleep(0.2)
+    run.terminate()
+    output, _ = run.communicate(timeout=120)
+    iteration = int(latest_checkpoint(cfg.MODEL.CKPT_FOLDER).name.rpartition("_")[2])
+    assert output.count(f"stopped at iteration {iteration} of") == 1
+    assert not list(Path(cfg.MODEL.CKPT_FOLDER).glob("*.partial"))
+    with pytest.raises(ProcessLookupError):
+        os.killpg(run.pid, 0)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")

@@ -7,6 +7,7 @@ torchrun there is one process, and everything here does nothing.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,8 @@ class Ranks:
             return
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The others wait while the first one makes masks or validates. torchrun ends all if one dies, not a timeout.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
         self.device = device
         try:
             yield
@@ -45,11 +47,18 @@ class Ranks:
 
     def total(self, values: list[float]) -> list[float]:
         """Sums of values over all processes; every process has to ask at the same time."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def largest(self, value: float) -> float:
+        """The largest of a value over all processes; every process has to ask at the same time."""
+        return self._reduced([value], dist.ReduceOp.MAX)[0]
+
+    def _reduced(self, values: list[float], operation) -> list[float]:
         if self.size == 1:
             return values
-        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(sums)
-        return sums.tolist()
+        reduced = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(reduced, operation)
+        return reduced.tolist()
 
     def wait(self) -> None:
         """Return when all processes have come here."""

@@ -16,7 +16,7 @@ from engine.network import from_raw
 from engine.training.pipeline import TrainingBatch
 from engine.training.ranks import Ranks
 from models import build_model
-from models.checkpoint import load_checkpoint, network_settings, save_checkpoint
+from models.checkpoint import load_checkpoint, network_settings, read_checkpoint, save_checkpoint
 from models.losses import weighted_mse
 
 
@@ -54,12 +54,16 @@ class Trainer:
         if self.averaged:
             load_checkpoint(path, self.averaged.module, self.cfg)
             self.averaged.n_averaged.fill_(iteration)
+        if scale := read_checkpoint(path).get("scaler_state_dict"):
+            self.scaler.load_state_dict(scale)
         return iteration
 
     def save(self, path, iteration: int, **more) -> None:
         """Write a checkpoint. Raises UserError if there is no room."""
         if self.averaged:
             more["ema_state_dict"] = self.averaged.module.state_dict()
+        if self.scaler.is_enabled():
+            more["scaler_state_dict"] = self.scaler.state_dict()
         save_checkpoint(path, self.network, self.optimizer, iteration, network_settings(self.cfg), **more)
 
     def connect(self) -> None:

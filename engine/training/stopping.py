@@ -36,9 +36,7 @@ class Stop:
     def __call__(self, number: int, _frame) -> None:
         """Handle a signal. The second one ends the process at once."""
         if os.getpid() != self._process:
-            # A worker, forked meanwhile: Ctrl-C reaches it, too, but this process decides when it ends.
-            if number == signal.SIGTERM:
-                os._exit(128 + number)
+            self._in_worker(number)
             return
         if self.number:
             raise KeyboardInterrupt
@@ -46,6 +44,20 @@ class Stop:
         tqdm.write(f"{signal.Signals(number).name}: saving a checkpoint")
         if self._waiting:
             raise _Stopped
+
+    def _in_worker(self, number: int) -> None:
+        """Handle a signal in a process that was forked meanwhile; terminals and schedulers send it to all of them.
+
+        Ctrl-C leaves them alone: the first process decides when they end. By SIGTERM gunpowder ends those that make
+        batches. The one that looks after these ends them and itself, by an exception, so that it lets go of the locks
+        that it shares with the first process, which would wait for them for ever.
+        """
+        if number == signal.SIGINT or self.number:
+            return
+        if os.getppid() != self._process:
+            os._exit(128 + number)
+        self.number = number
+        raise _Stopped
 
 
 @contextmanager

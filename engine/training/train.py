@@ -122,18 +122,19 @@ def _nothing(*_) -> None:
     """What the other ranks say."""
 
 
-def _loop(cfg, trainer: Trainer, batches, start: int, records: Records) -> tuple[int, int | None]:
-    """Train until TRAIN.EPOCHS or a signal; returns the last iteration, which is saved, and the signal's number."""
+def _loop(cfg, trainer: Trainer, batches, start: int, records: Records) -> tuple[int, int]:
+    """Train until TRAIN.EPOCHS or a signal; returns the last iteration, which is saved, and the signal or 0."""
     ranks, iteration, pace = trainer.ranks, start, Pace()
     if ranks.first:
         print("waiting for the first batch ...", flush=True)
     bar = tqdm(total=cfg.TRAIN.EPOCHS, initial=start, unit="it", disable=not ranks.first)
     with stop_on_signal() as stop, bar:
         while iteration < cfg.TRAIN.EPOCHS:
-            # Where ranks wait for each other, all of them have to end after the same iteration.
-            with pace.wait(), stop.while_waiting() if ranks.size == 1 else nullcontext():
-                together = [next(batches) for _ in range(cfg.TRAIN.ACCUMULATE)]
-            if any(ranks.total([float(stop.number is not None)])):
+            with pace.wait(), stop.while_waiting():
+                # A signal may have ended those who make batches, too.
+                together = [] if stop.number else [next(batches) for _ in range(cfg.TRAIN.ACCUMULATE)]
+            # Ranks wait for each other, so all of them have to end after the same iteration.
+            if ranks.largest(stop.number or 0):
                 break
             losses, predictions = trainer.step(together, iteration)
             iteration += 1
@@ -148,7 +149,7 @@ def _loop(cfg, trainer: Trainer, batches, start: int, records: Records) -> tuple
                 records.add(iteration, losses, pace, together[-1], predictions)
         if ranks.first and iteration > records.saved:
             records.save(iteration)
-    return iteration, stop.number
+        return iteration, int(ranks.largest(stop.number or 0))
 
 
 class Records:
