@@ -7,6 +7,8 @@ import torch
 from config.errors import UserError
 from config.loader import load_config
 from data_utils.volumes import chunk_shape, list_arrays, open_array, read, write_array
+from engine.predict import blockwise
+from engine.predict.blockwise import predict_blockwise
 from engine.predict.predict import predict, stored
 from engine.predict.tiles import TilePredictor, read_mirrored
 from models import build_model
@@ -130,6 +132,29 @@ def test_an_interrupted_prediction_leaves_no_dataset_of_that_name(home, monkeypa
         predict(cfg)
     output = cfg.DATA.OUTFILE + "/MTLSD/3d/run/model_checkpoint_5/sample.zarr"
     assert "volumes/pred_affs" not in list_arrays(output)
+
+
+def test_blocks_are_not_taken_from_a_run_in_between(home, monkeypatch):
+    """One on workers that was interrupted, then one in a single process, killed: both left arrays of the same names."""
+    monkeypatch.chdir(home)
+    cfg = config(home, "SYSTEM.NUM_WORKERS", 1)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(blockwise, "name_predictions", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            predict_blockwise(cfg)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(TilePredictor, "__call__", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            predict(config(home, "DATA.AFFS_DTYPE", "uint8", grow=16))
+    predict_blockwise(cfg)
+    output = cfg.DATA.OUTFILE + "/MTLSD/3d/run/model_checkpoint_5/sample.zarr"
+    on_workers = read(open_array(output, "volumes/pred_affs"))
+    _, affs, _ = predictions(cfg)
+    np.testing.assert_allclose(on_workers, affs, atol=1e-5)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

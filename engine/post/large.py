@@ -39,11 +39,11 @@ def extract_fragments_blockwise(cfg) -> None:
         _check(cfg.INS_SEGMENT, offsets_of(affinities))
         task = _fragments_task(cfg, output)
         if cfg.DATA.DROP_DS_MONGOTABLE:
-            forget(task)
+            forget(task.markers)
         if FRAGMENTS in list_arrays(output) and task.markers.is_dir():
             store = open_store(cfg, output, "r+")
         else:
-            forget(task)
+            forget(task.markers)
             store = open_store(cfg, output, "w")
             _create_labels(cfg, output, FRAGMENTS, affinities, {})
         run_blocks(cfg, task)
@@ -66,7 +66,7 @@ def agglomerate_blockwise(cfg) -> None:
             cfg, output, f"agglomerate_{merge_function}", "open_agglomerate_worker", {"merge_function": merge_function}
         )
         if cfg.DATA.DROP_DS_MONGOTABLE or merge_function not in store.merge_functions():
-            forget(task)
+            forget(task.markers)
             store.drop_edges(merge_function)
         run_blocks(cfg, task)
         store.finish()
@@ -129,7 +129,7 @@ def extract_segmentation(cfg, merge_function: str, threshold: float) -> None:
             context=(0, 0, 0),
         )
         if cfg.DATA.DROP_DS_MONGOTABLE or name not in list_arrays(output):
-            forget(task)
+            forget(task.markers)
             method = MUTEX if merge_function == MUTEX else "waterz"
             attributes = {"method": method, "merge_function": merge_function, "threshold": threshold}
             _create_labels(cfg, output, name, open_affinities(output), attributes)

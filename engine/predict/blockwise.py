@@ -14,7 +14,7 @@ from funlib.geometry import Coordinate, Roi
 from data_utils.checks import check_raw
 from data_utils.layout import block_markers, output_path, volumes_in
 from data_utils.volumes import is_stored, list_arrays, open_array, source_defaults, voxels_of
-from engine.blocks import BlockTask, forget, run_blocks
+from engine.blocks import BlockTask, run_blocks
 from engine.network import load_weights
 from engine.post.segment import read_mask
 from engine.predict.predict import (
@@ -48,11 +48,11 @@ def predict_blockwise(cfg, skip_empty: bool = False) -> None:
         names = {output_name(kind) for kind in prediction_channels(cfg)}
         partial = {f"{name}.partial" for name in names}
         existing = set(list_arrays(output))
-        if names <= existing and not task.markers.is_dir() and not cfg.DATA.DROP_DS_MONGOTABLE:
+        begun = task.markers.is_dir()  # if not, partial arrays are not from here: type and chunks may be others
+        if names <= existing and not begun and not cfg.DATA.DROP_DS_MONGOTABLE:
             print(f"{output} is predicted already; DATA.DROP_DS_MONGOTABLE True predicts it anew")
             continue
-        if cfg.DATA.DROP_DS_MONGOTABLE or not (partial <= existing or names <= existing):
-            forget(task)
+        if cfg.DATA.DROP_DS_MONGOTABLE or not (begun and (partial <= existing or names <= existing)):
             create_predictions(cfg, output, open_array(sample, cfg.DATA.RAW, **source_defaults(cfg)))
         if skip_empty:
             task.skip = _blocks_to_skip(cfg, sample, task)

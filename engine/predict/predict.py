@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from config.model_types import task_channels
 from data_utils.checks import check_raw
-from data_utils.layout import output_path, volumes_in
+from data_utils.layout import block_markers, output_path, volumes_in
 from data_utils.volumes import chunk_shape, create_array, open_array, rename_array, room_on_disk, source_defaults
+from engine.blocks import forget
 from engine.predict.tiles import TilePredictor, tile_voxels
 from engine.sections import affinity_offsets
 
@@ -71,13 +72,16 @@ def prediction_channels(cfg) -> dict[str, int]:
 def create_predictions(cfg, output: Path, raw: Array) -> dict[str, Array]:
     """Empty datasets on raw's voxels, named `.partial` until `name_predictions`, in chunks that no two tiles share.
 
+    What is recorded of blocks that were done in earlier ones is forgotten.
+
     Raises:
-        UserError: the disk has certainly too little room.
+        UserError: the disk has certainly too little room; workers of another run are writing.
     """
     dtype = np.dtype(cfg.DATA.AFFS_DTYPE)
     channels = prediction_channels(cfg)
     needed = sum(channels.values()) * math.prod(raw.shape) * dtype.itemsize * LEAST_COMPRESSED
     with room_on_disk(output, int(needed)):
+        forget(block_markers(output, "predict"))
         return {
             task: create_array(
                 output,
