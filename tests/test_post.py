@@ -10,6 +10,7 @@ from scipy import ndimage
 from skimage.metrics import variation_of_information
 from skimage.segmentation import watershed
 from waterz._agglomerate import _load_prebuilt
+from yacs.config import CfgNode
 
 from config.errors import UserError
 from config.loader import load_config
@@ -206,11 +207,15 @@ def test_merge_function_rule():
 
 
 def test_segment_names():
-    names = segment_names([0.5, 0.55, 0.29, 1.0])
+    def settings(*thresholds, method="waterz"):
+        return CfgNode({"METHOD": method, "THRESHOLDS": list(thresholds)})
+
+    names = segment_names(settings(0.5, 0.55, 0.29, 1.0))
     assert [name[-3:] for name in names.values()] == ["050", "055", "029", "100"]
     assert names[0.55] == "volumes/segmentation_055"
     with pytest.raises(UserError, match="THRESHOLDS"):
-        segment_names([0.5, 0.501])
+        segment_names(settings(0.5, 0.501))
+    assert list(segment_names(settings(0.5, 0.501, method="mutex")).values()) == ["volumes/segmentation_mutex"]
 
 
 def test_mask_is_read_by_world_coordinates(tmp_path):

@@ -91,7 +91,7 @@ def _check(path, settings):
     offsets = offsets_of(open_affinities(path))
     fragments_by(settings, offsets)
     configured_merge_function(settings)
-    segment_names(settings.THRESHOLDS)
+    segment_names(settings)
     if settings.LINK_SECTIONS is not None and spans_sections(offsets):
         raise UserError(
             f"INS_SEGMENT.LINK_SECTIONS is {settings.LINK_SECTIONS}, but {AFFINITIES} in {path} has offsets along z, "
@@ -119,12 +119,13 @@ def segmentations(affinities, offsets, settings, mask=None):
             return labels, attributes
         return link_sections(labels, settings.LINK_SECTIONS), attributes | {"link_sections": settings.LINK_SECTIONS}
 
+    names = segment_names(settings)
     fragments = fragments_by(settings, offsets)(affinities, mask=mask)
     if settings.METHOD == MUTEX:
-        yield MUTEX_SEGMENTATION, *finished(fragments, biases=edge_biases(offsets, settings.MUTEX_BIAS))
+        yield names[None], *finished(fragments, biases=edge_biases(offsets, settings.MUTEX_BIAS))
         return
     yield FRAGMENTS, fragments, {}
-    names, merge_function = segment_names(settings.THRESHOLDS), configured_merge_function(settings)
+    merge_function = configured_merge_function(settings)
     for threshold, segmentation in agglomerate(affinities, fragments, list(names), merge_function):
         yield names[threshold], *finished(segmentation, threshold=threshold, merge_function=merge_function)
 
@@ -146,12 +147,17 @@ def fragments_by(settings, offsets):
     )
 
 
-def segment_names(thresholds):
-    """The dataset of every threshold: {0.55: "volumes/segmentation_055"}.
+def segment_names(settings):
+    """The segmentations that a section INS_SEGMENT makes: {0.55: "volumes/segmentation_055"}, one for each threshold.
+
+    METHOD mutex has none, and makes {None: "volumes/segmentation_mutex"}.
 
     Raises:
         UserError: two thresholds are equal when rounded to hundredths.
     """
+    if settings.METHOD == MUTEX:
+        return {None: MUTEX_SEGMENTATION}
+    thresholds = settings.THRESHOLDS
     names = {threshold: f"volumes/segmentation_{round(threshold * 100):03d}" for threshold in thresholds}
     if len(set(names.values())) < len(thresholds):
         raise UserError(f"INS_SEGMENT.THRESHOLDS {list(thresholds)}: two are the same in hundredths; drop one")
