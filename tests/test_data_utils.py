@@ -266,9 +266,10 @@ def write_volume(path, raw=RAW_DATA, labels=LABELS_DATA, mask=None, labels_grid=
     return path
 
 
-def with_nan():
+def float_raw(value):
+    """Fit but for one voxel."""
     raw = RAW_DATA.astype(np.float32) / 255
-    raw[3, 4, 5] = np.nan
+    raw[3, 4, 5] = value
     return raw
 
 
@@ -284,7 +285,14 @@ def test_good_volumes_pass(cfg, tmp_path):
         ({"raw": None}, RAW, "it holds volumes/labels/neuron_ids"),
         ({"raw": RAW_DATA[None]}, RAW, "store it with the axes z, y, x"),
         ({"raw": RAW_DATA.astype(np.uint16)}, RAW, "is uint16: store it as uint8"),
-        ({"raw": with_nan()}, RAW, r"NaN or infinite values, the first at voxel \(3, 4, 5\)"),
+        ({"raw": float_raw(np.nan)}, RAW, r"NaN or infinite values, the first at voxel \(3, 4, 5\)"),
+        ({"raw": float_raw(-np.inf)}, RAW, r"NaN or infinite values, the first at voxel \(3, 4, 5\)"),
+        (
+            {"raw": float_raw(-0.25)},
+            RAW,
+            r"float32 and -0\.25 at voxel \(3, 4, 5\), outside 0\.\.1: bring it to 0\.\.1",
+        ),
+        ({"raw": float_raw(137)}, RAW, r"137\.0 at voxel .* divide by 255\), or store it as uint8"),
         ({"raw": RAW_DATA[:15]}, RAW, r"smaller than the network's input \(16, 20, 20\): lower MODEL_ANISO"),
         ({"labels": None}, LABELS, "it holds volumes/raw"),
         ({"labels": LABELS_DATA.astype(np.float32)}, LABELS, "is float32: store labels as unsigned"),
