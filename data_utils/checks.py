@@ -4,7 +4,7 @@ Every rule that the scripts rely on is checked here, headers first and voxels la
 in one line that names the dataset and the remedy, and not in a crash or a network that never learns.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,22 @@ def check_raw(path: Path | str, cfg: CfgNode) -> None:
     MODEL.VOXEL_SIZE, or as float holds NaN or values outside 0..1.
     """
     _check_values(_checked_raw(path, cfg), f"{cfg.DATA.RAW} in {path}")
+
+
+def check_training_volumes(paths: Sequence[Path], cfg: CfgNode) -> None:
+    """Check that volumes can be trained on together: each by itself, and that their voxels have one size.
+
+    Raises UserError as `check_training_volume`, and if sizes differ: in 2D, MODEL.VOXEL_SIZE leaves z open.
+    """
+    voxel_sizes = [tuple(_checked_raw(path, cfg).voxel_size) for path in paths]
+    for path, voxel_size in zip(paths, voxel_sizes, strict=True):
+        if voxel_size != voxel_sizes[0]:
+            raise UserError(
+                f"{cfg.DATA.RAW} in {path} has voxel size {voxel_size} nm, in {paths[0]} {voxel_sizes[0]}: leave one "
+                "out, or export both as sections (preprocess_data.py), which have no thickness"
+            )
+    for path in paths:
+        check_training_volume(path, cfg)
 
 
 def check_training_volume(path: Path | str, cfg: CfgNode) -> None:

@@ -11,7 +11,7 @@ from config.errors import UserError
 from data_utils import create_dir_organisation as create_dir_organisation_script
 from data_utils import create_labels_mask as create_labels_mask_script
 from data_utils import hdf_to_zarr as hdf_to_zarr_script
-from data_utils.checks import check_raw, check_training_volume
+from data_utils.checks import check_raw, check_training_volume, check_training_volumes
 from data_utils.create_labels_mask import LABELS, MASK, create_labels_mask
 from data_utils.hdf_to_zarr import RAW, hdf_to_zarr
 from data_utils.layout import create_dir_organisation, data_folder, output_path, run_name, volumes_in
@@ -320,6 +320,16 @@ def test_voxel_size_must_be_that_of_the_network(cfg, tmp_path):
     for check in (check_raw, check_training_volume):
         with pytest.raises(UserError, match=message):
             check(path, cfg)
+
+
+def test_sections_trained_on_together_have_one_thickness(cfg, tmp_path):
+    cfg.DATA.DIM_2D, cfg.MODEL.VOXEL_SIZE, cfg.MODEL.RAW_SHAPE = True, (4, 4), (20, 20)
+    volumes = [write_volume(tmp_path / f"{name}.zarr") for name in "ab"]
+    check_training_volumes(volumes, cfg)
+    write_array(volumes[1], RAW, RAW_DATA, voxel_size=(50, 4, 4), offset=(0, 0, 0))
+    message = rf"{RAW} in {volumes[1]} has voxel size \(50, 4, 4\) nm, in {volumes[0]} \(40, 4, 4\): leave one out"
+    with pytest.raises(UserError, match=message):
+        check_training_volumes(volumes, cfg)
 
 
 def test_config_gives_the_voxel_size_of_arrays_without_attributes(cfg, tmp_path):
