@@ -221,7 +221,7 @@ def test_segment_names():
 def test_mask_is_read_by_world_coordinates(tmp_path):
     mask = np.zeros((2, 3, 3), np.uint8)
     mask[1, 0, 2] = 1
-    write_array(tmp_path / "mask.zarr", "mask", mask, voxel_size=(20, 20, 20), offset=(100, 200, 300))
+    mask = write_array(tmp_path / "mask.zarr", "mask", mask, voxel_size=(20, 20, 20), offset=(100, 200, 300))
     affinities = write_array(
         tmp_path / "a.zarr",
         "a",
@@ -229,7 +229,7 @@ def test_mask_is_read_by_world_coordinates(tmp_path):
         voxel_size=(10, 10, 10),
         offset=(110, 190, 310),
     )
-    inside = read_mask(tmp_path / "mask.zarr", "mask", affinities.roi, affinities.voxel_size)
+    inside = read_mask(mask, affinities.roi, affinities.voxel_size)
     # the one voxel covers z 120..140, y 200..220, x 340..360
     assert inside.shape == (6, 6, 6)
     assert inside[1:3, 1:3, 3:5].all()

@@ -20,7 +20,7 @@ from engine.blocks import BlockTask, blocks_left, forget, run_blocks
 from engine.post.affinities import MUTEX, offsets_of, open_affinities, read_channels
 from engine.post.blockwise import edges_of_block, fragments_of_block
 from engine.post.luts import connected_segments, load_lut, lut_name, relabel, save_lut
-from engine.post.segment import FRAGMENTS, configured_merge_function, fragments_by, read_mask
+from engine.post.segment import FRAGMENTS, configured_merge_function, fragments_by, open_mask, read_mask
 from rag import open_store, sample_name
 
 # Chunks of labels are at most this wide: what a viewer loads for one screen.
@@ -37,6 +37,7 @@ def extract_fragments_blockwise(cfg) -> None:
     for output in _outputs(cfg):
         affinities = open_affinities(output)
         _check(cfg.INS_SEGMENT, offsets_of(affinities))
+        open_mask(cfg.INS_SEGMENT)
         task = _fragments_task(cfg, output)
         if cfg.DATA.DROP_DS_MONGOTABLE:
             forget(task.markers)
@@ -148,7 +149,7 @@ def open_fragments_worker(cfg, arguments):
     affinities, fragments = open_affinities(output), open_array(output, FRAGMENTS, "r+")
     store = open_store(cfg, output, "r+")
     settings = cfg.INS_SEGMENT
-    extract = fragments_by(settings, offsets_of(affinities))
+    extract, mask = fragments_by(settings, offsets_of(affinities)), open_mask(settings)
 
     def process(block):
         number = block.block_id[1]
@@ -161,7 +162,7 @@ def open_fragments_worker(cfg, arguments):
                 context=list(zip(before, after, strict=True)),
                 block=number,
                 voxels_in_block=int(np.prod(settings.BLOCK_SIZE)),
-                mask=read_mask(settings.MASK_FILE, settings.MASK_DATASET, read_roi, voxel_size),
+                mask=read_mask(mask, read_roi, voxel_size),
                 extract=extract,
             )
         except ValueError as error:

@@ -64,7 +64,7 @@ def segment_volume(path, cfg):
     settings = cfg.INS_SEGMENT
     _check(path, settings)
     array = open_affinities(path)
-    mask = read_mask(settings.MASK_FILE, settings.MASK_DATASET, array.roi, array.voxel_size)
+    mask = read_mask(open_mask(settings), array.roi, array.voxel_size)
     affinities = read_channels(array, settings.METHOD)
     try:
         affinities = float_affinities(affinities, len(affinities))
@@ -92,6 +92,7 @@ def _check(path, settings):
     fragments_by(settings, offsets)
     configured_merge_function(settings)
     segment_names(settings)
+    open_mask(settings)
     if settings.LINK_SECTIONS is not None and spans_sections(offsets):
         raise UserError(
             f"INS_SEGMENT.LINK_SECTIONS is {settings.LINK_SECTIONS}, but {AFFINITIES} in {path} has offsets along z, "
@@ -178,18 +179,29 @@ def configured_merge_function(settings):
     return name
 
 
-def read_mask(path, dataset, roi, voxel_size):
-    """A mask (bool, z, y, x) on the voxels of ``roi``, or None if there is no ``path``.
+def open_mask(settings):
+    """The mask that a section INS_SEGMENT names, or None if it has no MASK_FILE.
+
+    Raises:
+        UserError: MASK_DATASET is not set, or there is no such dataset.
+    """
+    if not settings.MASK_FILE:
+        return None
+    if not settings.MASK_DATASET:
+        raise UserError(
+            f"INS_SEGMENT.MASK_FILE is {settings.MASK_FILE}: name the dataset in it, INS_SEGMENT.MASK_DATASET"
+        )
+    return open_array(settings.MASK_FILE, settings.MASK_DATASET)
+
+
+def read_mask(mask, roi, voxel_size):
+    """What `open_mask` gave (bool, z, y, x) on the voxels of ``roi``; None stays None.
 
     The mask may have any voxel size and ROI (nm): every voxel takes the value at its centre, and False
     outside.
-
-    Raises:
-        UserError: there is no such dataset.
     """
-    if not path:
+    if mask is None:
         return None
-    mask = open_array(path, dataset)
     indices = []
     for axis, count in enumerate(roi.shape / voxel_size):
         centers = roi.begin[axis] + (np.arange(count) + 0.5) * voxel_size[axis]
