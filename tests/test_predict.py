@@ -177,6 +177,10 @@ def test_bad_input_is_refused_before_anything_is_written(home):
         (("DATA.RAW", "volumes/em"), r"volumes/em.*sample.zarr"),
         (("TRAIN.DEVICE", "cuda:7"), r"TRAIN.DEVICE is 'cuda:7'"),
         (("MODEL_ISO.NUM_FMAPS", "4"), r"another network: .*NUM_FMAPS"),
+        (
+            ("TRAIN.MODEL_TYPE", "LSD", "DATA.INVERT_PRED_AFFS", "True"),
+            r"INVERT_PRED_AFFS is True, but LSD predicts no",
+        ),
     ]:
         with pytest.raises(UserError, match=message):
             predict(config(home, *settings))

@@ -40,6 +40,8 @@ def predict_blockwise(cfg, skip_empty: bool = False) -> None:
     """
     samples = volumes_in(cfg, "test")
     outputs = [output_path(cfg, sample) for sample in samples]
+    names = {output_name(kind) for kind in prediction_channels(cfg)}
+    partial = {f"{name}.partial" for name in names}
     load_weights(cfg)
     if skip_empty:
         open_mask(cfg.INS_SEGMENT)
@@ -47,8 +49,6 @@ def predict_blockwise(cfg, skip_empty: bool = False) -> None:
         check_raw(sample, cfg)
     for sample, output in zip(samples, outputs, strict=True):
         task = _predict_task(cfg, sample, output)
-        names = {output_name(kind) for kind in prediction_channels(cfg)}
-        partial = {f"{name}.partial" for name in names}
         existing = set(list_arrays(output))
         begun = task.markers.is_dir()  # if not, partial arrays are not from here: type and chunks may be others
         if names <= existing and not begun and not cfg.DATA.DROP_DS_MONGOTABLE:
