@@ -25,7 +25,7 @@ def main(_, args) -> None:
 
     rescaled = data_folder(cfg, "test") / f"{out.stem}.zarr"
     predicted = output_path(cfg, rescaled)
-    name = next(iter(segment_names(cfg.INS_SEGMENT.THRESHOLDS).values()))
+    name = next(iter(segment_names(cfg.INS_SEGMENT).values()))
     size = ["--voxel-size", *cfg.MODEL.VOXEL_SIZE, "--overwrite"]
     back = ["--to", "volumes/segmentation", "--like", raw, cfg.DATA.RAW, "--labels"]
     call_script("data_utils/rescale.py", raw, rescaled, "--dataset", cfg.DATA.RAW, *size)

@@ -31,16 +31,17 @@ def _require(condition: bool) -> None:
         raise ValueError
 
 
-def number(low=-math.inf, high=math.inf, *, above=False) -> Rule:
-    """A float from low to high; `above` leaves low itself out."""
+def number(low=-math.inf, high=math.inf, *, above=False, below=False) -> Rule:
+    """A float from low to high; `above` leaves low itself out, `below` high."""
 
     def parse(value):
         _require(isinstance(value, int | float) and not isinstance(value, bool))
-        _require((low < value if above else low <= value) and value <= high and math.isfinite(value))
+        _require((low < value if above else low <= value) and (value < high if below else value <= high))
+        _require(math.isfinite(value))
         return float(value)
 
     lower = "" if low == -math.inf else f" above {low}" if above else f" from {low}"
-    upper = "" if high == math.inf else f" to {high}"
+    upper = "" if high == math.inf else f" to below {high}" if below else f" to {high}"
     return Rule(f"a number{lower}{upper}", parse)
 
 
@@ -121,6 +122,7 @@ nonempty = pattern("(?s).+", "a string, not empty")
 share = number(0, 1)
 positive = number(0, above=True)
 threshold = number(0, 1, above=True)
+decay = number(0, 1, below=True)
 offsets = sequence(sequence(integer(), 2, 3))
 kernels = optional(sequence(sequence(sequence(integer(1), 2, 3, kind=tuple))))
 
@@ -129,7 +131,7 @@ def _model_rules(dims: int) -> dict[str, Rule]:
     """Rules of the keys of MODEL_ISO and MODEL_ANISO for data with that many axes."""
     shape = sequence(integer(1), dims, kind=tuple)
     return {
-        "IN_CHANNELS": integer(1),
+        "IN_CHANNELS": Rule("1, as raw has one channel", choice(1).parse),
         "LSDS": optional(integer(1)),
         "NUM_FMAPS": integer(1),
         "NUM_FMAPS_OUT": integer(1),
@@ -207,14 +209,14 @@ RULES: dict[str, Rule] = {
     ),
     "TRAIN.BATCH_SIZE": integer(1),
     "TRAIN.INITIAL_LR": positive,
-    "TRAIN.LR_BETAS": sequence(share, 2, kind=tuple),
+    "TRAIN.LR_BETAS": sequence(decay, 2, kind=tuple),
     "TRAIN.LR_SCHEDULE": choice("constant", "cosine"),
     "TRAIN.WARMUP": integer(0),
     "TRAIN.LSD_LOSS_WEIGHT": number(0),
     "TRAIN.AFF_LOSS_WEIGHT": number(0),
     "TRAIN.MITO_LOSS_WEIGHT": number(0),
     "TRAIN.ACCUMULATE": integer(1),
-    "TRAIN.EMA": share,
+    "TRAIN.EMA": decay,
     "TRAIN.VALIDATE_EVERY": integer(0),
     "TRAIN.VALIDATION_VOLUME": optional(text),
     "TRAIN.VALIDATION_SHAPE": sequence(integer(1), 3, kind=tuple),

@@ -4,7 +4,7 @@ Every rule that the scripts rely on is checked here, headers first and voxels la
 in one line that names the dataset and the remedy, and not in a crash or a network that never learns.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,25 @@ def check_raw(path: Path | str, cfg: CfgNode) -> None:
     """Check that a volume can be predicted.
 
     Raises UserError if raw is missing, not (z, y, x) of uint8 or float, of another voxel size than
-    MODEL.VOXEL_SIZE, or holds NaN or infinite values.
+    MODEL.VOXEL_SIZE, or as float holds NaN or values outside 0..1.
     """
-    _check_finite(_checked_raw(path, cfg), f"{cfg.DATA.RAW} in {path}")
+    _check_values(_checked_raw(path, cfg), f"{cfg.DATA.RAW} in {path}")
+
+
+def check_training_volumes(paths: Sequence[Path], cfg: CfgNode) -> None:
+    """Check that volumes can be trained on together: each by itself, and that their voxels have one size.
+
+    Raises UserError as `check_training_volume`, and if sizes differ: in 2D, MODEL.VOXEL_SIZE leaves z open.
+    """
+    voxel_sizes = [tuple(_checked_raw(path, cfg).voxel_size) for path in paths]
+    for path, voxel_size in zip(paths, voxel_sizes, strict=True):
+        if voxel_size != voxel_sizes[0]:
+            raise UserError(
+                f"{cfg.DATA.RAW} in {path} has voxel size {voxel_size} nm, in {paths[0]} {voxel_sizes[0]}: leave one "
+                "out, or export both as sections (preprocess_data.py), which have no thickness"
+            )
+    for path in paths:
+        check_training_volume(path, cfg)
 
 
 def check_training_volume(path: Path | str, cfg: CfgNode) -> None:
@@ -48,7 +64,7 @@ def check_training_volume(path: Path | str, cfg: CfgNode) -> None:
             )
         labels = _checked_labels(path, dataset, cfg, raw)
         _check_labelled(path, dataset, mask, cfg, labels)
-    _check_finite(raw, f"{cfg.DATA.RAW} in {path}")
+    _check_values(raw, f"{cfg.DATA.RAW} in {path}")
 
 
 def label_datasets(cfg: CfgNode) -> list[tuple[str, str]]:
@@ -116,17 +132,22 @@ def _any(arrays: Iterable[np.ndarray]) -> bool:
     return any(array.any() for array in arrays)
 
 
-def _check_finite(raw: Array, where: str) -> None:
+def _check_values(raw: Array, where: str) -> None:
     if raw.dtype == np.uint8:
         return
     for block in tqdm(blocks(raw), desc=f"checking {where}", unit="block", delay=2, leave=False):
-        finite = np.isfinite(read(raw, block))
-        if not finite.all():
-            inside = np.unravel_index(finite.argmin(), finite.shape)
-            voxel = tuple(int(i) + along.start for i, along in zip(inside, block, strict=True))
+        values = read(raw, block)
+        good = (values >= 0) & (values <= 1)  # NaN is neither
+        if good.all():
+            continue
+        inside = np.unravel_index(good.argmin(), good.shape)
+        voxel = tuple(int(i) + along.start for i, along in zip(inside, block, strict=True))
+        if np.isfinite(values[inside]):
             raise UserError(
-                f"{where} holds NaN or infinite values, the first at voxel {voxel}: replace them, e.g. by 0"
+                f"{where} is {raw.dtype} and {values[inside]} at voxel {voxel}, outside 0..1: bring it to 0..1 "
+                "(8-bit values: divide by 255), or store it as uint8"
             )
+        raise UserError(f"{where} holds NaN or infinite values, the first at voxel {voxel}: replace them, e.g. by 0")
 
 
 def _section(cfg) -> str:

@@ -115,12 +115,15 @@ def _interpolated(source: Array, centers: list[np.ndarray], step: list[float]) -
     weights = [interpolation_weights(c, n, max(1, s)) for c, n, s in zip(centers, source.shape, step, strict=True)]
     needed = tuple(slice(w.indices.min(), w.indices.max() + 1) for w in weights)
     values = read(source, needed).astype(np.float32)
+    least, largest = np.nanmin(values), np.nanmax(values)
     # Axis by axis: the first one is interpolated and becomes the last, until all are back in their places.
     for matrix, voxels in zip(weights, needed, strict=True):
         rest = values.shape[1:]
         values = matrix[:, voxels] @ values.reshape(len(values), -1)
         values = np.moveaxis(values.reshape(-1, *rest), 0, -1)
-    return np.rint(values).astype(np.uint8) if source.dtype == np.uint8 else values
+    if source.dtype == np.uint8:
+        return np.rint(values).astype(np.uint8)
+    return values.clip(least, largest)  # weights sum to 1 but for rounding, and float raw may not exceed 1
 
 
 def main():

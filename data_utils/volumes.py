@@ -62,16 +62,16 @@ def open_array(
     with `offset`, or else from the OME-NGFF scale in the group above, or else from the defaults (nm). At most
     the last three axes are space; axes before them are channels, named `c^`.
 
-    A dataset of sections, DATASET/0 ... DATASET/n, opens as one stack (z, y, x) that can be read. Sections have no
-    thickness: it is taken to be as wide as a pixel.
+    A dataset of sections, DATASET/m ... DATASET/n, opens as one stack (z, y, x) that can be read. Sections have no
+    thickness: it is taken to be as wide as a pixel. Section 0 is at 0 nm, wherever a stack begins.
 
-    Raises UserError if there is no such array, if its voxel size is unknown, or if voxel size or offset are
-    not whole nanometres.
+    Raises UserError if there is no such array, if its voxel size is unknown, if voxel size or offset are not whole
+    nanometres, or if a section is missing in between or differs from the first one.
     """
     where = f"{dataset} in {path}"
     if sections := _section_names(Path(path) / dataset):
         defaults = {"default_voxel_size": default_voxel_size, "default_offset": default_offset}
-        return _stack([open_array(path, f"{dataset}/{name}", mode, **defaults) for name in sections], where)
+        return _stack({int(name): open_array(path, f"{dataset}/{name}", mode, **defaults) for name in sections}, where)
     source = _open_zarr(Path(path), dataset, mode)
     fallback = _ome_placement(Path(path) / dataset, where)
     if fallback is None and default_voxel_size is not None:
@@ -309,25 +309,33 @@ def room_on_disk(path: Path | str, needed_bytes: int = 0) -> Iterator[None]:
 
 
 def _section_names(folder: Path) -> list[str]:
-    """Names "0" ... "n" of the sections in a folder, in that order; none if it is an array."""
+    """Names "m" ... "n" of the sections in a folder, in the order of their numbers; none if it is an array."""
     if _is_array(folder) or not folder.is_dir():
         return []
     return sorted((child.name for child in folder.iterdir() if child.name.isdigit() and _is_array(child)), key=int)
 
 
-def _stack(sections: list[Array], where: str) -> Array:
-    """Sections (y, x) as one volume (z, y, x)."""
-    first = sections[0]
-    for number, section in enumerate(sections):
+def _stack(sections: dict[int, Array], where: str) -> Array:
+    """Sections (y, x) by their numbers as one volume (z, y, x)."""
+    numbers = range(min(sections), max(sections) + 1)
+    first = sections[numbers[0]]
+    for number in numbers:
+        if number not in sections:
+            raise UserError(
+                f"{where} has sections {numbers[0]} to {numbers[-1]}, but no section {number}: "
+                "add it, or put those that follow it into another zarr"
+            )
+        section = sections[number]
         if section.roi != first.roi or section.voxel_size != first.voxel_size or len(section.shape) != 2:
             raise UserError(
                 f"section {number} of {where} has shape {section.shape} at {tuple(section.offset)} nm, the first one "
                 f"{first.shape} at {tuple(first.offset)}: put sections that differ into zarrs of their own"
             )
+    thickness = first.voxel_size[-1]
     return Array(
-        dask.array.stack([section.data for section in sections]),
-        offset=(0, *first.offset),
-        voxel_size=(first.voxel_size[-1], *first.voxel_size),
+        dask.array.stack([sections[number].data for number in numbers]),
+        offset=(numbers[0] * thickness, *first.offset),
+        voxel_size=(thickness, *first.voxel_size),
         axis_names=["z", "y", "x"],
         units=["nm"] * 3,
         types=["space"] * 3,

@@ -164,9 +164,16 @@ def _run_alone(cfg: CfgNode, task: BlockTask) -> Summary:
     return summary
 
 
-def forget(task: BlockTask) -> None:
-    """Remove the record of what is done: the next run does every block, with any settings."""
-    shutil.rmtree(task.markers, ignore_errors=True)
+def forget(markers: Path) -> None:
+    """Remove a task's record of what is done: the next run does every block, with any settings.
+
+    Raises:
+        UserError: a run is at work there.
+    """
+    if markers.is_dir():
+        with _alone(markers):
+            pass  # whoever worked there has ended
+        shutil.rmtree(markers, ignore_errors=True)
 
 
 def blocks_left(task: BlockTask) -> int:

@@ -50,7 +50,7 @@ def test_blocks_tile_the_volume_once_with_any_number_of_workers(folder):
         assert (read_end == end + CONTEXT).all()
     assert (covered == 1).all()
 
-    forget(toy_task(folder))
+    forget(toy_task(folder).markers)
     for file in (folder / "output").iterdir():
         file.unlink()
     for file in folder.glob("started_*"):
@@ -166,6 +166,10 @@ def test_two_runs_do_not_work_in_one_folder(folder, monkeypatch):
             fcntl.flock(file, fcntl.LOCK_EX)
             with pytest.raises(UserError, match=rf"another run works with {kept}"):
                 run_blocks(config(1), task)
+    with open(task.markers / "lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=rf"another run works with {task.markers}"):
+            forget(task.markers)
     assert run_blocks(config(1), task).done == BLOCKS
 
 
@@ -183,7 +187,7 @@ def test_other_settings_are_refused_until_the_finished_blocks_are_dropped(folder
     assert 0 < int(str(raised.value).partition("makes ")[2].split()[0]) < BLOCKS
     with pytest.raises(UserError, match="volume"):
         run_blocks(config(1), toy_task(folder, total_roi=VOLUME))
-    forget(other)
+    forget(other.markers)
     assert run_blocks(config(1), other).done == BLOCKS
 
 

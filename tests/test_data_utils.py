@@ -11,7 +11,7 @@ from config.errors import UserError
 from data_utils import create_dir_organisation as create_dir_organisation_script
 from data_utils import create_labels_mask as create_labels_mask_script
 from data_utils import hdf_to_zarr as hdf_to_zarr_script
-from data_utils.checks import check_raw, check_training_volume
+from data_utils.checks import check_raw, check_training_volume, check_training_volumes
 from data_utils.create_labels_mask import LABELS, MASK, create_labels_mask
 from data_utils.hdf_to_zarr import RAW, hdf_to_zarr
 from data_utils.layout import create_dir_organisation, data_folder, output_path, run_name, volumes_in
@@ -266,9 +266,10 @@ def write_volume(path, raw=RAW_DATA, labels=LABELS_DATA, mask=None, labels_grid=
     return path
 
 
-def with_nan():
+def float_raw(value):
+    """Fit but for one voxel."""
     raw = RAW_DATA.astype(np.float32) / 255
-    raw[3, 4, 5] = np.nan
+    raw[3, 4, 5] = value
     return raw
 
 
@@ -284,7 +285,14 @@ def test_good_volumes_pass(cfg, tmp_path):
         ({"raw": None}, RAW, "it holds volumes/labels/neuron_ids"),
         ({"raw": RAW_DATA[None]}, RAW, "store it with the axes z, y, x"),
         ({"raw": RAW_DATA.astype(np.uint16)}, RAW, "is uint16: store it as uint8"),
-        ({"raw": with_nan()}, RAW, r"NaN or infinite values, the first at voxel \(3, 4, 5\)"),
+        ({"raw": float_raw(np.nan)}, RAW, r"NaN or infinite values, the first at voxel \(3, 4, 5\)"),
+        ({"raw": float_raw(-np.inf)}, RAW, r"NaN or infinite values, the first at voxel \(3, 4, 5\)"),
+        (
+            {"raw": float_raw(-0.25)},
+            RAW,
+            r"float32 and -0\.25 at voxel \(3, 4, 5\), outside 0\.\.1: bring it to 0\.\.1",
+        ),
+        ({"raw": float_raw(137)}, RAW, r"137\.0 at voxel .* divide by 255\), or store it as uint8"),
         ({"raw": RAW_DATA[:15]}, RAW, r"smaller than the network's input \(16, 20, 20\): lower MODEL_ANISO"),
         ({"labels": None}, LABELS, "it holds volumes/raw"),
         ({"labels": LABELS_DATA.astype(np.float32)}, LABELS, "is float32: store labels as unsigned"),
@@ -312,6 +320,16 @@ def test_voxel_size_must_be_that_of_the_network(cfg, tmp_path):
     for check in (check_raw, check_training_volume):
         with pytest.raises(UserError, match=message):
             check(path, cfg)
+
+
+def test_sections_trained_on_together_have_one_thickness(cfg, tmp_path):
+    cfg.DATA.DIM_2D, cfg.MODEL.VOXEL_SIZE, cfg.MODEL.RAW_SHAPE = True, (4, 4), (20, 20)
+    volumes = [write_volume(tmp_path / f"{name}.zarr") for name in "ab"]
+    check_training_volumes(volumes, cfg)
+    write_array(volumes[1], RAW, RAW_DATA, voxel_size=(50, 4, 4), offset=(0, 0, 0))
+    message = rf"{RAW} in {volumes[1]} has voxel size \(50, 4, 4\) nm, in {volumes[0]} \(40, 4, 4\): leave one out"
+    with pytest.raises(UserError, match=message):
+        check_training_volumes(volumes, cfg)
 
 
 def test_config_gives_the_voxel_size_of_arrays_without_attributes(cfg, tmp_path):

@@ -321,6 +321,8 @@ def test_linked_sections_are_neurites(home, stack):
         ([(-1, 0, 0), (0, 0, -1), *LONG_RANGE, (0, -2, 0)], {}, r"\[0, -1, 0\]"),
         (OFFSETS, {"LINK_SECTIONS": 0.5}, r"LINK_SECTIONS"),
         (IN_SECTION, {"LINK_SECTIONS": 0.5, "METHOD": "waterz", "THRESHOLDS": [0.5, 1.0]}, r"THRESHOLDS"),
+        (OFFSETS, {"MASK_FILE": "/mask.zarr"}, r"INS_SEGMENT\.MASK_FILE is /mask\.zarr: name .*MASK_DATASET"),
+        (OFFSETS, {"MASK_FILE": "/mask.zarr", "MASK_DATASET": "mask"}, r"/mask\.zarr does not exist"),
     ],
 )
 def test_what_cannot_be_used_is_refused_before_anything_is_written(home, offsets, overrides, message):

@@ -10,6 +10,7 @@ from scipy import ndimage
 from skimage.metrics import variation_of_information
 from skimage.segmentation import watershed
 from waterz._agglomerate import _load_prebuilt
+from yacs.config import CfgNode
 
 from config.errors import UserError
 from config.loader import load_config
@@ -206,17 +207,21 @@ def test_merge_function_rule():
 
 
 def test_segment_names():
-    names = segment_names([0.5, 0.55, 0.29, 1.0])
+    def settings(*thresholds, method="waterz"):
+        return CfgNode({"METHOD": method, "THRESHOLDS": list(thresholds)})
+
+    names = segment_names(settings(0.5, 0.55, 0.29, 1.0))
     assert [name[-3:] for name in names.values()] == ["050", "055", "029", "100"]
     assert names[0.55] == "volumes/segmentation_055"
     with pytest.raises(UserError, match="THRESHOLDS"):
-        segment_names([0.5, 0.501])
+        segment_names(settings(0.5, 0.501))
+    assert list(segment_names(settings(0.5, 0.501, method="mutex")).values()) == ["volumes/segmentation_mutex"]
 
 
 def test_mask_is_read_by_world_coordinates(tmp_path):
     mask = np.zeros((2, 3, 3), np.uint8)
     mask[1, 0, 2] = 1
-    write_array(tmp_path / "mask.zarr", "mask", mask, voxel_size=(20, 20, 20), offset=(100, 200, 300))
+    mask = write_array(tmp_path / "mask.zarr", "mask", mask, voxel_size=(20, 20, 20), offset=(100, 200, 300))
     affinities = write_array(
         tmp_path / "a.zarr",
         "a",
@@ -224,7 +229,7 @@ def test_mask_is_read_by_world_coordinates(tmp_path):
         voxel_size=(10, 10, 10),
         offset=(110, 190, 310),
     )
-    inside = read_mask(tmp_path / "mask.zarr", "mask", affinities.roi, affinities.voxel_size)
+    inside = read_mask(mask, affinities.roi, affinities.voxel_size)
     # the one voxel covers z 120..140, y 200..220, x 340..360
     assert inside.shape == (6, 6, 6)
     assert inside[1:3, 1:3, 3:5].all()

@@ -7,6 +7,8 @@ import torch
 from config.errors import UserError
 from config.loader import load_config
 from data_utils.volumes import chunk_shape, list_arrays, open_array, read, write_array
+from engine.predict import blockwise
+from engine.predict.blockwise import predict_blockwise
 from engine.predict.predict import predict, stored
 from engine.predict.tiles import TilePredictor, read_mirrored
 from models import build_model
@@ -132,6 +134,29 @@ def test_an_interrupted_prediction_leaves_no_dataset_of_that_name(home, monkeypa
     assert "volumes/pred_affs" not in list_arrays(output)
 
 
+def test_blocks_are_not_taken_from_a_run_in_between(home, monkeypatch):
+    """One on workers that was interrupted, then one in a single process, killed: both left arrays of the same names."""
+    monkeypatch.chdir(home)
+    cfg = config(home, "SYSTEM.NUM_WORKERS", 1)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(blockwise, "name_predictions", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            predict_blockwise(cfg)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(TilePredictor, "__call__", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            predict(config(home, "DATA.AFFS_DTYPE", "uint8", grow=16))
+    predict_blockwise(cfg)
+    output = cfg.DATA.OUTFILE + "/MTLSD/3d/run/model_checkpoint_5/sample.zarr"
+    on_workers = read(open_array(output, "volumes/pred_affs"))
+    _, affs, _ = predictions(cfg)
+    np.testing.assert_allclose(on_workers, affs, atol=1e-5)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     ("kilobytes", "message"), [(300, r"no room on disk for .* GB needed"), (700, "No space left on device")]
 )
@@ -152,6 +177,10 @@ def test_bad_input_is_refused_before_anything_is_written(home):
         (("DATA.RAW", "volumes/em"), r"volumes/em.*sample.zarr"),
         (("TRAIN.DEVICE", "cuda:7"), r"TRAIN.DEVICE is 'cuda:7'"),
         (("MODEL_ISO.NUM_FMAPS", "4"), r"another network: .*NUM_FMAPS"),
+        (
+            ("TRAIN.MODEL_TYPE", "LSD", "DATA.INVERT_PRED_AFFS", "True"),
+            r"INVERT_PRED_AFFS is True, but LSD predicts no",
+        ),
     ]:
         with pytest.raises(UserError, match=message):
             predict(config(home, *settings))

@@ -68,6 +68,11 @@ def test_a_pattern_too_fine_for_the_new_voxels_becomes_grey(tmp_path):
     np.testing.assert_allclose(cut(read(open_array(tmp_path / "out.zarr", RAW)), 1), 127.5, atol=1)
 
 
+def test_white_stays_within_what_raw_may_be(tmp_path):
+    rescale(volume(tmp_path / "in.zarr", np.ones((40, 40, 40), np.float32)), tmp_path / "out.zarr", RAW, (15, 15, 15))
+    assert np.unique(read(open_array(tmp_path / "out.zarr", RAW))).tolist() == [1]
+
+
 def test_weights_of_a_row_sum_to_one_also_beyond_its_end():
     weights = interpolation_weights(np.array([0.1, 2.5, 3.9, 4.4]), 4, 1).toarray()
     np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-6)

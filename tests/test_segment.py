@@ -57,10 +57,13 @@ def write_volume(path, voxel_size=(8, 8, 8), raw=None, dataset="volumes/raw"):
     return path
 
 
-@pytest.mark.parametrize("voxel_size", [8, 16])
-def test_segmentation_lies_on_the_voxels_of_the_volume(tmp_path, config, capfd, voxel_size):
+@pytest.mark.parametrize(
+    ("voxel_size", "method", "name"), [(8, "waterz", "segmentation_050"), (16, "mutex", "segmentation_mutex")]
+)
+def test_segmentation_lies_on_the_voxels_of_the_volume(tmp_path, config, capfd, voxel_size, method, name):
     raw = write_volume(tmp_path / "fly.zarr", (voxel_size,) * 3, dataset="em/s0")
-    args = argparse.Namespace(raw=str(raw), out=None, config=str(config), overrides=["DATA.RAW", "em/s0"])
+    overrides = ["DATA.RAW", "em/s0", "INS_SEGMENT.METHOD", method, "INS_SEGMENT.MUTEX_BIAS", "(0.0, -0.5)"]
+    args = argparse.Namespace(raw=str(raw), out=None, config=str(config), overrides=overrides)
     segment.main(None, args)
 
     out = tmp_path / "fly_segmentation.zarr"
@@ -74,7 +77,7 @@ def test_segmentation_lies_on_the_voxels_of_the_volume(tmp_path, config, capfd, 
 
     # What the network saw and gave is in its own voxels, at the same place; every voxel has the label at its centre.
     at_10_nm = next((tmp_path / "fly_segmentation_work" / "lsd_outputs").rglob("fly_segmentation.zarr"))
-    labels = open_array(at_10_nm, "volumes/segmentation_050")
+    labels = open_array(at_10_nm, f"volumes/{name}")
     assert tuple(labels.voxel_size) == (10, 10, 10)
     assert labels.roi.contains(volume.roi)
     assert open_array(at_10_nm, "volumes/pred_affs").shape[0] == 9

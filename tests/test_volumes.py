@@ -100,6 +100,26 @@ def sum_in_child(path):
     return int(array[array.roi].sum() + read(array).sum())
 
 
+def write_sections(path, dataset, data, numbers):
+    for number in numbers:
+        write_array(path, f"{dataset}/{number}", data[number], voxel_size=(4, 4), offset=(8, 0))
+
+
+def test_sections_of_one_number_lie_at_one_place(tmp_path, data):
+    write_sections(tmp_path / "a.zarr", "raw", data, range(5))
+    write_sections(tmp_path / "a.zarr", "labels", data, (2, 3, 4))
+    raw, labels = (open_array(tmp_path / "a.zarr", name) for name in ("raw", "labels"))
+    assert (raw.offset, raw.voxel_size, raw.shape) == ((0, 8, 0), (4, 4, 4), (5, 7, 9))
+    assert (labels.offset, labels.shape) == ((8, 8, 0), (3, 7, 9))
+    np.testing.assert_array_equal(raw[labels.roi], labels[labels.roi])
+
+
+def test_a_missing_section_is_named(tmp_path, data):
+    write_sections(tmp_path / "a.zarr", "raw", data, (1, 2, 4))
+    with pytest.raises(UserError, match=r"^raw in .*a\.zarr has sections 1 to 4, but no section 3: add it"):
+        open_array(tmp_path / "a.zarr", "raw")
+
+
 @pytest.mark.parametrize(
     "attributes",
     [

@@ -20,7 +20,7 @@ from engine.blocks import BlockTask, blocks_left, forget, run_blocks
 from engine.post.affinities import MUTEX, offsets_of, open_affinities, read_channels
 from engine.post.blockwise import edges_of_block, fragments_of_block
 from engine.post.luts import connected_segments, load_lut, lut_name, relabel, save_lut
-from engine.post.segment import FRAGMENTS, configured_merge_function, fragments_by, read_mask
+from engine.post.segment import FRAGMENTS, configured_merge_function, fragments_by, open_mask, read_mask
 from rag import open_store, sample_name
 
 # Chunks of labels are at most this wide: what a viewer loads for one screen.
@@ -37,13 +37,14 @@ def extract_fragments_blockwise(cfg) -> None:
     for output in _outputs(cfg):
         affinities = open_affinities(output)
         _check(cfg.INS_SEGMENT, offsets_of(affinities))
+        open_mask(cfg.INS_SEGMENT)
         task = _fragments_task(cfg, output)
         if cfg.DATA.DROP_DS_MONGOTABLE:
-            forget(task)
+            forget(task.markers)
         if FRAGMENTS in list_arrays(output) and task.markers.is_dir():
             store = open_store(cfg, output, "r+")
         else:
-            forget(task)
+            forget(task.markers)
             store = open_store(cfg, output, "w")
             _create_labels(cfg, output, FRAGMENTS, affinities, {})
         run_blocks(cfg, task)
@@ -66,7 +67,7 @@ def agglomerate_blockwise(cfg) -> None:
             cfg, output, f"agglomerate_{merge_function}", "open_agglomerate_worker", {"merge_function": merge_function}
         )
         if cfg.DATA.DROP_DS_MONGOTABLE or merge_function not in store.merge_functions():
-            forget(task)
+            forget(task.markers)
             store.drop_edges(merge_function)
         run_blocks(cfg, task)
         store.finish()
@@ -129,7 +130,7 @@ def extract_segmentation(cfg, merge_function: str, threshold: float) -> None:
             context=(0, 0, 0),
         )
         if cfg.DATA.DROP_DS_MONGOTABLE or name not in list_arrays(output):
-            forget(task)
+            forget(task.markers)
             method = MUTEX if merge_function == MUTEX else "waterz"
             attributes = {"method": method, "merge_function": merge_function, "threshold": threshold}
             _create_labels(cfg, output, name, open_affinities(output), attributes)
@@ -148,7 +149,7 @@ def open_fragments_worker(cfg, arguments):
     affinities, fragments = open_affinities(output), open_array(output, FRAGMENTS, "r+")
     store = open_store(cfg, output, "r+")
     settings = cfg.INS_SEGMENT
-    extract = fragments_by(settings, offsets_of(affinities))
+    extract, mask = fragments_by(settings, offsets_of(affinities)), open_mask(settings)
 
     def process(block):
         number = block.block_id[1]
@@ -161,7 +162,7 @@ def open_fragments_worker(cfg, arguments):
                 context=list(zip(before, after, strict=True)),
                 block=number,
                 voxels_in_block=int(np.prod(settings.BLOCK_SIZE)),
-                mask=read_mask(settings.MASK_FILE, settings.MASK_DATASET, read_roi, voxel_size),
+                mask=read_mask(mask, read_roi, voxel_size),
                 extract=extract,
             )
         except ValueError as error:

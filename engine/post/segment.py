@@ -64,7 +64,7 @@ def segment_volume(path, cfg):
     settings = cfg.INS_SEGMENT
     _check(path, settings)
     array = open_affinities(path)
-    mask = read_mask(settings.MASK_FILE, settings.MASK_DATASET, array.roi, array.voxel_size)
+    mask = read_mask(open_mask(settings), array.roi, array.voxel_size)
     affinities = read_channels(array, settings.METHOD)
     try:
         affinities = float_affinities(affinities, len(affinities))
@@ -91,7 +91,8 @@ def _check(path, settings):
     offsets = offsets_of(open_affinities(path))
     fragments_by(settings, offsets)
     configured_merge_function(settings)
-    segment_names(settings.THRESHOLDS)
+    segment_names(settings)
+    open_mask(settings)
     if settings.LINK_SECTIONS is not None and spans_sections(offsets):
         raise UserError(
             f"INS_SEGMENT.LINK_SECTIONS is {settings.LINK_SECTIONS}, but {AFFINITIES} in {path} has offsets along z, "
@@ -119,12 +120,13 @@ def segmentations(affinities, offsets, settings, mask=None):
             return labels, attributes
         return link_sections(labels, settings.LINK_SECTIONS), attributes | {"link_sections": settings.LINK_SECTIONS}
 
+    names = segment_names(settings)
     fragments = fragments_by(settings, offsets)(affinities, mask=mask)
     if settings.METHOD == MUTEX:
-        yield MUTEX_SEGMENTATION, *finished(fragments, biases=edge_biases(offsets, settings.MUTEX_BIAS))
+        yield names[None], *finished(fragments, biases=edge_biases(offsets, settings.MUTEX_BIAS))
         return
     yield FRAGMENTS, fragments, {}
-    names, merge_function = segment_names(settings.THRESHOLDS), configured_merge_function(settings)
+    merge_function = configured_merge_function(settings)
     for threshold, segmentation in agglomerate(affinities, fragments, list(names), merge_function):
         yield names[threshold], *finished(segmentation, threshold=threshold, merge_function=merge_function)
 
@@ -146,12 +148,17 @@ def fragments_by(settings, offsets):
     )
 
 
-def segment_names(thresholds):
-    """The dataset of every threshold: {0.55: "volumes/segmentation_055"}.
+def segment_names(settings):
+    """The segmentations that a section INS_SEGMENT makes: {0.55: "volumes/segmentation_055"}, one for each threshold.
+
+    METHOD mutex has none, and makes {None: "volumes/segmentation_mutex"}.
 
     Raises:
         UserError: two thresholds are equal when rounded to hundredths.
     """
+    if settings.METHOD == MUTEX:
+        return {None: MUTEX_SEGMENTATION}
+    thresholds = settings.THRESHOLDS
     names = {threshold: f"volumes/segmentation_{round(threshold * 100):03d}" for threshold in thresholds}
     if len(set(names.values())) < len(thresholds):
         raise UserError(f"INS_SEGMENT.THRESHOLDS {list(thresholds)}: two are the same in hundredths; drop one")
@@ -172,18 +179,29 @@ def configured_merge_function(settings):
     return name
 
 
-def read_mask(path, dataset, roi, voxel_size):
-    """A mask (bool, z, y, x) on the voxels of ``roi``, or None if there is no ``path``.
+def open_mask(settings):
+    """The mask that a section INS_SEGMENT names, or None if it has no MASK_FILE.
+
+    Raises:
+        UserError: MASK_DATASET is not set, or there is no such dataset.
+    """
+    if not settings.MASK_FILE:
+        return None
+    if not settings.MASK_DATASET:
+        raise UserError(
+            f"INS_SEGMENT.MASK_FILE is {settings.MASK_FILE}: name the dataset in it, INS_SEGMENT.MASK_DATASET"
+        )
+    return open_array(settings.MASK_FILE, settings.MASK_DATASET)
+
+
+def read_mask(mask, roi, voxel_size):
+    """What `open_mask` gave (bool, z, y, x) on the voxels of ``roi``; None stays None.
 
     The mask may have any voxel size and ROI (nm): every voxel takes the value at its centre, and False
     outside.
-
-    Raises:
-        UserError: there is no such dataset.
     """
-    if not path:
+    if mask is None:
         return None
-    mask = open_array(path, dataset)
     indices = []
     for axis, count in enumerate(roi.shape / voxel_size):
         centers = roi.begin[axis] + (np.arange(count) + 0.5) * voxel_size[axis]

@@ -14,9 +14,9 @@ from funlib.geometry import Coordinate, Roi
 from data_utils.checks import check_raw
 from data_utils.layout import block_markers, output_path, volumes_in
 from data_utils.volumes import is_stored, list_arrays, open_array, source_defaults, voxels_of
-from engine.blocks import BlockTask, forget, run_blocks
+from engine.blocks import BlockTask, run_blocks
 from engine.network import load_weights
-from engine.post.segment import read_mask
+from engine.post.segment import open_mask, read_mask
 from engine.predict.predict import (
     create_predictions,
     name_predictions,
@@ -40,19 +40,21 @@ def predict_blockwise(cfg, skip_empty: bool = False) -> None:
     """
     samples = volumes_in(cfg, "test")
     outputs = [output_path(cfg, sample) for sample in samples]
+    names = {output_name(kind) for kind in prediction_channels(cfg)}
+    partial = {f"{name}.partial" for name in names}
     load_weights(cfg)
+    if skip_empty:
+        open_mask(cfg.INS_SEGMENT)
     for sample in samples:
         check_raw(sample, cfg)
     for sample, output in zip(samples, outputs, strict=True):
         task = _predict_task(cfg, sample, output)
-        names = {output_name(kind) for kind in prediction_channels(cfg)}
-        partial = {f"{name}.partial" for name in names}
         existing = set(list_arrays(output))
-        if names <= existing and not task.markers.is_dir() and not cfg.DATA.DROP_DS_MONGOTABLE:
+        begun = task.markers.is_dir()  # if not, partial arrays are not from here: type and chunks may be others
+        if names <= existing and not begun and not cfg.DATA.DROP_DS_MONGOTABLE:
             print(f"{output} is predicted already; DATA.DROP_DS_MONGOTABLE True predicts it anew")
             continue
-        if cfg.DATA.DROP_DS_MONGOTABLE or not (partial <= existing or names <= existing):
-            forget(task)
+        if cfg.DATA.DROP_DS_MONGOTABLE or not (begun and (partial <= existing or names <= existing)):
             create_predictions(cfg, output, open_array(sample, cfg.DATA.RAW, **source_defaults(cfg)))
         if skip_empty:
             task.skip = _blocks_to_skip(cfg, sample, task)
@@ -104,15 +106,15 @@ def _predict_task(cfg, sample: Path, output: Path) -> BlockTask:
 
 def _blocks_to_skip(cfg, sample: Path, task: BlockTask) -> np.ndarray:
     """Which blocks need no prediction, and says why; looks at file names and at the mask, not at raw's voxels."""
-    raw = open_array(sample, cfg.DATA.RAW, **source_defaults(cfg))
+    raw, mask = open_array(sample, cfg.DATA.RAW, **source_defaults(cfg)), open_mask(cfg.INS_SEGMENT)
     block = task.write_roi.shape
     grid = tuple(-(-size // step) for size, step in zip(raw.roi.shape, block, strict=True))
     empty, outside = np.zeros(grid, bool), np.zeros(grid, bool)
     for index in np.ndindex(*grid):
         roi = Roi(raw.roi.begin + Coordinate(index) * block, block).intersect(raw.roi)
         empty[index] = not is_stored(sample, cfg.DATA.RAW, voxels_of(raw, roi))
-        mask = read_mask(cfg.INS_SEGMENT.MASK_FILE, cfg.INS_SEGMENT.MASK_DATASET, roi, raw.voxel_size)
-        outside[index] = mask is not None and not mask.any()
+        inside = read_mask(mask, roi, raw.voxel_size)
+        outside[index] = inside is not None and not inside.any()
     print(
         f"{sample.name}: of {empty.size} blocks {np.count_nonzero(empty)} are skipped because raw has no chunk there, "
         f"{np.count_nonzero(outside & ~empty)} more because they lie outside the mask"

@@ -10,10 +10,12 @@ import numpy as np
 from funlib.persistence import Array
 from tqdm import tqdm
 
+from config.errors import UserError
 from config.model_types import task_channels
 from data_utils.checks import check_raw
-from data_utils.layout import output_path, volumes_in
+from data_utils.layout import block_markers, output_path, volumes_in
 from data_utils.volumes import chunk_shape, create_array, open_array, rename_array, room_on_disk, source_defaults
+from engine.blocks import forget
 from engine.predict.tiles import TilePredictor, tile_voxels
 from engine.sections import affinity_offsets
 
@@ -25,11 +27,12 @@ def predict(cfg) -> None:
     """Predict every zarr in the test folder with the weights TRAIN.CHECKPOINT.
 
     Raises:
-        UserError: before anything is written, if a volume, the checkpoint or the device cannot be used, or the disk
-            has no room.
+        UserError: before anything is written, if a volume, the checkpoint, the device or a setting cannot be used, or
+            the disk has no room.
     """
     volumes = volumes_in(cfg, "test")
     outputs = [output_path(cfg, path) for path in volumes]
+    prediction_channels(cfg)
     for path in volumes:
         check_raw(path, cfg)
     predictor = TilePredictor(cfg)
@@ -64,20 +67,34 @@ def predict_volume(cfg, predictor: TilePredictor, sample: Path, output: Path) ->
 
 
 def prediction_channels(cfg) -> dict[str, int]:
-    """What is predicted -> number of channels: the network's tasks and, if configured, the inverted affinities."""
-    return task_channels(cfg) | ({"affs_inverted": 1} if cfg.DATA.INVERT_PRED_AFFS else {})
+    """What is predicted -> number of channels: the network's tasks and, if configured, the inverted affinities.
+
+    Raises:
+        UserError: there are no affinities to invert.
+    """
+    channels = task_channels(cfg)
+    if not cfg.DATA.INVERT_PRED_AFFS:
+        return channels
+    if "affs" not in channels:
+        raise UserError(
+            f"DATA.INVERT_PRED_AFFS is True, but {cfg.TRAIN.MODEL_TYPE} predicts no affinities: set it to False"
+        )
+    return channels | {"affs_inverted": 1}
 
 
 def create_predictions(cfg, output: Path, raw: Array) -> dict[str, Array]:
     """Empty datasets on raw's voxels, named `.partial` until `name_predictions`, in chunks that no two tiles share.
 
+    What is recorded of blocks that were done in earlier ones is forgotten.
+
     Raises:
-        UserError: the disk has certainly too little room.
+        UserError: the disk has certainly too little room; workers of another run are writing.
     """
     dtype = np.dtype(cfg.DATA.AFFS_DTYPE)
     channels = prediction_channels(cfg)
     needed = sum(channels.values()) * math.prod(raw.shape) * dtype.itemsize * LEAST_COMPRESSED
     with room_on_disk(output, int(needed)):
+        forget(block_markers(output, "predict"))
         return {
             task: create_array(
                 output,
