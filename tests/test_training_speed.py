@@ -16,6 +16,7 @@ from test_training import volume as volume
 from config.errors import UserError
 from config.loader import load_config
 from data_utils.layout import data_folder
+from data_utils.volumes import open_array
 from engine.device import explained
 from engine.predict.predict import predict
 from engine.training.train import PREDICT_CONFIG, train
@@ -173,6 +174,16 @@ def test_validation_needs_a_volume_that_is_not_trained_on(home, volume):
         train(config(home, TRAIN__VALIDATE_EVERY=1))
     with pytest.raises(UserError, match=r"LSD predicts no affinities"):
         train(config(home, TRAIN__VALIDATE_EVERY=1, TRAIN__VALIDATION_VOLUME=volume, TRAIN__MODEL_TYPE="LSD"))
+    validated = {"TRAIN__VALIDATE_EVERY": 1, "TRAIN__VALIDATION_VOLUME": volume}
+    with pytest.raises(UserError, match=r"METHOD mutex"):
+        train(config(home, **validated, INS_SEGMENT__METHOD="mutex"))
+    unlabelled = home / "unlabelled.zarr"
+    shutil.copytree(volume, unlabelled)
+    labels = open_array(unlabelled, "volumes/labels/neuron_ids", "r+")
+    labels[1:-1] = 0
+    with pytest.raises(UserError, match=r"labels nothing in .*VALIDATION_SHAPE"):
+        train(config(home, **validated | {"TRAIN__VALIDATION_VOLUME": unlabelled}, TRAIN__VALIDATION_SHAPE=(4, 4, 4)))
+    assert not list(home.rglob("model_checkpoint_*"))
     (data_folder(config(home), "train") / "second.zarr").symlink_to(volume)
     cfg = short(home, "run", TRAIN__VALIDATE_EVERY=3, DATA__TRAIN_TEST_SPLIT=0.5, TRAIN__VALIDATION_SHAPE=(16, 16, 16))
     train(cfg)

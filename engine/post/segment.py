@@ -39,7 +39,7 @@ def segment(cfg):
     """
     outputs = [output_path(cfg, sample) for sample in volumes_in(cfg, "test")]
     for output in outputs:
-        _check(output, cfg.INS_SEGMENT)
+        check_settings(cfg.INS_SEGMENT, offsets_of(open_affinities(output)))
     for number, output in enumerate(outputs, start=1):
         print(f"[{number}/{len(outputs)}] {output.name}", flush=True)
         began = time.monotonic()
@@ -62,8 +62,8 @@ def segment_volume(path, cfg):
         UserError: before anything is written, if the affinities or a setting cannot be used.
     """
     settings = cfg.INS_SEGMENT
-    _check(path, settings)
     array = open_affinities(path)
+    check_settings(settings, offsets_of(array))
     mask = read_mask(open_mask(settings), array.roi, array.voxel_size)
     affinities = read_channels(array, settings.METHOD)
     try:
@@ -86,17 +86,16 @@ def segment_volume(path, cfg):
     return names
 
 
-def _check(path, settings):
-    """Raise UserError if affinities or settings cannot be used, alone or together."""
-    offsets = offsets_of(open_affinities(path))
+def check_settings(settings, offsets):
+    """Raise UserError if a section INS_SEGMENT cannot be used, or not for affinities with these offsets."""
     fragments_by(settings, offsets)
     configured_merge_function(settings)
     segment_names(settings)
     open_mask(settings)
     if settings.LINK_SECTIONS is not None and spans_sections(offsets):
         raise UserError(
-            f"INS_SEGMENT.LINK_SECTIONS is {settings.LINK_SECTIONS}, but {AFFINITIES} in {path} has offsets along z, "
-            "which join sections already: leave it None"
+            f"INS_SEGMENT.LINK_SECTIONS is {settings.LINK_SECTIONS}, but the affinities have offsets along z, which "
+            "join sections already: leave it None"
         )
     if settings.LINK_SECTIONS is not None and max(settings.THRESHOLDS) == 1:
         raise UserError("INS_SEGMENT.THRESHOLDS has 1, which merges everything: drop it, to have sections to link")

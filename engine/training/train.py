@@ -22,7 +22,7 @@ from tqdm import tqdm
 from config.errors import UserError
 from config.loader import derived_config, dump_config
 from config.model_types import MODEL_TYPES
-from data_utils.checks import check_training_volume, label_datasets
+from data_utils.checks import check_training_volumes, label_datasets
 from data_utils.create_labels_mask import create_labels_mask
 from data_utils.layout import volumes_in
 from data_utils.volumes import room_on_disk, source_defaults
@@ -52,8 +52,7 @@ def train(cfg) -> None:
     volumes = volumes_in(cfg, "train")
     used = math.ceil(len(volumes) * cfg.DATA.TRAIN_TEST_SPLIT)
     volumes, left_out = volumes[:used], volumes[used:]
-    for path in volumes:
-        check_training_volume(path, cfg)
+    check_training_volumes(volumes, cfg)
     device = resolve_device(cfg, cfg.SYSTEM.NUM_WORKERS, ranks.local_rank, ranks.local_size)
     validation = Validation(cfg, left_out) if cfg.TRAIN.VALIDATE_EVERY else None
     if cfg.PREPROCESS.USE_WANDB and ranks.first:

@@ -5,7 +5,6 @@ A labelled crop that is not trained on is predicted and segmented as `predicter.
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from data_utils.create_labels_mask import is_labelled
 from data_utils.volumes import has_array, open_array, read, source_defaults
 from engine.evaluate.metrics import count_overlaps, scores
 from engine.post.affinities import channels_for
-from engine.post.segment import FRAGMENTS, configured_merge_function, segmentations
+from engine.post.segment import FRAGMENTS, check_settings, segmentations
 from engine.predict.tiles import TilePredictor
 from engine.sections import affinity_offsets, ids_by_section, scored_by_section
 from models.checkpoint import read_checkpoint
@@ -34,7 +33,8 @@ class Validation:
         left_out: labelled volumes that are not trained on.
 
     Raises:
-        UserError: there is no volume to validate on, or it cannot be used, or the model type predicts no affinities.
+        UserError: there is no volume to validate on, or it cannot be used, or the model type predicts no affinities,
+            or INS_SEGMENT cannot be used for them.
     """
 
     def __init__(self, cfg, left_out: list[Path]):
@@ -53,7 +53,9 @@ class Validation:
             check_training_volume(self.path, cfg)
         except UserError as error:
             raise UserError(f"TRAIN.VALIDATION_VOLUME: {error}") from None
-        configured_merge_function(cfg.INS_SEGMENT)
+        self.offsets = [tuple(offset) for offset in affinity_offsets(cfg)]
+        check_settings(cfg.INS_SEGMENT, self.offsets)
+        self.raw, self.begin, self.labels = self._read_crop()
         self.best: float | None = None
 
     def run(self, trainer, iteration: int) -> dict[str, float]:
@@ -75,19 +77,17 @@ class Validation:
         return {f"validation/{name}": value for name, value in found.items()}
 
     def _score(self, trainer) -> dict[str, float]:
-        cfg = self.cfg
-        raw, begin, labels = self._crop
+        cfg, labels = self.cfg, self.labels
         predictor = TilePredictor(cfg, trainer.predicting, trainer.precision)
         affinities = np.empty((task_channels(cfg)["affs"], *labels.shape), np.float32)
         for tile, shape in predictor.tiles(labels.shape):
             where = tuple(slice(t, t + s) for t, s in zip(tile, shape, strict=True))
             target = affinities[:, *where]
-            predicted = predictor(raw, [b + t for b, t in zip(begin, tile, strict=True)], shape)["affs"]
+            predicted = predictor(self.raw, [b + t for b, t in zip(self.begin, tile, strict=True)], shape)["affs"]
             target[:] = predicted[:, *(slice(size) for size in target.shape[1:])]
-        offsets = [tuple(offset) for offset in affinity_offsets(cfg)]
-        affinities = channels_for(cfg.INS_SEGMENT.METHOD, affinities, offsets)
+        affinities = channels_for(cfg.INS_SEGMENT.METHOD, affinities, self.offsets)
         found = []
-        for name, segmentation, attributes in segmentations(affinities, offsets, cfg.INS_SEGMENT):
+        for name, segmentation, attributes in segmentations(affinities, self.offsets, cfg.INS_SEGMENT):
             if name != FRAGMENTS:
                 if scored_by_section(cfg):
                     segmentation = ids_by_section(segmentation, 0, {})
@@ -96,8 +96,7 @@ class Validation:
                 found.append(voi | {"threshold": attributes.get("threshold", 0.0)})
         return min(found, key=lambda row: row["voi_sum"])
 
-    @cached_property
-    def _crop(self):
+    def _read_crop(self):
         """Raw, where the crop begins in it (voxels), and the crop's labels, 0 where nothing is known; uint64."""
         cfg, defaults = self.cfg, source_defaults(self.cfg)
         raw = open_array(self.path, cfg.DATA.RAW, **defaults)
@@ -112,5 +111,10 @@ class Validation:
         if scored_by_section(cfg):
             truth = ids_by_section(truth, 0, {})
         truth = np.where(known, truth, 0)
+        if not known.any():
+            raise UserError(
+                f"{cfg.DATA.NEURON_LABELS} in {self.path} labels nothing in the {shape} voxels in its middle "
+                "(TRAIN.VALIDATION_SHAPE): take another TRAIN.VALIDATION_VOLUME, or a larger shape"
+            )
         begin = (labels.roi.begin - raw.roi.begin) / raw.voxel_size
         return raw, tuple(b + i for b, i in zip(begin, inside, strict=True)), truth
