@@ -190,16 +190,27 @@ def test_worker_processes_make_the_same_batches_as_this_one(home):
     assert here.issuperset(there)
 
 
-@pytest.mark.parametrize("augmentation", ["anisotropic", "defects"])
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        "anisotropic",
+        "defects",
+        {"MODEL_ISO__JITTER_SIGMA": (0, 2, 2)},
+        {"MODEL_ISO__CONTROL_POINT_SPACING": [(20, 20, 20), (10, 10, 10)], "MODEL_ISO__PROB_SLIP": 0.1},
+    ],
+    ids=["anisotropic", "defects", "one jitter for two passes", "two spacings"],
+)
 def test_other_augmentations_give_batches(home, volume, augmentation, tmp_path):
     if augmentation == "anisotropic":
         overrides = {key.replace("ISO.", "ANISO."): value for key, value in SETTINGS.items() if "ISO" in key}
         overrides |= {"DATA__FIB": 0, "MODEL_ANISO__VOXEL_SIZE": (8, 8, 8)}
-    else:
+    elif augmentation == "defects":
         defects = tmp_path / "defects.zarr"
         for name, data in {"raw": np.zeros((40, 90, 90), np.uint8), "mask": np.ones((40, 90, 90), np.uint8)}.items():
             write_array(defects, f"defect_sections/{name}", data, voxel_size=(8, 8, 8), offset=(0, 0, 0))
         overrides = {"MODEL_ISO__DEFECT_AUGMENT": defects}
+    else:
+        overrides = augmentation
     for batch in batches_of(config(home, **overrides), 2):
         assert np.isfinite(batch.raw).all()
         assert (batch.targets["affs"] > 0).any()
