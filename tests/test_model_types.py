@@ -18,7 +18,7 @@ from data_utils.create_labels_mask import create_labels_mask
 from data_utils.layout import data_folder, output_path, volumes_in
 from data_utils.phantom import write_phantom
 from data_utils.preprocess import export_sections
-from data_utils.volumes import list_arrays, open_array, read
+from data_utils.volumes import list_arrays, open_array, read, write_array
 from engine.device import Precision
 from engine.network import first_config, from_raw
 from engine.post.segment import segment
@@ -295,6 +295,29 @@ def test_bad_first_weights_are_refused_before_anything_is_written(home):
 def test_mitochondria_need_labels(home):
     with pytest.raises(UserError, match=r"volumes/labels/mito"):
         train(config(home, "MTLSDMITO", DATA__MITO_LABELS="volumes/labels/mito"))
+
+
+def relabelled(volume, path, **arrays):
+    """A copy of the volume with other arrays in volumes/labels, from its first voxel on."""
+    shutil.copytree(volume, path)
+    for name, data in arrays.items():
+        write_array(path, f"volumes/labels/{name}", data, voxel_size=(8, 8, 8), offset=(80, 160, 0))
+    return path
+
+
+def weights_of(cfg, volume, count):
+    """Weights, by task, of the first patches of a volume."""
+    with training_batches(cfg, [volume], tuple(task_channels(cfg))) as batches:
+        return [next(batches).weights for _ in range(count)]
+
+
+def test_masks_may_hold_any_number(home, volume):
+    mask = np.full(open_array(volume, "volumes/raw").shape, 255, np.uint8)
+    other = relabelled(volume, home / "other.zarr", labels_mask=mask, labels_mask_mito=mask)
+    cfg = config(home, "MTLSDMITO")
+    [expected], [weights] = weights_of(cfg, volume, 1), weights_of(cfg, other, 1)
+    for task in weights:
+        np.testing.assert_array_equal(weights[task], expected[task])
 
 
 @pytest.mark.parametrize(("model_type", "flat"), [("ACRLSD", False), ("MTLSDMITO", True)], ids=["ACRLSD-3D", "MITO-2D"])

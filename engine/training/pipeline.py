@@ -189,6 +189,9 @@ def _source(cfg, path: Path, request: gp.BatchRequest):
     source = arrays + gp.MergeProvider()
     source += gp.Normalize(RAW, factor=unit_factor(data[RAW].dtype))
     source += gp.Pad(RAW, margin, mode="reflect")
+    for key in label_keys(cfg):
+        # Weights are multiplied with the mask.
+        source += Binarize(LABEL_ARRAYS[key][1])
     for key in data.keys() - {RAW}:
         source += gp.Pad(key, margin, value=0)
     return source + LabelledLocation(LABELS_MASK)
