@@ -320,6 +320,19 @@ def test_masks_may_hold_any_number(home, volume):
         np.testing.assert_array_equal(weights[task], expected[task])
 
 
+@in_2d_and_3d
+def test_mitochondria_may_be_labelled_in_a_part_of_the_volume(home, volume, flat):
+    """Patches come from all that has neurons, and have weights for mitochondria where these are labelled."""
+    labels = read(open_array(volume, "volumes/labels/mito_ids"))[:10]
+    mask = np.ones(labels.shape, np.uint8)
+    other = relabelled(volume, home / "other.zarr", mito_ids=labels, labels_mask_mito=mask)
+    cfg = config(home, "MTLSDMITO", flat, TRAIN__AUGMENT=False, MODEL_ISO__INPUT_SHAPE=(8, 8, 8))
+    expected, weights = weights_of(cfg, volume, 12), weights_of(cfg, other, 12)
+    for patch, partly in zip(expected, weights, strict=True):
+        np.testing.assert_array_equal(partly["affs"], patch["affs"])
+    assert {weight["mito"].any() for weight in weights} == {True, False}
+
+
 @pytest.mark.parametrize(("model_type", "flat"), [("ACRLSD", False), ("MTLSDMITO", True)], ids=["ACRLSD-3D", "MITO-2D"])
 def test_blockwise_prediction_gives_what_prediction_in_one_process_gives(home, monkeypatch, capsys, model_type, flat):
     monkeypatch.chdir(home)

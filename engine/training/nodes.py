@@ -122,6 +122,33 @@ class Binarize(Relabel):
         return labels != 0
 
 
+class PadLabels(gp.BatchFilter):
+    """Provide labels in all of a ROI (nm), 0 where there are none.
+
+    gunpowder's node warns of requests that lie wholly outside of what is known, and then fails.
+    """
+
+    def __init__(self, labels: gp.ArrayKey, roi: gp.Roi):
+        self.labels, self.roi = labels, roi
+
+    def setup(self):
+        self.enable_autoskip()
+        spec = self.spec[self.labels].copy()
+        spec.roi = self.roi
+        self.updates(self.labels, spec)
+
+    def prepare(self, request):
+        known = self.get_upstream_provider().spec[self.labels].roi
+        inside = request[self.labels].roi.intersect(known)
+        request[self.labels].roi = gp.Roi(known.begin, known.shape * 0) if inside.empty else inside
+
+    def process(self, batch, request):
+        array, roi = batch[self.labels], request[self.labels].roi
+        padded = np.zeros(roi.shape / array.spec.voxel_size, array.data.dtype)
+        padded[((array.spec.roi - roi.begin) / array.spec.voxel_size).to_slices()] = array.data
+        array.data, array.spec.roi = padded, roi
+
+
 class GrowBoundary(gp.BatchFilter):
     """Erode every label by `steps` voxels (6-neighborhood, in-plane 4-neighborhood with `only_xy`).
 

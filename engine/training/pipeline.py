@@ -27,6 +27,7 @@ from engine.training.nodes import (
     DefectAugment,
     GrowBoundary,
     LabelledLocation,
+    PadLabels,
     SeedSamples,
     lsd_context,
 )
@@ -171,7 +172,10 @@ TARGETS = {
 
 
 def _source(cfg, path: Path, request: gp.BatchRequest):
-    """One volume at random locations, mirrored raw and unlabelled margins as wide as any request can need."""
+    """One volume at random locations near its neuron labels, with margins as wide as any request can need.
+
+    Raw is mirrored there, and the labels are unlabelled; others than those of neurons may cover less of the volume.
+    """
     names = {RAW: cfg.DATA.RAW}
     for key in label_keys(cfg):
         labels, mask = LABEL_ARRAYS[key]
@@ -189,11 +193,13 @@ def _source(cfg, path: Path, request: gp.BatchRequest):
     source = arrays + gp.MergeProvider()
     source += gp.Normalize(RAW, factor=unit_factor(data[RAW].dtype))
     source += gp.Pad(RAW, margin, mode="reflect")
+    reachable = data[LABELS].roi.grow(margin, margin)
     for key in label_keys(cfg):
+        labels, mask = LABEL_ARRAYS[key]
         # Weights are multiplied with the mask.
-        source += Binarize(LABEL_ARRAYS[key][1])
-    for key in data.keys() - {RAW}:
-        source += gp.Pad(key, margin, value=0)
+        source += Binarize(mask)
+        source += PadLabels(mask, reachable)
+        source += PadLabels(labels, reachable)
     return source + LabelledLocation(LABELS_MASK)
 
 
