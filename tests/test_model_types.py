@@ -312,7 +312,7 @@ def weights_of(cfg, volume, count):
 
 
 def test_masks_may_hold_any_number(home, volume):
-    mask = np.full(open_array(volume, "volumes/raw").shape, 255, np.uint8)
+    mask = np.full(open_array(volume, "volumes/raw").shape, 1000, np.uint64)
     other = relabelled(volume, home / "other.zarr", labels_mask=mask, labels_mask_mito=mask)
     cfg = config(home, "MTLSDMITO")
     [expected], [weights] = weights_of(cfg, volume, 1), weights_of(cfg, other, 1)

@@ -200,7 +200,7 @@ def _source(cfg, path: Path, request: gp.BatchRequest):
         source += Binarize(mask)
         source += PadLabels(mask, reachable)
         source += PadLabels(labels, reachable)
-    return source + LabelledLocation(LABELS_MASK)
+    return source + LabelledLocation(LABELS_MASK, data[LABELS_MASK].roi)
 
 
 def _labelled_size(cfg, path: Path) -> int:
