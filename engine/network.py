@@ -39,8 +39,9 @@ def load_weights(cfg) -> nn.Module:
 
 def first_config(cfg):
     """The config by which the first network of an auto-context type is trained, in folders `first` of its own."""
-    section = "MODEL_ISO" if cfg.DATA.FIB else "MODEL_ANISO"
-    folders = {f"{section}.{name}": f"{cfg.MODEL[name]}/first" for name in ("LOG_DIR", "CKPT_FOLDER", "OUTPUT_DIR")}
+    section, suffix = "MODEL_ISO" if cfg.DATA.FIB else "MODEL_ANISO", "_2D" * cfg.DATA.DIM_2D
+    names = ("LOG_DIR", "CKPT_FOLDER", "OUTPUT_DIR")
+    folders = {f"{section}.{name}{suffix}": f"{cfg.MODEL[name]}/first" for name in names}
     return derived_config(
         cfg,
         {

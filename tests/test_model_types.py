@@ -268,6 +268,17 @@ def test_auto_context_tiles_fit_together(home, model_type, flat, padding):
     assert tiled.std() > 1e-3
 
 
+@in_2d_and_3d
+@pytest.mark.parametrize("suffix", ["", "_2D"])
+def test_the_first_network_has_folders_of_its_own(home, flat, suffix):
+    names = ("CKPT_FOLDER", "LOG_DIR", "OUTPUT_DIR")
+    cfg = config(home, "ACLSD", flat, **{f"MODEL_ISO__{name}{suffix}": f"{home}/{name}" for name in names})
+    first = first_config(cfg)
+    for name in names:
+        assert first.MODEL[name] == f"{cfg.MODEL[name]}/first"
+        assert (cfg.MODEL[name] == f"{home}/{name}") == (flat or not suffix)
+
+
 def test_a_first_network_that_is_given_is_not_trained(home, capsys):
     cfg = with_first_weights(home, "ACLSD", True, TRAIN__EPOCHS=2)
     train(cfg)
