@@ -294,6 +294,9 @@ def test_relative_paths_become_absolute(tmp_path):
     cfg = load_config(None, ["DATA.HOME", "here", "TRAIN.CHECKPOINT", "~/model"])
     assert Path(cfg.DATA.HOME) == tmp_path / "here"
     assert Path(cfg.TRAIN.CHECKPOINT) == Path.home() / "model"
+    flat = load_config(None, ["DATA.DIM_2D", True, "MODEL_ISO.CKPT_FOLDER_2D", "runs/wide"])
+    assert Path(flat.MODEL.CKPT_FOLDER) == tmp_path / "runs/wide"
+    assert flat.MODEL.LOG_DIR.endswith("lsd_logs/MTLSD_2D/HEMI/wide")
 
 
 def test_logs_and_snapshots_go_by_the_name_of_the_checkpoints_folder():
