@@ -229,14 +229,25 @@ def test_published_auto_context_shapes_come_out():
     assert first_config(cfg).MODEL.RAW_SHAPE == (196,) * 3
 
 
-@pytest.mark.parametrize("padding", ["valid", "same"])
+@pytest.mark.parametrize("case", ["valid", "same", "odd"])
 @pytest.mark.parametrize("model_type", ["ACLSD", "ACRLSD"])
 @in_2d_and_3d
-def test_auto_context_tiles_fit_together(home, model_type, flat, padding):
+def test_auto_context_tiles_fit_together(home, model_type, flat, case):
     """Tiles of both networks in one pass give what one network after the other gives on the whole volume."""
-    shapes = {"same": ((12,) * 3, (12,) * 2), "valid": ((28,) * 3, (28,) * 2)}[padding]
-    overrides = dict(zip(("MODEL_ISO__INPUT_SHAPE", "MODEL_ISO__INPUT_SHAPE_2D"), shapes, strict=True))
-    cfg = with_first_weights(home, model_type, flat, MODEL_ISO__PAD_CONV=padding, **overrides)
+    dims = 3 - flat
+    settings = {
+        "valid": {"PAD_CONV": "valid", "INPUT_SHAPE": (28,) * dims},
+        "same": {"INPUT_SHAPE": (12,) * dims},
+        # From the least that the second network needs, the first one gives an odd number of voxels more.
+        "odd": {
+            "PAD_CONV": "valid",
+            "INPUT_SHAPE": (26,) * dims,
+            "DOWNSAMPLE_FACTORS": [(3,) * dims],
+            "KERNEL_SIZE_DOWN": [[(3,) * dims], [(3,) * dims] * 2],
+        },
+    }[case]
+    overrides = {f"MODEL_ISO__{name}{'_2D' * flat}": value for name, value in settings.items()}
+    cfg = with_first_weights(home, model_type, flat, **overrides)
     torch.manual_seed(2)
     second = build_model(cfg)
     predictor = TilePredictor(cfg, from_raw(cfg, second), Precision("no", torch.device("cpu")))
@@ -251,19 +262,22 @@ def test_auto_context_tiles_fit_together(home, model_type, flat, padding):
 
     first = build_model(first_config(cfg))
     load_checkpoint(cfg.TRAIN.CHECKPOINT_AC, first, first_config(cfg))
-    wide = [0 if flat and axis == 0 else 40 for axis in range(3)]
-    padded = np.pad(read(raw), [(w, w) for w in wide], mode="reflect").astype(np.float32) / 255 * 2 - 1
+    # Around the volume 40 voxels, and behind it what makes the size possible with a factor of 3.
+    wide = [(40, 40 + (-size - 78) % 3 * (case == "odd")) for size in raw.shape]
+    padded = np.pad(read(raw), [(0, 0)] * flat + wide[-dims:], mode="reflect").astype(np.float32) / 255 * 2 - 1
     x = torch.from_numpy(padded)[:, None] if flat else torch.from_numpy(padded)[None, None]
 
-    def middle(y, shape):
-        begin = [(a - b) // 2 for a, b in zip(y.shape[2:], shape, strict=True)]
-        return y[(..., *(slice(b, b + s) for b, s in zip(begin, shape, strict=True)))]
+    def without(y, rim):
+        return y[(..., *[slice(rim, -rim or None)] * dims)]
 
     with torch.inference_mode():
         lsds = first.eval()(x).lsds
-        seen = torch.cat([middle(x, lsds.shape[2:]), lsds], dim=1) if model_type == "ACRLSD" else lsds
-        affs = second.eval()(seen).affs
-    expected = middle(affs, raw.shape[1:]).transpose(0, 1) if flat else middle(affs, raw.shape)[0]
+        rim = (x.shape[-1] - lsds.shape[-1]) // 2
+        seen = torch.cat([without(x, rim), lsds], dim=1) if model_type == "ACRLSD" else lsds
+        affs = second.eval()(without(seen, 2 if case == "odd" else 0)).affs
+    begin = 40 - (x.shape[-1] - affs.shape[-1]) // 2
+    expected = affs[(..., *(slice(begin, begin + size) for size in raw.shape[-dims:]))]
+    expected = expected.transpose(0, 1) if flat else expected[0]
     np.testing.assert_allclose(tiled, expected.numpy(), atol=1e-4)
     assert tiled.std() > 1e-3
 
