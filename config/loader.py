@@ -40,9 +40,10 @@ PATH_KEYS = (
     "TRAIN.VALIDATION_VOLUME",
     "INS_SEGMENT.MASK_FILE",
 ) + tuple(
-    f"{section}.{name}"
+    f"{section}.{name}{suffix}"
     for section in ("MODEL_ISO", "MODEL_ANISO")
     for name in ("LOG_DIR", "CKPT_FOLDER", "OUTPUT_DIR", "DEFECT_AUGMENT")
+    for suffix in ("", "_2D")
 )
 # Voxels by which tiles grow for prediction where the network can take it.
 GROW_INPUT = 36
@@ -204,7 +205,7 @@ def _resolve(cfg: CfgNode, origins: dict[str, str]) -> None:
 
     for key in PATH_KEYS:
         section, _, name = key.partition(".")
-        if cfg[section][name]:
+        if cfg[section].get(name):
             cfg[section][name] = _absolute(cfg[section][name])
     data.OUTFILE = data.OUTFILE or f"{data.HOME}/lsd_outputs"
     data.DB_NAME = data.DB_NAME or "lsd_parallel_fragments"
@@ -230,7 +231,7 @@ def _resolve(cfg: CfgNode, origins: dict[str, str]) -> None:
     for section in ("MODEL_ISO", "MODEL_ANISO"):
         model = cfg[section]
         # Logs and snapshots of a run lie in folders of its checkpoints' name.
-        run = Path(model.CKPT_FOLDER or "run").name
+        run = Path((data.DIM_2D and model.get("CKPT_FOLDER_2D")) or model.CKPT_FOLDER or "run").name
         model.VOXEL_SIZE_2D = model.VOXEL_SIZE_2D or model.VOXEL_SIZE[1:]
         model.LSDS = model.LSDS or (6 if data.DIM_2D else 10)
         for name, folder in [
@@ -271,6 +272,12 @@ def _fit_network(model: CfgNode, section: str, suffix: str, origins: dict[str, s
             reason += "; None is two kernels of width 3 on every level"
         raise _refusal(f"{section}.{key}{suffix}", value(key), origins, reason) from None
 
+    if any((i - o) % 2 for i, o in zip(shape, output, strict=True)):
+        reason = (
+            f"INPUT_SHAPE {shape} loses an odd number of voxels, to {output}, so that the two have no common middle"
+        )
+        reason += "; change factors or kernel sizes"
+        raise _refusal(f"{section}.DOWNSAMPLE_FACTORS{suffix}", network[0], origins, reason)
     given = value("OUTPUT_SHAPE")
     if given not in (None, output):
         reason = f"from INPUT_SHAPE {shape} the network gives {output}; set that, or None"

@@ -47,12 +47,23 @@ def output_shape(input_shape, downsample_factors, kernel_size_down=None, kernel_
 
 
 def input_shape_for(output, downsample_factors, kernel_size_down=None, kernel_size_up=None, padding="valid") -> Shape:
-    """The smallest input shape in voxels from which the network gives at least the shape `output`.
+    """The smallest input shape in voxels from which the network gives at least `output`, in the middle of its own.
 
     Raises ValueError if the network itself cannot be built.
     """
-    axes = _axes(len(output), downsample_factors, kernel_size_down, kernel_size_up, padding)
-    return tuple(_first_possible(count(size), axis, size) for size, axis in zip(output, axes, strict=True))
+    network = downsample_factors, kernel_size_down, kernel_size_up, padding
+    axes = _axes(len(output), *network)
+    shape = tuple(_first_possible(count(size), axis, size) for size, axis in zip(output, axes, strict=True))
+    return _in_the_middle(shape, +1, output_shape(shape, *network), output, downsample_factors)
+
+
+def input_shape_within(size, downsample_factors, kernel_size_down=None, kernel_size_up=None, padding="valid") -> Shape:
+    """The largest input shape in voxels that the network can take in the middle of the shape `size`.
+
+    Raises ValueError if the network itself cannot be built.
+    """
+    shape, _ = nearest_input_shapes(size, downsample_factors, kernel_size_down, kernel_size_up, padding)[0]
+    return _in_the_middle(shape, -1, size, shape, downsample_factors)
 
 
 def nearest_input_shapes(
@@ -109,6 +120,13 @@ def tile_context(downsample_factors, kernel_size_down=None, kernel_size_up=None,
 def total_factor(downsample_factors) -> Shape:
     """Product of the down-sampling factors per axis: possible input shapes differ by multiples of it."""
     return tuple(math.prod(factors) for factors in zip(*downsample_factors, strict=True))
+
+
+def _in_the_middle(shape, direction: int, outer, inner, downsample_factors) -> Shape:
+    """An input shape, one possible size further along each axis where that puts `inner` in the middle of `outer`."""
+    sizes = zip(shape, outer, inner, total_factor(downsample_factors), strict=True)
+    # Possible sizes differ by `step`, so only an odd one turns an odd difference into an even one.
+    return tuple(size + direction * step * ((o - i) * step % 2) for size, o, i, step in sizes)
 
 
 def _axes(dims, factors, kernels_down, kernels_up, padding) -> list[tuple[list[int], list[int], list[int]]]:

@@ -4,7 +4,7 @@ from torch import nn
 
 from config.loader import derived_config
 from config.model_types import MODEL_TYPES
-from config.network_shapes import nearest_input_shapes
+from config.network_shapes import input_shape_within
 from models import AutoContext, build_model
 from models.checkpoint import load_checkpoint
 
@@ -23,7 +23,7 @@ def from_raw(cfg, network: nn.Module) -> nn.Module:
     load_checkpoint(cfg.TRAIN.CHECKPOINT_AC, first, first_cfg, key="TRAIN.CHECKPOINT_AC")
     model = cfg.MODEL
     shapes = model.DOWNSAMPLE_FACTORS, model.KERNEL_SIZE_DOWN, model.KERNEL_SIZE_UP, model.PAD_CONV
-    return AutoContext(first, network, model_type.inputs, fit=lambda size: nearest_input_shapes(size, *shapes)[0][0])
+    return AutoContext(first, network, model_type.inputs, fit=lambda size: input_shape_within(size, *shapes))
 
 
 def load_weights(cfg) -> nn.Module:
@@ -39,8 +39,9 @@ def load_weights(cfg) -> nn.Module:
 
 def first_config(cfg):
     """The config by which the first network of an auto-context type is trained, in folders `first` of its own."""
-    section = "MODEL_ISO" if cfg.DATA.FIB else "MODEL_ANISO"
-    folders = {f"{section}.{name}": f"{cfg.MODEL[name]}/first" for name in ("LOG_DIR", "CKPT_FOLDER", "OUTPUT_DIR")}
+    section, suffix = "MODEL_ISO" if cfg.DATA.FIB else "MODEL_ANISO", "_2D" * cfg.DATA.DIM_2D
+    names = ("LOG_DIR", "CKPT_FOLDER", "OUTPUT_DIR")
+    folders = {f"{section}.{name}{suffix}": f"{cfg.MODEL[name]}/first" for name in names}
     return derived_config(
         cfg,
         {

@@ -1,7 +1,8 @@
 """Two networks in a row: the second sees what the first one, already trained, predicts (and raw, if its type says so).
 
-Both run in one pass, on the same patch or tile. The first network's output is cropped to the largest size that the
-second one can take; `cfg.MODEL.RAW_SHAPE` and `cfg.MODEL.CONTEXT` say how much raw data that needs.
+Both run in one pass, on the same patch or tile. The first network's output is cropped, by as much on either
+side, to the largest size that the second one can take; `cfg.MODEL.RAW_SHAPE` and `cfg.MODEL.CONTEXT` say how much raw
+data that needs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class AutoContext(nn.Module):
         first: network from raw to a named tuple of predictions.
         second: network whose input is made of `inputs`.
         inputs: in the order of the second network's input channels: "raw", or fields of the first one's output.
-        fit: the largest spatial shape that the second network can take within another one.
+        fit: the largest spatial shape that the second network can take in the middle of another one, by whole voxels.
 
     `forward` takes raw, (batch, channels, *spatial), and returns what `second` returns.
     """

@@ -294,6 +294,9 @@ def test_relative_paths_become_absolute(tmp_path):
     cfg = load_config(None, ["DATA.HOME", "here", "TRAIN.CHECKPOINT", "~/model"])
     assert Path(cfg.DATA.HOME) == tmp_path / "here"
     assert Path(cfg.TRAIN.CHECKPOINT) == Path.home() / "model"
+    flat = load_config(None, ["DATA.DIM_2D", True, "MODEL_ISO.CKPT_FOLDER_2D", "runs/wide"])
+    assert Path(flat.MODEL.CKPT_FOLDER) == tmp_path / "runs/wide"
+    assert flat.MODEL.LOG_DIR.endswith("lsd_logs/MTLSD_2D/HEMI/wide")
 
 
 def test_logs_and_snapshots_go_by_the_name_of_the_checkpoints_folder():
@@ -330,12 +333,24 @@ def test_first_network_of_an_auto_context_model_is_trained_unless_given():
     assert load_config(None, ["TRAIN.MODEL_TYPE", "ACLSD", "TRAIN.CHECKPOINT_AC", "/m"]).TRAIN.LSD_EPOCHS is None
 
 
+def test_all_shapes_of_an_auto_context_model_have_one_middle():
+    """Down-sampled by 3, two networks in a row would leave 119 - 6 voxels, with the least of raw that they can take."""
+    factors = ["MODEL_ISO.DOWNSAMPLE_FACTORS", [[1] * 3, [3] * 3, [1] * 3], "MODEL_ISO.INPUT_SHAPE", (62,) * 3]
+    model = load_config(None, ["TRAIN.MODEL_TYPE", "ACLSD", *factors]).MODEL
+    assert (model.RAW_SHAPE, model.OUTPUT_SHAPE, model.CONTEXT) == ((122,) * 3, (6,) * 3, (58,) * 3)
+
+
 # Mistakes ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
+        (
+            ["MODEL_ISO.DOWNSAMPLE_FACTORS", [[5] * 3], "MODEL_ISO.INPUT_SHAPE", (49,) * 3]
+            + ["MODEL_ISO.KERNEL_SIZE_DOWN", None, "MODEL_ISO.KERNEL_SIZE_UP", None],
+            ["MODEL_ISO.DOWNSAMPLE_FACTORS", "(49, 49, 49)", "(20, 20, 20)", "odd"],
+        ),
         (["TRAIN.EPOCH", 5], ["TRAIN.EPOCH ", "command line", "TRAIN.EPOCHS"]),
         (["EPOCHS", 5], ["EPOCHS", "TRAIN.EPOCHS"]),
         (["TRAIN.HOME", "/x"], ["TRAIN.HOME", "DATA.HOME"]),

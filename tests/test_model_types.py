@@ -18,7 +18,7 @@ from data_utils.create_labels_mask import create_labels_mask
 from data_utils.layout import data_folder, output_path, volumes_in
 from data_utils.phantom import write_phantom
 from data_utils.preprocess import export_sections
-from data_utils.volumes import list_arrays, open_array, read
+from data_utils.volumes import list_arrays, open_array, read, write_array
 from engine.device import Precision
 from engine.network import first_config, from_raw
 from engine.post.segment import segment
@@ -229,14 +229,25 @@ def test_published_auto_context_shapes_come_out():
     assert first_config(cfg).MODEL.RAW_SHAPE == (196,) * 3
 
 
-@pytest.mark.parametrize("padding", ["valid", "same"])
+@pytest.mark.parametrize("case", ["valid", "same", "odd"])
 @pytest.mark.parametrize("model_type", ["ACLSD", "ACRLSD"])
 @in_2d_and_3d
-def test_auto_context_tiles_fit_together(home, model_type, flat, padding):
+def test_auto_context_tiles_fit_together(home, model_type, flat, case):
     """Tiles of both networks in one pass give what one network after the other gives on the whole volume."""
-    shapes = {"same": ((12,) * 3, (12,) * 2), "valid": ((28,) * 3, (28,) * 2)}[padding]
-    overrides = dict(zip(("MODEL_ISO__INPUT_SHAPE", "MODEL_ISO__INPUT_SHAPE_2D"), shapes, strict=True))
-    cfg = with_first_weights(home, model_type, flat, MODEL_ISO__PAD_CONV=padding, **overrides)
+    dims = 3 - flat
+    settings = {
+        "valid": {"PAD_CONV": "valid", "INPUT_SHAPE": (28,) * dims},
+        "same": {"INPUT_SHAPE": (12,) * dims},
+        # From the least that the second network needs, the first one gives an odd number of voxels more.
+        "odd": {
+            "PAD_CONV": "valid",
+            "INPUT_SHAPE": (26,) * dims,
+            "DOWNSAMPLE_FACTORS": [(3,) * dims],
+            "KERNEL_SIZE_DOWN": [[(3,) * dims], [(3,) * dims] * 2],
+        },
+    }[case]
+    overrides = {f"MODEL_ISO__{name}{'_2D' * flat}": value for name, value in settings.items()}
+    cfg = with_first_weights(home, model_type, flat, **overrides)
     torch.manual_seed(2)
     second = build_model(cfg)
     predictor = TilePredictor(cfg, from_raw(cfg, second), Precision("no", torch.device("cpu")))
@@ -251,21 +262,35 @@ def test_auto_context_tiles_fit_together(home, model_type, flat, padding):
 
     first = build_model(first_config(cfg))
     load_checkpoint(cfg.TRAIN.CHECKPOINT_AC, first, first_config(cfg))
-    wide = [0 if flat and axis == 0 else 40 for axis in range(3)]
-    padded = np.pad(read(raw), [(w, w) for w in wide], mode="reflect").astype(np.float32) / 255 * 2 - 1
+    # Around the volume 40 voxels, and behind it what makes the size possible with a factor of 3.
+    wide = [(40, 40 + (-size - 78) % 3 * (case == "odd")) for size in raw.shape]
+    padded = np.pad(read(raw), [(0, 0)] * flat + wide[-dims:], mode="reflect").astype(np.float32) / 255 * 2 - 1
     x = torch.from_numpy(padded)[:, None] if flat else torch.from_numpy(padded)[None, None]
 
-    def middle(y, shape):
-        begin = [(a - b) // 2 for a, b in zip(y.shape[2:], shape, strict=True)]
-        return y[(..., *(slice(b, b + s) for b, s in zip(begin, shape, strict=True)))]
+    def without(y, rim):
+        return y[(..., *[slice(rim, -rim or None)] * dims)]
 
     with torch.inference_mode():
         lsds = first.eval()(x).lsds
-        seen = torch.cat([middle(x, lsds.shape[2:]), lsds], dim=1) if model_type == "ACRLSD" else lsds
-        affs = second.eval()(seen).affs
-    expected = middle(affs, raw.shape[1:]).transpose(0, 1) if flat else middle(affs, raw.shape)[0]
+        rim = (x.shape[-1] - lsds.shape[-1]) // 2
+        seen = torch.cat([without(x, rim), lsds], dim=1) if model_type == "ACRLSD" else lsds
+        affs = second.eval()(without(seen, 2 if case == "odd" else 0)).affs
+    begin = 40 - (x.shape[-1] - affs.shape[-1]) // 2
+    expected = affs[(..., *(slice(begin, begin + size) for size in raw.shape[-dims:]))]
+    expected = expected.transpose(0, 1) if flat else expected[0]
     np.testing.assert_allclose(tiled, expected.numpy(), atol=1e-4)
     assert tiled.std() > 1e-3
+
+
+@in_2d_and_3d
+@pytest.mark.parametrize("suffix", ["", "_2D"])
+def test_the_first_network_has_folders_of_its_own(home, flat, suffix):
+    names = ("CKPT_FOLDER", "LOG_DIR", "OUTPUT_DIR")
+    cfg = config(home, "ACLSD", flat, **{f"MODEL_ISO__{name}{suffix}": f"{home}/{name}" for name in names})
+    first = first_config(cfg)
+    for name in names:
+        assert first.MODEL[name] == f"{cfg.MODEL[name]}/first"
+        assert (cfg.MODEL[name] == f"{home}/{name}") == (flat or not suffix)
 
 
 def test_a_first_network_that_is_given_is_not_trained(home, capsys):
@@ -295,6 +320,42 @@ def test_bad_first_weights_are_refused_before_anything_is_written(home):
 def test_mitochondria_need_labels(home):
     with pytest.raises(UserError, match=r"volumes/labels/mito"):
         train(config(home, "MTLSDMITO", DATA__MITO_LABELS="volumes/labels/mito"))
+
+
+def relabelled(volume, path, **arrays):
+    """A copy of the volume with other arrays in volumes/labels, from its first voxel on."""
+    shutil.copytree(volume, path)
+    for name, data in arrays.items():
+        write_array(path, f"volumes/labels/{name}", data, voxel_size=(8, 8, 8), offset=(80, 160, 0))
+    return path
+
+
+def weights_of(cfg, volume, count):
+    """Weights, by task, of the first patches of a volume."""
+    with training_batches(cfg, [volume], tuple(task_channels(cfg))) as batches:
+        return [next(batches).weights for _ in range(count)]
+
+
+def test_masks_may_hold_any_number(home, volume):
+    mask = np.full(open_array(volume, "volumes/raw").shape, 1000, np.uint64)
+    other = relabelled(volume, home / "other.zarr", labels_mask=mask, labels_mask_mito=mask)
+    cfg = config(home, "MTLSDMITO")
+    [expected], [weights] = weights_of(cfg, volume, 1), weights_of(cfg, other, 1)
+    for task in weights:
+        np.testing.assert_array_equal(weights[task], expected[task])
+
+
+@in_2d_and_3d
+def test_mitochondria_may_be_labelled_in_a_part_of_the_volume(home, volume, flat):
+    """Patches come from all that has neurons, and have weights for mitochondria where these are labelled."""
+    labels = read(open_array(volume, "volumes/labels/mito_ids"))[:10]
+    mask = np.ones(labels.shape, np.uint8)
+    other = relabelled(volume, home / "other.zarr", mito_ids=labels, labels_mask_mito=mask)
+    cfg = config(home, "MTLSDMITO", flat, TRAIN__AUGMENT=False, MODEL_ISO__INPUT_SHAPE=(8, 8, 8))
+    expected, weights = weights_of(cfg, volume, 12), weights_of(cfg, other, 12)
+    for patch, partly in zip(expected, weights, strict=True):
+        np.testing.assert_array_equal(partly["affs"], patch["affs"])
+    assert {weight["mito"].any() for weight in weights} == {True, False}
 
 
 @pytest.mark.parametrize(("model_type", "flat"), [("ACRLSD", False), ("MTLSDMITO", True)], ids=["ACRLSD-3D", "MITO-2D"])

@@ -1,8 +1,10 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import gunpowder as gp
@@ -182,6 +184,27 @@ def test_batches_depend_on_seed_and_number_alone(home):
     assert not np.array_equal(first[0].raw, other[0].raw)
 
 
+def test_locations_are_labelled_and_cost_little_memory(home, volume):
+    """A mask of which a quarter is labelled; its margins, as wide as a rotated patch, take no memory."""
+    path = data_folder(config(home), "train") / "phantom.zarr"
+    path.unlink()
+    shutil.copytree(volume, path)
+    mask = np.zeros((48, 52, 56), np.uint8)
+    mask[24:, 26:] = 1
+    write_array(path, "volumes/labels/labels_mask", mask, voxel_size=(8, 8, 8), offset=(80, 160, 0))
+    cfg = config(home, TRAIN__AUGMENT=False, MODEL_ISO__GROWBOUNDARY_STEPS=0)
+    tracemalloc.start()
+    try:
+        with training_batches(cfg, [path], ("lsds",)) as batches:
+            assert tracemalloc.get_traced_memory()[1] < 10 * mask.size
+            shares = [next(batches).weights["lsds"].mean() for _ in range(10)]
+    finally:
+        tracemalloc.stop()
+    # Every miss lowers the share that is asked for, 0.5 at first, by two in a hundred.
+    assert min(shares) > 0.25
+    assert max(shares) > 0.5
+
+
 def test_worker_processes_make_the_same_batches_as_this_one(home):
     """Which of the first ones come first depends on the workers' pace."""
     here = {batch.raw.tobytes() for batch in batches_of(config(home), 8)}
@@ -190,16 +213,27 @@ def test_worker_processes_make_the_same_batches_as_this_one(home):
     assert here.issuperset(there)
 
 
-@pytest.mark.parametrize("augmentation", ["anisotropic", "defects"])
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        "anisotropic",
+        "defects",
+        {"MODEL_ISO__JITTER_SIGMA": (0, 2, 2)},
+        {"MODEL_ISO__CONTROL_POINT_SPACING": [(20, 20, 20), (10, 10, 10)], "MODEL_ISO__PROB_SLIP": 0.1},
+    ],
+    ids=["anisotropic", "defects", "one jitter for two passes", "two spacings"],
+)
 def test_other_augmentations_give_batches(home, volume, augmentation, tmp_path):
     if augmentation == "anisotropic":
         overrides = {key.replace("ISO.", "ANISO."): value for key, value in SETTINGS.items() if "ISO" in key}
         overrides |= {"DATA__FIB": 0, "MODEL_ANISO__VOXEL_SIZE": (8, 8, 8)}
-    else:
+    elif augmentation == "defects":
         defects = tmp_path / "defects.zarr"
         for name, data in {"raw": np.zeros((40, 90, 90), np.uint8), "mask": np.ones((40, 90, 90), np.uint8)}.items():
             write_array(defects, f"defect_sections/{name}", data, voxel_size=(8, 8, 8), offset=(0, 0, 0))
         overrides = {"MODEL_ISO__DEFECT_AUGMENT": defects}
+    else:
+        overrides = augmentation
     for batch in batches_of(config(home, **overrides), 2):
         assert np.isfinite(batch.raw).all()
         assert (batch.targets["affs"] > 0).any()

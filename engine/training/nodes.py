@@ -11,7 +11,6 @@ import multiprocessing
 import fastremap
 import gunpowder as gp
 import numpy as np
-from skimage.transform import integral_image, integrate
 
 from data_utils.create_labels_mask import is_labelled
 from engine.training.lsd import local_shape_descriptors
@@ -53,20 +52,22 @@ class LabelledLocation(gp.RandomLocation):
     LEAST_LABELLED = 0.5
     PATIENCE = 0.98
 
-    def __init__(self, mask: gp.ArrayKey):
+    def __init__(self, mask: gp.ArrayKey, known: gp.Roi):
+        """known: ROI of the labels mask without its margins."""
         super().__init__()
-        self.labels_mask, self.least = mask, self.LEAST_LABELLED
+        self.labels_mask, self.known, self.least = mask, known, self.LEAST_LABELLED
 
     def setup(self):
         super().setup()
-        self.mask_spec = self.upstream_spec[self.labels_mask]
-        batch = self.get_upstream_provider().request_batch(gp.BatchRequest({self.labels_mask: self.mask_spec}))
-        self.labelled_before = integral_image(batch[self.labels_mask].data > 0, dtype=np.int64)
+        request = gp.BatchRequest({self.labels_mask: gp.ArraySpec(self.known)})
+        # Counting in a box takes milliseconds; sums that spare it would take eight bytes for each of these.
+        self.labelled = self.get_upstream_provider().request_batch(request)[self.labels_mask].data > 0
 
     def accepts(self, request):
-        box = (request[self.labels_mask].roi - self.mask_spec.roi.offset) / self.mask_spec.voxel_size
-        labelled = integrate(self.labelled_before, [box.begin], [box.end - 1])[0] / box.size
-        accepted = labelled >= self.least
+        box = (request[self.labels_mask].roi - self.known.offset) / self.spec[self.labels_mask].voxel_size
+        inside = box.intersect(gp.Roi((0,) * box.dims, self.labelled.shape))
+        share = np.count_nonzero(self.labelled[inside.to_slices()]) / box.size
+        accepted = share >= self.least
         self.least = self.LEAST_LABELLED if accepted else self.least * self.PATIENCE
         return accepted
 
@@ -120,6 +121,33 @@ class Binarize(Relabel):
 
     def new_labels(self, labels):
         return labels != 0
+
+
+class PadLabels(gp.BatchFilter):
+    """Provide labels in all of a ROI (nm), 0 where there are none.
+
+    gunpowder's node warns of requests that lie wholly outside of what is known, and then fails.
+    """
+
+    def __init__(self, labels: gp.ArrayKey, roi: gp.Roi):
+        self.labels, self.roi = labels, roi
+
+    def setup(self):
+        self.enable_autoskip()
+        spec = self.spec[self.labels].copy()
+        spec.roi = self.roi
+        self.updates(self.labels, spec)
+
+    def prepare(self, request):
+        known = self.get_upstream_provider().spec[self.labels].roi
+        inside = request[self.labels].roi.intersect(known)
+        request[self.labels].roi = gp.Roi(known.begin, known.shape * 0) if inside.empty else inside
+
+    def process(self, batch, request):
+        array, roi = batch[self.labels], request[self.labels].roi
+        padded = np.zeros(roi.shape / array.spec.voxel_size, array.data.dtype)
+        padded[((array.spec.roi - roi.begin) / array.spec.voxel_size).to_slices()] = array.data
+        array.data, array.spec.roi = padded, roi
 
 
 class GrowBoundary(gp.BatchFilter):

@@ -27,6 +27,7 @@ from engine.training.nodes import (
     DefectAugment,
     GrowBoundary,
     LabelledLocation,
+    PadLabels,
     SeedSamples,
     lsd_context,
 )
@@ -45,6 +46,8 @@ MITO_WEIGHTS = gp.ArrayKey("MITO_WEIGHTS")
 
 # Key of DATA that names labels -> keys of the labels and of their mask.
 LABEL_ARRAYS = {"NEURON_LABELS": (LABELS, LABELS_MASK), "MITO_LABELS": (MITO, MITO_MASK)}
+# Keys of MODEL that may hold a list of two, for two passes of elastic augmentation.
+PER_PASS = ("PROB_ELASTIC", "CONTROL_POINT_SPACING", "JITTER_SIGMA", "PROB_SLIP", "PROB_SHIFT", "MAX_MISALIGN")
 
 
 class TrainingBatch(NamedTuple):
@@ -169,7 +172,10 @@ TARGETS = {
 
 
 def _source(cfg, path: Path, request: gp.BatchRequest):
-    """One volume at random locations, mirrored raw and unlabelled margins as wide as any request can need."""
+    """One volume at random locations near its neuron labels, with margins as wide as any request can need.
+
+    Raw is mirrored there, and the labels are unlabelled; others than those of neurons may cover less of the volume.
+    """
     names = {RAW: cfg.DATA.RAW}
     for key in label_keys(cfg):
         labels, mask = LABEL_ARRAYS[key]
@@ -187,9 +193,14 @@ def _source(cfg, path: Path, request: gp.BatchRequest):
     source = arrays + gp.MergeProvider()
     source += gp.Normalize(RAW, factor=unit_factor(data[RAW].dtype))
     source += gp.Pad(RAW, margin, mode="reflect")
-    for key in data.keys() - {RAW}:
-        source += gp.Pad(key, margin, value=0)
-    return source + LabelledLocation(LABELS_MASK)
+    reachable = data[LABELS].roi.grow(margin, margin)
+    for key in label_keys(cfg):
+        labels, mask = LABEL_ARRAYS[key]
+        # Weights are multiplied with the mask.
+        source += Binarize(mask)
+        source += PadLabels(mask, reachable)
+        source += PadLabels(labels, reachable)
+    return source + LabelledLocation(LABELS_MASK, data[LABELS_MASK].roi)
 
 
 def _labelled_size(cfg, path: Path) -> int:
@@ -197,25 +208,26 @@ def _labelled_size(cfg, path: Path) -> int:
 
 
 def _elastic_augments(model) -> list[gp.BatchFilter]:
-    """One elastic augmentation, or two in a row where JITTER_SIGMA is a list of two."""
-    two = isinstance(model.JITTER_SIGMA[0], list | tuple)
+    """One elastic augmentation, or two in a row where any key is a list of two, one value for each."""
+    # A value for both is a number or a tuple.
+    two = any(isinstance(model[key], list) for key in PER_PASS)
 
-    def of_pass(value, number: int):
-        return value[number] if two and isinstance(value, list | tuple) else value
+    def of_pass(key: str, number: int):
+        return model[key][number] if isinstance(model[key], list) else model[key]
 
     with warnings.catch_warnings():
         # Its successor knows no slipped and shifted sections, and the config's lengths are in voxels as here.
         warnings.simplefilter("ignore", DeprecationWarning)
         return [
             gp.ElasticAugment(
-                control_point_spacing=along_zyx(model.CONTROL_POINT_SPACING, 1),
-                jitter_sigma=along_zyx(of_pass(model.JITTER_SIGMA, number), 0),
+                control_point_spacing=along_zyx(of_pass("CONTROL_POINT_SPACING", number), 1),
+                jitter_sigma=along_zyx(of_pass("JITTER_SIGMA", number), 0),
                 rotation_interval=model.ROTATION_INTERVAL,
-                prob_slip=of_pass(model.PROB_SLIP, number),
-                prob_shift=of_pass(model.PROB_SHIFT, number),
-                max_misalign=of_pass(model.MAX_MISALIGN, number),
+                prob_slip=of_pass("PROB_SLIP", number),
+                prob_shift=of_pass("PROB_SHIFT", number),
+                max_misalign=of_pass("MAX_MISALIGN", number),
                 subsample=model.SUBSAMPLE,
-                p=of_pass(model.PROB_ELASTIC, number),
+                p=of_pass("PROB_ELASTIC", number),
             )
             for number in range(2 if two else 1)
         ]
