@@ -169,7 +169,7 @@ _C.TRAIN.CHECKPOINT_AC = ""
 # Network and augmentation for isotropic data (DATA.FIB 1)
 # ------------------------------------------------------------------------------------------------------------
 _C.MODEL_ISO = CfgNode()
-# Channels of the raw data.
+# Channels of the raw data: 1; there is no other choice.
 _C.MODEL_ISO.IN_CHANNELS = 1
 # LSD channels. None: 10 in 3D, 6 in 2D; there is no other choice.
 _C.MODEL_ISO.LSDS = None
