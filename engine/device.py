@@ -26,7 +26,7 @@ def resolve_device(cfg, busy_cores: int = 0, local_rank: int = 0, local_size: in
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(
-            f"TRAIN.DEVICE {cfg.TRAIN.DEVICE!r} means {name!r}, but this machine has {torch.cuda.device_count()} GPUs: "
+            f"TRAIN.DEVICE is {cfg.TRAIN.DEVICE!r} ({name}), but there are {torch.cuda.device_count()} GPUs here: "
             "set it to 'auto' or 'cpu', or start fewer processes"
         )
     from_environment = int(os.environ.get("OMP_NUM_THREADS") or 0)
