@@ -9,6 +9,6 @@ from config.config_fib25 import _C as RECIPE
 
 _C = RECIPE.clone()
 # Absolute, because relative paths in a config count from the current directory.
-_C.TRAIN.CHECKPOINT = str(Path(__file__).resolve().parent / "fib25_mtlsd" / "model_checkpoint_4000")
+_C.TRAIN.CHECKPOINT = str(Path(__file__).resolve().parent / "fib25_mtlsd" / "model_checkpoint_6000")
 # In the middle of the thresholds that scored best on held-out sections.
 _C.INS_SEGMENT.THRESHOLDS = [0.5]
