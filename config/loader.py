@@ -273,10 +273,8 @@ def _fit_network(model: CfgNode, section: str, suffix: str, origins: dict[str, s
         raise _refusal(f"{section}.{key}{suffix}", value(key), origins, reason) from None
 
     if any((i - o) % 2 for i, o in zip(shape, output, strict=True)):
-        reason = (
-            f"INPUT_SHAPE {shape} loses an odd number of voxels, to {output}, so that the two have no common middle"
-        )
-        reason += "; change factors or kernel sizes"
+        reason = f"INPUT_SHAPE {shape} loses an odd number of voxels, to {output}, so that the two have no common "
+        reason += "middle; change factors or kernel sizes"
         raise _refusal(f"{section}.DOWNSAMPLE_FACTORS{suffix}", network[0], origins, reason)
     given = value("OUTPUT_SHAPE")
     if given not in (None, output):

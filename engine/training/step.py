@@ -54,7 +54,7 @@ class Trainer:
         if self.averaged:
             load_checkpoint(path, self.averaged.module, self.cfg)
             self.averaged.n_averaged.fill_(iteration)
-        if scale := read_checkpoint(path).get("scaler_state_dict"):
+        if self.scaler.is_enabled() and (scale := read_checkpoint(path).get("scaler_state_dict")):
             self.scaler.load_state_dict(scale)
         return iteration
 
