@@ -1,7 +1,7 @@
 """Score segmentations: python 06_evaluate_volumes.py -c CKPT_FOLDER/config_predict.yaml"""
 
-from engine.cli import run_script
-from engine.evaluate.evaluate import evaluate
+from lsdseg.cli import run_script
+from lsdseg.engine.evaluate.evaluate import evaluate
 
 if __name__ == "__main__":
     run_script(

@@ -7,15 +7,14 @@ import json
 import time
 from pathlib import Path
 
-from config.loader import load_config
-from data_utils.layout import data_folder, output_path, volumes_in
-from data_utils.phantom import write_phantom
-from engine.cli import call_script
-from engine.evaluate.evaluate import scores_path
-from engine.evaluate.figure import draw_sample
-from engine.training.train import PREDICT_CONFIG, seed_everything
-from models import build_model
-from models.checkpoint import save_untrained
+from lsdseg.cli import call_script
+from lsdseg.config.loader import load_config
+from lsdseg.data_utils.layout import data_folder, output_path, scores_path, volumes_in
+from lsdseg.data_utils.phantom import write_phantom
+from lsdseg.engine.evaluate.figure import draw_sample
+from lsdseg.engine.training.train import PREDICT_CONFIG, seed_everything
+from lsdseg.models import build_model
+from lsdseg.models.checkpoint import save_untrained
 
 CHECKOUT = Path(__file__).resolve().parent
 HOME = CHECKOUT / "demo_data"

@@ -1,7 +1,7 @@
 """Segment predicted affinities, in memory: python instance_segmenter.py -c CKPT_FOLDER/config_predict.yaml"""
 
-from engine.cli import run_script
-from engine.post.segment import segment
+from lsdseg.cli import run_script
+from lsdseg.engine.post.whole import segment
 
 if __name__ == "__main__":
     run_script(

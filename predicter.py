@@ -1,7 +1,7 @@
 """Predict affinities and LSDs: python predicter.py -c CKPT_FOLDER/config_predict.yaml"""
 
-from engine.cli import run_script
-from engine.predict.predict import predict
+from lsdseg.cli import run_script
+from lsdseg.engine.predict.predict import predict
 
 if __name__ == "__main__":
     run_script(

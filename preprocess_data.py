@@ -1,7 +1,7 @@
 """Make training data from training data: python preprocess_data.py -c FILE PREPROCESS.EXPORT_2D_FROM_3D True"""
 
-from data_utils.preprocess import preprocess
-from engine.cli import run_script
+from lsdseg.cli import run_script
+from lsdseg.data_utils.preprocess import preprocess
 
 if __name__ == "__main__":
     run_script(

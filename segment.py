@@ -6,12 +6,12 @@ Commands that a user could type in the checkout do all of it, and are printed.
 
 from pathlib import Path
 
-from config.loader import find_config, load_config
-from data_utils.layout import data_folder, output_path
-from engine.cli import call_script, run_script
-from engine.evaluate.figure import draw_sample
-from engine.post.segment import segment_names
-from engine.predict.check import check_before_segmenting
+from lsdseg.cli import call_script, run_script
+from lsdseg.config.loader import find_config, load_config
+from lsdseg.data_utils.layout import data_folder, output_path
+from lsdseg.engine.evaluate.figure import draw_sample
+from lsdseg.engine.post.whole import segment_names
+from lsdseg.engine.predict.check import check_before_segmenting
 
 
 def main(_, args) -> None:

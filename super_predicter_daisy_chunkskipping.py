@@ -2,8 +2,8 @@
 
 from functools import partial
 
-from engine.cli import run_script
-from engine.predict.blockwise import predict_blockwise
+from lsdseg.cli import run_script
+from lsdseg.engine.predict.blockwise import predict_blockwise
 
 if __name__ == "__main__":
     run_script(

@@ -1,7 +1,7 @@
 """Train a network: python trainer.py -c config/config_cremi.py TRAIN.EPOCHS 1000"""
 
-from engine.cli import run_script
-from engine.training.train import train
+from lsdseg.cli import run_script
+from lsdseg.engine.training.train import train
 
 if __name__ == "__main__":
     run_script(

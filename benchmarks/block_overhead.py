@@ -7,12 +7,9 @@ The time that a run with one block per worker takes, in which the workers start,
 
 import argparse
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def open_worker(cfg, arguments):
@@ -24,8 +21,8 @@ def seconds(blocks, workers):
     """Wall time of a run in an empty folder."""
     from funlib.geometry import Roi
 
-    from config.loader import load_config
-    from engine.blocks import BlockTask, run_blocks
+    from lsdseg.config.loader import load_config
+    from lsdseg.engine.blocks.run import BlockTask, run_blocks
 
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)

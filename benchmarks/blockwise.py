@@ -16,28 +16,24 @@ that gets slower or faster cancels out. Ratios are to the smallest volume.
 import argparse
 import os
 import re
-import sys
 import tempfile
 import time
 import tracemalloc
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 from skimage.segmentation import find_boundaries
 
-from config.loader import load_config
-from data_utils.layout import data_folder, output_path
-from data_utils.phantom import make_phantom
-from data_utils.volumes import open_array, write_array
-from engine.blocks import run_blocks
-from engine.post import large
-from engine.predict import blockwise as predict
-from models import build_model
-from models.checkpoint import save_untrained
+from lsdseg.config.loader import load_config
+from lsdseg.data_utils.layout import data_folder, output_path
+from lsdseg.data_utils.phantom import make_phantom
+from lsdseg.data_utils.volumes import open_array, write_array
+from lsdseg.engine.blocks.run import run_blocks
+from lsdseg.engine.post import large
+from lsdseg.engine.predict import blockwise as predict
+from lsdseg.models import build_model
+from lsdseg.models.checkpoint import save_untrained
 
 BLOCK, LAYERS = 48, 6
 UNIT_BLOCKS = LAYERS * 2 * 2

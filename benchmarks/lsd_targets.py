@@ -10,17 +10,14 @@ since lsd-lite divides rounding errors there, and offsets where down-sampling le
 
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import h5py
 import numpy as np
 from lsd_lite import get_lsds
 
-from engine.training.lsd import local_shape_descriptors
+from lsdseg.engine.training.lsd import local_shape_descriptors
 
 SIGMA = 80.0  # nm, the default of MODEL_*.LSD_SIGMA
 FULL_RESOLUTION_LABELS = 16  # at least so many for lsd-lite at full resolution

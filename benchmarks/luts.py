@@ -10,17 +10,14 @@ are in cubes of 8^3 voxels, and "noise" has another id at every voxel.
 
 import argparse
 import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 
-from config.config import get_cfg_defaults
-from engine.post.luts import connected_segments, load_lut, relabel, save_lut
+from lsdseg.config.defaults import get_cfg_defaults
+from lsdseg.engine.post.tables import connected_segments, load_lut, relabel, save_lut
 
 VOXELS_IN_BLOCK = 256**3
 FRAGMENTS_IN_BLOCK = 20_000

@@ -11,19 +11,15 @@ repeated.
 """
 
 import json
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from config.loader import load_config
-from config.model_types import MODEL_TYPES
-from data_utils.layout import output_path, volumes_in
-from data_utils.volumes import has_array
-from engine.cli import call_script, run_script
-from engine.evaluate.evaluate import scores_path
-from engine.training.train import PREDICT_CONFIG
-from models.checkpoint import checkpoint_path
+from lsdseg.cli import call_script, run_script
+from lsdseg.config.loader import load_config
+from lsdseg.config.model_types import MODEL_TYPES
+from lsdseg.data_utils.layout import output_path, scores_path, volumes_in
+from lsdseg.data_utils.volumes import has_array
+from lsdseg.engine.training.train import PREDICT_CONFIG
+from lsdseg.models.checkpoint import checkpoint_path
 
 SETTINGS_2D = {"DATA.DIM_2D": True, "INS_SEGMENT.LINK_SECTIONS": 0.5}
 NEIGHBORHOOD = {"TRAIN.NEIGHBORHOOD": "LR_NEIGHBORHOOD", "TRAIN.NEIGHBORHOOD_2D": "LR_NEIGHBORHOOD"}

@@ -10,18 +10,15 @@ apart. One process, as each worker is one.
 
 import argparse
 import os
-import sys
 import tempfile
 import time
 import uuid
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 import pymongo
 
-from rag import MongoStore, ParquetStore
+from lsdseg.rag import MongoStore, ParquetStore
 
 VOXELS_IN_BLOCK = 256**3
 ROW = "{:<26}{:>14}{:>12}"

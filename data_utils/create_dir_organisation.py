@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_utils.layout import create_dir_organisation
+from lsdseg.data_utils.layout import create_dir_organisation
 
 
 def main():

@@ -1,74 +1,30 @@
-"""Masks of what is labelled: training looks at these voxels only.
+"""Write masks of what is labeled: python data_utils/create_labels_mask.py train/*.zarr"""
 
-CREMI and its annotation tools mark voxels that nobody has labelled with the three largest ids; background, 0,
-counts as labelled. If 0 means "not labelled" in your ground truth, bring your own mask.
-"""
-
-import argparse
-import sys
-from pathlib import Path
-
-import numpy as np
-from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from config.errors import UserError
-from data_utils.volumes import blocks, create_array, has_array, open_array, read, rename_array, room_on_disk
-
-LABELS = "volumes/labels/neuron_ids"
-MASK = "volumes/labels/labels_mask"
-FIRST_UNLABELLED = np.uint64(2**64 - 3)
-
-
-def is_labelled(labels: np.ndarray) -> np.ndarray:
-    """Bool, shape of labels (any integers): whether a voxel has been labelled, background included."""
-    return labels < FIRST_UNLABELLED
-
-
-def create_labels_mask(path: Path | str, labels_dataset: str = LABELS, mask_dataset: str = MASK, **defaults) -> bool:
-    """Write the labels mask (uint8, 1: labelled; ROI and voxel size of the labels) of a zarr that has none.
-
-    Memory is bounded, and a mask that was ended half-way is not taken for one. defaults: as for `open_array`.
-    Returns whether one was made. Raises UserError if there are no labels or no room on disk.
-    """
-    if has_array(path, mask_dataset):
-        return False
-    labels = open_array(path, labels_dataset, **defaults)
-    with room_on_disk(path):
-        mask = create_array(
-            path,
-            f"{mask_dataset}.partial",
-            labels.shape,
-            voxel_size=labels.voxel_size,
-            offset=labels.offset,
-            dtype=np.uint8,
-            chunk_shape=labels.chunk_shape,
-        )
-        for block in tqdm(blocks(labels), desc="labels mask", unit="block", delay=2):
-            mask[block] = is_labelled(read(labels, block)).astype(np.uint8)
-        rename_array(path, f"{mask_dataset}.partial", mask_dataset)
-    return True
+from lsdseg.cli import command_parser, run_command
+from lsdseg.data_utils.labels import create_labels_mask
+from lsdseg.data_utils.layout import LABELS, LABELS_MASK
+from lsdseg.data_utils.volumes import open_array
 
 
 def main():
-    """Command line: make the masks of several zarrs."""
-    parser = argparse.ArgumentParser(
-        description="Write the labels mask of every zarr that has none.",
-        epilog="example: python data_utils/create_labels_mask.py CREMI/data_3d/train/*.zarr",
+    """Make the masks of several zarrs."""
+    parser = command_parser(
+        "Write the labels mask of every zarr that has none.",
+        "python data_utils/create_labels_mask.py CREMI/data_3d/train/*.zarr",
     )
     parser.add_argument("paths", metavar="ZARR", nargs="+")
     parser.add_argument("--labels", default=LABELS, help="dataset of the labels (default: %(default)s)")
-    parser.add_argument("--mask", default=MASK, help="dataset to write (default: %(default)s)")
-    arguments = parser.parse_args()
-    try:
-        for path in arguments.paths:
-            open_array(path, arguments.labels)
-        for path in arguments.paths:
-            made = create_labels_mask(path, arguments.labels, arguments.mask)
-            print(f"{path}: {arguments.mask} {'made' if made else 'is there already'}")
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
+    parser.add_argument("--mask", default=LABELS_MASK, help="dataset to write (default: %(default)s)")
+    run_command(parser, create)
+
+
+def create(arguments):
+    """Look at all zarrs before the first one is changed."""
+    for path in arguments.paths:
+        open_array(path, arguments.labels)
+    for path in arguments.paths:
+        made = create_labels_mask(path, arguments.labels, arguments.mask)
+        print(f"{path}: {arguments.mask} {'written' if made else 'is there already'}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""Networks, losses and checkpoints. Nothing here knows a file layout or a data set."""
+"""The networks, under the name that scripts of the published LSD code import; the code is in `lsdseg.models`."""
 
-from models.autocontext import AutoContext
-from models.multitask import build_model
+from lsdseg.models import AutoContext, build_model
 
 __all__ = ["AutoContext", "build_model"]

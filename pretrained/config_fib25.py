@@ -5,10 +5,14 @@ The recipe that they were trained with, and only what differs from it. README.md
 
 from pathlib import Path
 
-from config.config_fib25 import _C as RECIPE
+from yacs.config import CfgNode
 
-_C = RECIPE.clone()
+from lsdseg.config.loader import read_config_file
+
+HERE = Path(__file__).resolve().parent
+
+_C = CfgNode(read_config_file(HERE.parent / "config" / "config_fib25.py"))
 # Absolute, because relative paths in a config count from the current directory.
-_C.TRAIN.CHECKPOINT = str(Path(__file__).resolve().parent / "fib25_mtlsd" / "model_checkpoint_6000")
+_C.TRAIN.CHECKPOINT = str(HERE / "fib25_mtlsd" / "model_checkpoint_6000")
 # In the middle of the thresholds that scored best on held-out sections.
 _C.INS_SEGMENT.THRESHOLDS = [0.5]

@@ -3,18 +3,12 @@
 Two thirds of a checkpoint are the optimizer's state, which predicting does not need.
 """
 
-import os
-import sys
 from pathlib import Path
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from config.errors import UserError
-from engine.cli import run_script
-from models import build_model
-from models.checkpoint import load_checkpoint, network_settings
+from lsdseg.cli import run_script
+from lsdseg.errors import UserError
+from lsdseg.models import build_model
+from lsdseg.models.checkpoint import load_checkpoint, network_settings, write_state
 
 
 def export(cfg, folder: Path | str) -> Path:
@@ -36,10 +30,7 @@ def export(cfg, folder: Path | str) -> Path:
     target = Path(folder) / checkpoint.name
     if target.exists() and target.samefile(checkpoint):
         raise UserError(f"{target} is the checkpoint itself: export to another folder")
-    temporary = target.with_name(f".{target.name}.tmp")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, temporary)
-    os.replace(temporary, target)
+    write_state(target, state)
     return target
 
 

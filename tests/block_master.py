@@ -1,4 +1,4 @@
-"""A small task for tests of `engine.blocks`, what they do with it, and a script that runs it as the scripts run theirs.
+"""A small task for tests of `lsdseg.engine.blocks`, what they do with it, and a script that runs it.
 
 python tests/block_master.py --folder FOLDER SYSTEM.NUM_WORKERS 2
 """
@@ -12,9 +12,9 @@ from pathlib import Path
 
 from funlib.geometry import Coordinate, Roi
 
-from config.loader import CHECKOUT, load_config
-from engine.blocks import BlockTask, run_blocks
-from engine.cli import run_script
+from lsdseg.cli import run_script
+from lsdseg.config.loader import CHECKOUT, load_config
+from lsdseg.engine.blocks.run import BlockTask, run_blocks
 
 VOLUME = Roi((80, 0, 40), (100, 120, 90))
 BLOCK = Coordinate(40, 40, 30)

@@ -1,4 +1,4 @@
-"""What workers do in tests of `engine.blocks`: each block writes one file, and fails, hangs or waits as files say."""
+"""What workers do in tests of `lsdseg.engine.blocks`: a block writes a file, and fails, hangs or waits as files say."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import signal
 import time
 from pathlib import Path
 
-from config.errors import UserError
+from lsdseg.errors import UserError
 
 
 def open_worker(cfg, arguments):

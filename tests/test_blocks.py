@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from config.errors import UserError
-from config.loader import CHECKOUT, load_config
-from engine import blocks
-from engine.blocks import forget, run_blocks
+from lsdseg.config.loader import CHECKOUT, load_config
+from lsdseg.engine.blocks import run as blocks
+from lsdseg.engine.blocks.run import forget, run_blocks
+from lsdseg.errors import UserError
 from tests.block_master import BLOCKS, CONTEXT, VOLUME, config, results, start_master, toy_task, trouble, wait_for
 
 
@@ -228,7 +228,7 @@ def test_workers_get_the_resolved_config_the_password_and_a_gpu_each(folder, mon
 
 
 def test_a_worker_that_does_not_see_the_files_says_so(folder):
-    command = [sys.executable, "-m", "engine.worker", "/nowhere/config_0.yaml", "/nowhere/task.json"]
+    command = [sys.executable, "-m", "lsdseg.engine.blocks.worker", "/nowhere/config_0.yaml", "/nowhere/task.json"]
     environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
     worker = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert worker.returncode == 2

@@ -9,13 +9,13 @@ import pytest
 from scipy import ndimage
 from test_post import affinities_of, with_boundaries
 
-from config.errors import UserError
-from data_utils.phantom import make_phantom
-from engine.evaluate.metrics import count_overlaps, scores
-from engine.post.agglomerate import agglomerate
-from engine.post.blockwise import edges_of_block, fragments_of_block, score_edges
-from engine.post.fragments import extract_fragments
-from engine.post.luts import connected_segments, relabel
+from lsdseg.data_utils.phantom import make_phantom
+from lsdseg.engine.evaluate.metrics import count_overlaps, scores
+from lsdseg.engine.post.agglomerate import agglomerate
+from lsdseg.engine.post.fragments import extract_fragments
+from lsdseg.engine.post.graph import edges_of_block, fragments_of_block, score_edges
+from lsdseg.engine.post.tables import connected_segments, relabel
+from lsdseg.errors import UserError
 
 SIZE = 32  # voxels of a block along each axis
 VOXELS_IN_BLOCK = SIZE**3

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from config.config import get_cfg_defaults
-from config.errors import UserError
-from config.loader import CHECKOUT, dump_config, load_config
-from config.network_shapes import input_shape_for, nearest_input_shapes, output_shape
-from config.rules import RULES
-from engine.cli import run_script
+from lsdseg.cli import run_script
+from lsdseg.config.defaults import get_cfg_defaults
+from lsdseg.config.loader import CHECKOUT, dump_config, load_config
+from lsdseg.config.network_shapes import input_shape_for, nearest_input_shapes, output_shape
+from lsdseg.config.rules import RULES
+from lsdseg.errors import UserError
 
 CONFIG_FILES = sorted(p.name for p in (CHECKOUT / "config").glob("config*.py"))
 
@@ -274,7 +274,7 @@ def test_config_is_frozen():
 
 
 def test_loading_needs_neither_torch_nor_numpy():
-    code = "import sys, config.loader as l; l.load_config(); print({'torch', 'numpy'} & set(sys.modules))"
+    code = "import sys, lsdseg.config.loader as l; l.load_config(); print({'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -7,15 +7,24 @@ import numpy as np
 import pytest
 from yacs.config import CfgNode
 
-from config.errors import UserError
 from data_utils import create_dir_organisation as create_dir_organisation_script
 from data_utils import create_labels_mask as create_labels_mask_script
 from data_utils import hdf_to_zarr as hdf_to_zarr_script
-from data_utils.checks import check_raw, check_training_volume, check_training_volumes
-from data_utils.create_labels_mask import LABELS, MASK, create_labels_mask
-from data_utils.hdf_to_zarr import RAW, hdf_to_zarr
-from data_utils.layout import create_dir_organisation, data_folder, output_path, run_name, volumes_in
-from data_utils.volumes import list_arrays, open_array, read, write_array
+from lsdseg.data_utils.checks import check_raw, check_training_volume, check_training_volumes
+from lsdseg.data_utils.hdf import hdf_to_zarr
+from lsdseg.data_utils.labels import create_labels_mask
+from lsdseg.data_utils.layout import (
+    LABELS,
+    LABELS_MASK,
+    RAW,
+    create_dir_organisation,
+    data_folder,
+    output_path,
+    run_name,
+    volumes_in,
+)
+from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
+from lsdseg.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 RNG = np.random.default_rng(0)
@@ -37,7 +46,7 @@ def cfg(tmp_path):
             "DIM_2D": False,
             "RAW": RAW,
             "NEURON_LABELS": LABELS,
-            "NEURON_LABELS_MASK": MASK,
+            "NEURON_LABELS_MASK": LABELS_MASK,
         }
     )
     cfg.PREPROCESS = CfgNode({"SOURCE_DATA_RESOLUTION": None, "SOURCE_DATA_OFFSET": None})
@@ -82,8 +91,8 @@ def run(script, monkeypatch, capsys, *arguments):
 def test_conversion_keeps_every_volume_and_its_place(hdf, tmp_path):
     target = tmp_path / "sample_A.zarr"
     hdf_to_zarr(hdf, target)
-    assert list_arrays(target) == [MASK, "volumes/labels/mito_ids", LABELS, RAW]
-    raw, labels, mask = (open_array(target, name) for name in (RAW, LABELS, MASK))
+    assert list_arrays(target) == [LABELS_MASK, "volumes/labels/mito_ids", LABELS, RAW]
+    raw, labels, mask = (open_array(target, name) for name in (RAW, LABELS, LABELS_MASK))
     np.testing.assert_array_equal(read(raw), RAW_DATA)
     np.testing.assert_array_equal(read(labels), LABELS_DATA)
     np.testing.assert_array_equal(read(mask), LABELS_DATA != 2**64 - 3)
@@ -115,10 +124,10 @@ def test_sections_cut_the_same_region_out_of_every_dataset(hdf, tmp_path):
 
 def test_existing_mask_is_kept(hdf, tmp_path):
     with h5py.File(hdf, "r+") as file:
-        mask = file.create_dataset(MASK, data=(LABELS_DATA > 4).astype(np.uint8))
+        mask = file.create_dataset(LABELS_MASK, data=(LABELS_DATA > 4).astype(np.uint8))
         mask.attrs["resolution"] = (40, 4, 4)
     hdf_to_zarr(hdf, tmp_path / "a.zarr")
-    np.testing.assert_array_equal(read(open_array(tmp_path / "a.zarr", MASK)), LABELS_DATA > 4)
+    np.testing.assert_array_equal(read(open_array(tmp_path / "a.zarr", LABELS_MASK)), LABELS_DATA > 4)
 
 
 def test_real_volume_by_the_command_line(data_dir, tmp_path):
@@ -134,7 +143,7 @@ def test_real_volume_by_the_command_line(data_dir, tmp_path):
             array = open_array(target, name)
             np.testing.assert_array_equal(read(array), file[name][10:14])
             assert (array.voxel_size, array.offset) == ((10, 10, 10), (100, 0, 0))
-    assert read(open_array(target, MASK)).all()
+    assert read(open_array(target, LABELS_MASK)).all()
 
 
 def test_conversion_refuses_bad_input(hdf, tmp_path, monkeypatch, capsys):
@@ -172,7 +181,7 @@ def test_resolution_serves_files_without_attributes(hdf, tmp_path, monkeypatch, 
     assert f"{RAW} in {hdf} has no voxel size" in error
     status, printed, _ = run(hdf_to_zarr_script, monkeypatch, capsys, hdf, output, "--resolution", 40, 4, 4)
     assert status == 0
-    assert "annotations/ids is left out" in printed
+    assert "left out annotations/ids" in printed
     assert open_array(output, RAW).voxel_size == (40, 4, 4)
 
 
@@ -199,9 +208,9 @@ def test_labels_mask_is_made_once(tmp_path, monkeypatch, capsys):
     path = tmp_path / "a.zarr"
     write_array(path, LABELS, LABELS_DATA, voxel_size=(40, 4, 4), offset=(200, 24, 28))
     status, printed, _ = run(create_labels_mask_script, monkeypatch, capsys, path)
-    assert (status, printed) == (0, f"{path}: {MASK} made\n")
-    np.testing.assert_array_equal(read(open_array(path, MASK)), LABELS_DATA != 2**64 - 3)
-    assert list_arrays(path) == [MASK, LABELS]
+    assert (status, printed) == (0, f"{path}: {LABELS_MASK} written\n")
+    np.testing.assert_array_equal(read(open_array(path, LABELS_MASK)), LABELS_DATA != 2**64 - 3)
+    assert list_arrays(path) == [LABELS_MASK, LABELS]
     assert create_labels_mask(path) is False
 
     status, _, error = run(create_labels_mask_script, monkeypatch, capsys, tmp_path / "nope.zarr")
@@ -260,7 +269,7 @@ def write_volume(path, raw=RAW_DATA, labels=LABELS_DATA, mask=None, labels_grid=
     """A volume that is fit for training unless told otherwise; None leaves a dataset out."""
     if raw is not None:
         write_array(path, RAW, raw, voxel_size=(40, 4, 4), offset=(0, 0, 0))
-    for name, data in ((LABELS, labels), (MASK, mask)):
+    for name, data in ((LABELS, labels), (LABELS_MASK, mask)):
         if data is not None:
             write_array(path, name, data, voxel_size=labels_grid[0], offset=labels_grid[1])
     return path
@@ -301,8 +310,8 @@ def test_good_volumes_pass(cfg, tmp_path):
         ({"labels_grid": ((40, 4, 4), (440, 24, 28))}, LABELS, r"not inside volumes/raw .* attribute offset"),
         ({"labels_grid": ((40, 4, 4), (200, 26, 28))}, LABELS, "between the voxels"),
         ({"labels": np.full((4, 4, 4), 2**64 - 1, np.uint64)}, LABELS, "no labelled voxel"),
-        ({"mask": np.zeros((10, 12, 14), np.uint8)}, MASK, "is zero everywhere"),
-        ({"mask": np.ones((9, 12, 14), np.uint8)}, MASK, "or delete it and it is made anew"),
+        ({"mask": np.zeros((10, 12, 14), np.uint8)}, LABELS_MASK, "is zero everywhere"),
+        ({"mask": np.ones((9, 12, 14), np.uint8)}, LABELS_MASK, "or delete it and it is made anew"),
     ],
 )
 def test_bad_training_volumes(cfg, tmp_path, volume, dataset, message):

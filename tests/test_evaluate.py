@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from skimage.metrics import adapted_rand_error, variation_of_information
 
-from config.errors import UserError
-from config.loader import load_config
-from data_utils.layout import output_path
-from data_utils.volumes import write_array
-from engine.evaluate.evaluate import evaluate, overlaps, scores_path
-from engine.evaluate.metrics import count_overlaps, scores
+from lsdseg.config.loader import load_config
+from lsdseg.data_utils.layout import output_path, scores_path
+from lsdseg.data_utils.volumes import write_array
+from lsdseg.engine.evaluate.evaluate import evaluate, overlaps
+from lsdseg.engine.evaluate.metrics import count_overlaps, scores
+from lsdseg.errors import UserError
 
 PLACE = {"voxel_size": (10, 10, 10), "offset": (0, 0, 0)}
 

@@ -5,11 +5,11 @@ import pytest
 from PIL import Image
 from skimage.color import rgb2xyz, xyz2lab
 
-from config.errors import UserError
-from config.loader import load_config
-from data_utils.phantom import make_phantom
-from data_utils.volumes import write_array
-from engine.evaluate.figure import draw_sample, draw_segmentation_figure, label_palette, match_labels
+from lsdseg.config.loader import load_config
+from lsdseg.data_utils.phantom import make_phantom
+from lsdseg.data_utils.volumes import write_array
+from lsdseg.engine.evaluate.figure import draw_sample, draw_segmentation_figure, label_palette, match_labels
+from lsdseg.errors import UserError
 
 CFG = load_config()
 

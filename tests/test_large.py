@@ -18,25 +18,24 @@ from scipy.ndimage import gaussian_filter
 from skimage.metrics import variation_of_information
 from skimage.segmentation import find_boundaries
 
-from config.errors import UserError
-from config.loader import CHECKOUT, load_config
-from data_utils.layout import data_folder, output_path
-from data_utils.phantom import make_phantom
-from data_utils.volumes import list_arrays, open_array, read, write_array
-from engine.post.large import (
+from lsdseg.config.loader import CHECKOUT, load_config
+from lsdseg.data_utils.layout import data_folder, lut_path, output_path
+from lsdseg.data_utils.phantom import make_phantom
+from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
+from lsdseg.engine.post.large import (
     agglomerate_blockwise,
     extract_fragments_blockwise,
     extract_segmentation,
     find_segments,
-    lut_path,
 )
-from engine.post.luts import load_lut, save_lut
-from engine.post.segment import segment
-from engine.predict.blockwise import predict_blockwise
-from engine.predict.predict import predict
-from models import build_model
-from models.checkpoint import save_untrained
-from rag import open_store
+from lsdseg.engine.post.tables import load_lut, save_lut
+from lsdseg.engine.post.whole import segment
+from lsdseg.engine.predict.blockwise import predict_blockwise
+from lsdseg.engine.predict.predict import predict
+from lsdseg.errors import UserError
+from lsdseg.models import build_model
+from lsdseg.models.checkpoint import save_untrained
+from lsdseg.rag import open_store
 from tests import slurm
 from tests.mongodb import TEST_URI, mongodb, own_server
 
@@ -239,7 +238,9 @@ def test_kill_9_of_workers_and_master_changes_nothing(home, undisturbed):
             time.sleep(1)
             with contextlib.suppress(psutil.NoSuchProcess):  # some end by themselves, some are dead already
                 below = psutil.Process(master.pid).children(recursive=True)
-                workers = [p for p in below if "engine.worker" in p.as_dict(["cmdline"], ad_value=())["cmdline"]]
+                workers = [
+                    p for p in below if "lsdseg.engine.blocks.worker" in p.as_dict(["cmdline"], ad_value=())["cmdline"]
+                ]
                 if workers:
                     chance.choice(workers).kill()
         master.kill()

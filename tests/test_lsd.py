@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from lsd_lite import get_lsds
 
-from engine.training.lsd import local_shape_descriptors
+from lsdseg.engine.training.lsd import local_shape_descriptors
 
 
 def brute_force(labels, sigma, voxel_size, n=1):

@@ -5,8 +5,9 @@ import pytest
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from config.errors import UserError
-from engine.post.luts import KEY, connected_segments, load_lut, lut_name, relabel, save_lut
+from lsdseg.data_utils.layout import lut_path
+from lsdseg.engine.post.tables import KEY, connected_segments, load_lut, relabel, save_lut
+from lsdseg.errors import UserError
 
 VOXELS_IN_BLOCK = 1000
 THRESHOLDS = [0.5, 0.1, 0.3]
@@ -125,11 +126,12 @@ def test_relabel_refuses_a_lut_of_other_fragments(graph):
 def test_luts_on_disk(graph, tmp_path):
     ids, edges = graph
     lut = connected_segments(ids, [edges], [0.1])[0.1]
-    assert lut_name("sampleA", "hist_quant_50", 0.29) == "seg_sampleA_edges_hist_quant_50_29"
-    path = tmp_path / f"{lut_name('sampleA', 'mean', 0.7)}.npz"
+    output = tmp_path / "sample_A.zarr"
+    assert lut_path(output, "hist_quant_50", 0.29).name == "seg_sampleA_edges_hist_quant_50_29.npz"
+    path = lut_path(output, "mean", 0.7)
     for rows in (lut[:, :0], lut):
         save_lut(path, rows)
-        assert [file.name for file in tmp_path.iterdir()] == ["seg_sampleA_edges_mean_70.npz"]
+        assert [file.name for file in path.parent.iterdir()] == ["seg_sampleA_edges_mean_70.npz"]
         assert np.load(path)["fragment_segment_lut"].dtype == np.uint64
         assert (np.load(path)["fragment_segment_lut"] == rows).all()
         assert (load_lut(path) == rows).all()
@@ -156,7 +158,7 @@ def test_files_that_are_no_luts(tmp_path):
 def test_a_full_disk_keeps_the_lut_that_was_there(small_disk):
     path = small_disk(64) / "seg.npz"
     save_lut(path, np.ones((2, 100), np.uint64))
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="No space"):
         save_lut(path, np.zeros((2, 10_000), np.uint64))
     assert load_lut(path).all()
     assert list(path.parent.iterdir()) == [path]

@@ -11,26 +11,26 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from config.errors import UserError
-from config.loader import load_config
-from config.model_types import MODEL_TYPES, task_channels
-from data_utils.create_labels_mask import create_labels_mask
-from data_utils.layout import data_folder, output_path, volumes_in
-from data_utils.phantom import write_phantom
-from data_utils.preprocess import export_sections
-from data_utils.volumes import list_arrays, open_array, read, write_array
-from engine.device import Precision
-from engine.network import first_config, from_raw
-from engine.post.segment import segment
-from engine.predict.blockwise import predict_blockwise
-from engine.predict.predict import predict
-from engine.predict.tiles import TilePredictor
-from engine.training.pipeline import training_batches
-from engine.training.ranks import Ranks
-from engine.training.step import Trainer
-from engine.training.train import PREDICT_CONFIG, train
-from models import build_model
-from models.checkpoint import checkpoint_path, load_checkpoint, save_untrained
+from lsdseg.config.loader import load_config
+from lsdseg.config.model_types import MODEL_TYPES, task_channels
+from lsdseg.data_utils.labels import create_labels_mask
+from lsdseg.data_utils.layout import data_folder, output_path, volumes_in
+from lsdseg.data_utils.phantom import write_phantom
+from lsdseg.data_utils.preprocess import export_sections
+from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
+from lsdseg.engine.device import Precision
+from lsdseg.engine.network import first_config, from_raw
+from lsdseg.engine.post.whole import segment
+from lsdseg.engine.predict.blockwise import predict_blockwise
+from lsdseg.engine.predict.predict import predict
+from lsdseg.engine.predict.tiles import TilePredictor
+from lsdseg.engine.training.pipeline import training_batches
+from lsdseg.engine.training.ranks import Ranks
+from lsdseg.engine.training.step import Trainer
+from lsdseg.engine.training.train import PREDICT_CONFIG, train
+from lsdseg.errors import UserError
+from lsdseg.models import build_model
+from lsdseg.models.checkpoint import checkpoint_path, load_checkpoint, save_untrained
 
 SETTINGS = {
     "SYSTEM.NUM_WORKERS": 0,

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from config.errors import UserError
-from config.loader import load_config
-from config.network_shapes import output_shape, tile_context
-from models import build_model
-from models.checkpoint import latest_checkpoint, load_checkpoint, network_settings, save_checkpoint
-from models.losses import weighted_mse
+from lsdseg.config.loader import load_config
+from lsdseg.config.network_shapes import output_shape, tile_context
+from lsdseg.errors import UserError
+from lsdseg.models import build_model
+from lsdseg.models.checkpoint import latest_checkpoint, load_checkpoint, network_settings, save_checkpoint
+from lsdseg.models.losses import weighted_mse
 
 SMALL = (
     *("MODEL_ISO.NUM_FMAPS", "3", "MODEL_ISO.NUM_FMAPS_OUT", "4", "MODEL_ISO.FMAP_INC_FACTOR", "2"),

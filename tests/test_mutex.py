@@ -6,25 +6,25 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from config.errors import UserError
-from config.loader import load_config
-from data_utils.layout import data_folder, output_path
-from data_utils.phantom import make_phantom
-from data_utils.volumes import list_arrays, open_array, read, write_array
-from engine.evaluate.metrics import count_overlaps, scores
-from engine.post.affinities import NEIGHBORS, direct_neighbors
-from engine.post.blockwise import edges_of_block, score_mutex_edges
-from engine.post.fragments import extract_fragments
-from engine.post.large import (
+from lsdseg.config.loader import load_config
+from lsdseg.data_utils.layout import data_folder, output_path
+from lsdseg.data_utils.phantom import make_phantom
+from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
+from lsdseg.engine.evaluate.metrics import count_overlaps, scores
+from lsdseg.engine.post.affinities import NEIGHBORS, direct_neighbors
+from lsdseg.engine.post.fragments import extract_fragments
+from lsdseg.engine.post.graph import edges_of_block, score_mutex_edges
+from lsdseg.engine.post.large import (
     agglomerate_blockwise,
     extract_fragments_blockwise,
     extract_segmentation,
     find_segments,
 )
-from engine.post.link import link_sections
-from engine.post.mutex import edge_biases, mutex_watershed, voxel_pairs
-from engine.post.segment import segment
-from rag import open_store
+from lsdseg.engine.post.link import link_sections
+from lsdseg.engine.post.mutex import edge_biases, mutex_watershed, voxel_pairs
+from lsdseg.engine.post.whole import segment
+from lsdseg.errors import UserError
+from lsdseg.rag import open_store
 
 PLACE = {"voxel_size": (10, 10, 10), "offset": (0, 20, 40)}
 LONG_RANGE = [(-4, 0, 0), (0, -4, 0), (0, 0, -4)]

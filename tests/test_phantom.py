@@ -10,9 +10,9 @@ import pytest
 from scipy.ndimage import gaussian_filter
 from skimage.metrics import variation_of_information
 
-from config.errors import UserError
-from data_utils.phantom import make_phantom, write_phantom
-from data_utils.volumes import list_arrays, open_array, read
+from lsdseg.data_utils.phantom import make_phantom, write_phantom
+from lsdseg.data_utils.volumes import list_arrays, open_array, read
+from lsdseg.errors import UserError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data_utils" / "phantom.py"
 

@@ -12,13 +12,14 @@ from skimage.segmentation import watershed
 from waterz._agglomerate import _load_prebuilt
 from yacs.config import CfgNode
 
-from config.errors import UserError
-from config.loader import load_config
-from data_utils.layout import output_path
-from data_utils.volumes import list_arrays, open_array, read, write_array
-from engine.post.agglomerate import MERGE_FUNCTIONS, QUEUE_BINS, agglomerate, default_merge_function
-from engine.post.fragments import extract_fragments, find_seeds, flood, squared_distances
-from engine.post.segment import read_mask, segment, segment_names
+from lsdseg.config.loader import load_config
+from lsdseg.data_utils.layout import output_path
+from lsdseg.data_utils.masks import read_mask
+from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
+from lsdseg.engine.post.agglomerate import MERGE_FUNCTIONS, QUEUE_BINS, agglomerate, default_merge_function
+from lsdseg.engine.post.fragments import extract_fragments, find_seeds, flood, squared_distances
+from lsdseg.engine.post.whole import segment, segment_names
+from lsdseg.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from config.errors import UserError
-from config.loader import load_config
-from data_utils.volumes import chunk_shape, list_arrays, open_array, read, write_array
-from engine.predict import blockwise
-from engine.predict.blockwise import predict_blockwise
-from engine.predict.predict import predict, stored
-from engine.predict.tiles import TilePredictor, read_mirrored
-from models import build_model
+from lsdseg.config.loader import load_config
+from lsdseg.data_utils.volumes import chunk_shape, list_arrays, open_array, read, write_array
+from lsdseg.engine.predict import blockwise
+from lsdseg.engine.predict.blockwise import predict_blockwise
+from lsdseg.engine.predict.predict import predict, stored
+from lsdseg.engine.predict.tiles import TilePredictor, read_mirrored
+from lsdseg.errors import UserError
+from lsdseg.models import build_model
 
 VOLUME = (26, 38, 31)
 OFFSET = (80, 0, 160)

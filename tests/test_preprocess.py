@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from skimage.exposure import match_histograms as scikit_match_histograms
 
-from config.errors import UserError
-from config.loader import load_config
-from data_utils import preprocess as preprocess_module
-from data_utils.create_labels_mask import LABELS, MASK
-from data_utils.preprocess import preprocess
-from data_utils.volumes import blocks, list_arrays, open_array, read, write_array
+from lsdseg.config.loader import load_config
+from lsdseg.data_utils import preprocess as preprocess_module
+from lsdseg.data_utils.layout import LABELS, LABELS_MASK
+from lsdseg.data_utils.preprocess import preprocess
+from lsdseg.data_utils.volumes import blocks, list_arrays, open_array, read, write_array
+from lsdseg.errors import UserError
 
 RAW = "volumes/raw"
 MITO = "volumes/labels/mito_ids"
-SCRIPT = Path(preprocess_module.__file__).parents[1] / "preprocess_data.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "preprocess_data.py"
 RNG = np.random.default_rng(0)
 RAW_DATA = RNG.integers(20, 120, (9, 70, 66), dtype=np.uint8)
 LABELS_DATA = RNG.integers(0, 9, (4, 20, 30)).astype(np.uint64)
@@ -53,7 +53,7 @@ def test_every_section_becomes_a_dataset_at_its_place(home, monkeypatch, block_b
     monkeypatch.setattr(preprocess_module, "blocks", partial(blocks, max_bytes=block_bytes))
     preprocess(config(home, "PREPROCESS.EXPORT_2D_FROM_3D", True))
     exported = folder(home, "FLY", "2d", "train") / "a.zarr"
-    assert list_arrays(exported) == sorted(f"{name}/{z}" for name in (RAW, LABELS, MASK) for z in range(9))
+    assert list_arrays(exported) == sorted(f"{name}/{z}" for name in (RAW, LABELS, LABELS_MASK) for z in range(9))
     for z in range(9):
         values, resolution, offset = section(exported, f"{RAW}/{z}")
         np.testing.assert_array_equal(values, RAW_DATA[z])
@@ -64,7 +64,7 @@ def test_every_section_becomes_a_dataset_at_its_place(home, monkeypatch, block_b
         values, resolution, offset = section(exported, f"{LABELS}/{z}")
         np.testing.assert_array_equal(values, LABELS_DATA[z - 3] if z in labelled else np.zeros((20, 30)))
         assert (values.dtype, resolution, offset) == (np.uint64, (4, 8), (420, 16))
-        mask, _, offset = section(exported, f"{MASK}/{z}")
+        mask, _, offset = section(exported, f"{LABELS_MASK}/{z}")
         np.testing.assert_array_equal(mask, LABELS_DATA[z - 3] < 9 if z in labelled else np.zeros((20, 30)))
         assert (mask.dtype, offset) == (np.uint8, (420, 16))
 
@@ -77,12 +77,12 @@ def test_masks_mitochondria_and_further_datasets_go_along(home):
     source = folder(home, "FLY", "3d", "train") / "a.zarr"
     grid = {"voxel_size": (40, 4, 8), "offset": (200, 420, 16)}
     mask = RNG.integers(0, 2, LABELS_DATA.shape, dtype=np.uint8)
-    write_array(source, MASK, mask, **grid)
+    write_array(source, LABELS_MASK, mask, **grid)
     write_array(source, MITO, LABELS_DATA.astype(np.uint16) // 2, **grid)
     datasets = ["volumes/skeletons", LABELS]  # the labels go as sections all the same
     preprocess(config(home, "PREPROCESS.EXPORT_2D_FROM_3D", True, "PREPROCESS.DATASETS_TO_COPY", datasets))
     exported = folder(home, "FLY", "2d", "train") / "a.zarr"
-    np.testing.assert_array_equal(section(exported, f"{MASK}/4")[0], mask[1])
+    np.testing.assert_array_equal(section(exported, f"{LABELS_MASK}/4")[0], mask[1])
     np.testing.assert_array_equal(section(exported, f"{MITO}/4")[0], (LABELS_DATA.astype(np.uint16) // 2)[1])
     np.testing.assert_array_equal(section(exported, f"{LABELS}/4")[0], LABELS_DATA[1])
     copied, resolution, offset = section(exported, "volumes/skeletons")

@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 import pymongo
 import pytest
 
-from config.errors import UserError
-from config.loader import load_config
-from rag import MongoStore, ParquetStore, open_store, sample_name
+from lsdseg.config.loader import load_config
+from lsdseg.data_utils.layout import sample_name
+from lsdseg.errors import UserError
+from lsdseg.rag import MongoStore, ParquetStore, open_store
 from tests.mongodb import TEST_URI, free_port, mongodb, own_server
 
 VOXELS = 1000  # in a block
@@ -134,8 +135,8 @@ def test_ranges_are_inclusive_and_cross_blocks(open_graph):
 
 
 def test_streams_give_every_row_once(open_graph, monkeypatch):
-    monkeypatch.setattr("rag.parquet.BATCH", 50)
-    monkeypatch.setattr("rag.mongo.BATCH", 50)
+    monkeypatch.setattr("lsdseg.rag.parquet.BATCH", 50)
+    monkeypatch.setattr("lsdseg.rag.mongo.BATCH", 50)
     store = open_graph()
     blocks = [1_000_000, 0, 5, 999, 1000, 1001, 7_654_321]
     for block in blocks:
@@ -236,7 +237,7 @@ def test_a_killed_writer_is_made_good_by_writing_again(request, tmp_path, open_g
     else:
         opening = "MongoStore({!r}, {!r}, 'sampleA', {}, 'r+')".format(*request.getfixturevalue("database"), VOXELS)
     writer = (
-        "from rag import MongoStore, ParquetStore; from tests.test_rag import make_edges\n"
+        "from lsdseg.rag import MongoStore, ParquetStore; from tests.test_rag import make_edges\n"
         f"store = {opening}\n"
         "while True:\n"
         "    store.write_edges('mean', 1, *make_edges(1, 500)); print('written', flush=True)"
@@ -429,8 +430,8 @@ def test_the_graph_of_another_output_is_refused(database, tmp_path, monkeypatch)
 
 @pytest.mark.skipif(TEST_URI is not None, reason="stops the server")
 def test_a_server_that_goes_away_is_waited_for(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("rag.mongo.BATCH", 100)
-    monkeypatch.setattr("rag.mongo.SELECTION_SECONDS", 0.5)
+    monkeypatch.setattr("lsdseg.rag.mongo.BATCH", 100)
+    monkeypatch.setattr("lsdseg.rag.mongo.SELECTION_SECONDS", 0.5)
     count = 20
     begun, back = threading.Event(), threading.Event()
     with own_server(tmp_path) as server, ThreadPoolExecutor() as workers:
@@ -467,8 +468,8 @@ def away_for_a_while(server):
 @pytest.mark.skipif(TEST_URI is not None, reason="makes an account on the server")
 def test_credentials_work_and_show_nowhere(tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setattr("rag.mongo.SELECTION_SECONDS", 1)
-    monkeypatch.setattr("rag.mongo.PATIENCE_SECONDS", 1)
+    monkeypatch.setattr("lsdseg.rag.mongo.SELECTION_SECONDS", 1)
+    monkeypatch.setattr("lsdseg.rag.mongo.PATIENCE_SECONDS", 1)
     seen = []
 
     def refusal(uri, message):
@@ -513,7 +514,7 @@ def test_tls_as_the_uri_gives_it(tmp_path, monkeypatch):
         store = MongoStore(f"{server.uri}/?tls=true&tlsCAFile={certificate}", "graphs", "sampleA", VOXELS, "r+")
         store.write_nodes(0, *make_nodes(0))
         assert len(store.read_nodes(1, VOXELS)[0]) == 20
-        monkeypatch.setattr("rag.mongo.SELECTION_SECONDS", 1)
+        monkeypatch.setattr("lsdseg.rag.mongo.SELECTION_SECONDS", 1)
         with pytest.raises(UserError, match="TLS options"):
             MongoStore(f"{server.uri}/?tls=true", "graphs", "sampleA", VOXELS, "r")
 

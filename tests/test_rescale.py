@@ -6,10 +6,12 @@ import pytest
 import torch
 from funlib.geometry import Roi
 
-from config.errors import UserError
 from data_utils import rescale as rescale_script
-from data_utils.rescale import RAW, interpolation_weights, rescale
-from data_utils.volumes import list_arrays, open_array, read, write_array
+from lsdseg.data_utils import rescale as rescale_module
+from lsdseg.data_utils.layout import RAW
+from lsdseg.data_utils.rescale import interpolation_weights, rescale
+from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
+from lsdseg.errors import UserError
 
 SHAPE = (21, 30, 26)
 OFFSET = (70, -30, 16)
@@ -109,7 +111,7 @@ def test_blocks_do_not_show(tmp_path, monkeypatch, data):
     values = np.random.default_rng(0).integers(0, 256, (70, 90, 150), dtype=np.uint8)
     source = volume(tmp_path / "in.zarr", values)
     rescale(source, tmp_path / "whole.zarr", RAW, (6, 7, 8), labels=data == "labels")
-    monkeypatch.setattr(rescale_script, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(rescale_module, "BLOCK_BYTES", 1)
     rescale(source, tmp_path / "blocks.zarr", RAW, (6, 7, 8), labels=data == "labels")
     whole, blocks = (read(open_array(tmp_path / name, RAW)).astype(int) for name in ("whole.zarr", "blocks.zarr"))
     assert np.abs(whole - blocks).max() <= (1 if data == "raw" else 0)
@@ -129,7 +131,7 @@ def test_an_interrupted_run_leaves_what_was_there(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rescale_script, "_interpolated", interrupt)
+    monkeypatch.setattr(rescale_module, "_interpolated", interrupt)
     with pytest.raises(KeyboardInterrupt):
         rescale(source, tmp_path / "out.zarr", RAW, (10, 10, 10))
     assert list_arrays(tmp_path / "out.zarr") == ["volumes/old"]
@@ -168,7 +170,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     for target, options, message in [
         ("out.zarr", (), "exists: add --overwrite"),
-        ("in.zarr", ("--overwrite",), "is read, and would be replaced"),
+        ("in.zarr", ("--overwrite",), "is an input and would be replaced"),
         ("new.zarr", ("--dataset", "volumes/em"), "it holds volumes/raw"),
     ]:
         with pytest.raises(SystemExit) as ended:

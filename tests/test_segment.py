@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import segment
-from config.errors import UserError
-from config.loader import load_config
-from data_utils.volumes import list_arrays, open_array, read, write_array
-from engine.cli import call_script
-from engine.predict.check import check_before_segmenting
-from models import build_model
-from models.checkpoint import load_checkpoint, network_settings, save_checkpoint
+from lsdseg.cli import call_script
+from lsdseg.config.loader import load_config
+from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
+from lsdseg.engine.predict.check import check_before_segmenting
+from lsdseg.errors import UserError
+from lsdseg.models import build_model
+from lsdseg.models.checkpoint import load_checkpoint, network_settings, save_checkpoint
 from pretrained.export import export
 
 CHECKOUT = Path(segment.__file__).parent

@@ -5,9 +5,9 @@ import subprocess
 
 import pytest
 
-from config.errors import UserError
-from config.loader import CHECKOUT
-from engine.blocks import run_blocks
+from lsdseg.config.loader import CHECKOUT
+from lsdseg.engine.blocks.run import run_blocks
+from lsdseg.errors import UserError
 from tests import slurm
 from tests.block_master import BLOCKS, config, master_command, results, start_master, toy_task, trouble, wait_for
 

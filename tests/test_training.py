@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from config.errors import UserError
-from config.loader import load_config
-from config.model_types import task_channels
-from data_utils.layout import data_folder
-from data_utils.phantom import write_phantom
-from data_utils.volumes import list_arrays, open_array, read, write_array
-from engine.predict.predict import predict
-from engine.training.lsd import local_shape_descriptors
-from engine.training.nodes import CompactLabels, GrowBoundary, lsd_context
-from engine.training.pipeline import training_batches
-from engine.training.step import learning_rate
-from engine.training.train import PREDICT_CONFIG, train
-from models.checkpoint import checkpoint_path, checkpoints_in, latest_checkpoint
+from lsdseg.config.loader import load_config
+from lsdseg.config.model_types import task_channels
+from lsdseg.data_utils.layout import data_folder
+from lsdseg.data_utils.phantom import write_phantom
+from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
+from lsdseg.engine.predict.predict import predict
+from lsdseg.engine.training.lsd import local_shape_descriptors
+from lsdseg.engine.training.nodes import CompactLabels, GrowBoundary, lsd_context
+from lsdseg.engine.training.pipeline import training_batches
+from lsdseg.engine.training.step import learning_rate
+from lsdseg.engine.training.train import PREDICT_CONFIG, train
+from lsdseg.errors import UserError
+from lsdseg.models.checkpoint import checkpoint_path, checkpoints_in, latest_checkpoint
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SETTINGS = {

@@ -13,15 +13,15 @@ from test_training import CHECKOUT, config, pairs, weights_at
 from test_training import home as home
 from test_training import volume as volume
 
-from config.errors import UserError
-from config.loader import load_config
-from data_utils.layout import data_folder
-from data_utils.volumes import open_array
-from engine.device import explained
-from engine.predict.predict import predict
-from engine.training.train import PREDICT_CONFIG, train
-from models import build_model
-from models.checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint, read_checkpoint
+from lsdseg.config.loader import load_config
+from lsdseg.data_utils.layout import data_folder
+from lsdseg.data_utils.volumes import open_array
+from lsdseg.engine.device import explained
+from lsdseg.engine.predict.predict import predict
+from lsdseg.engine.training.train import PREDICT_CONFIG, train
+from lsdseg.errors import UserError
+from lsdseg.models import build_model
+from lsdseg.models.checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint, read_checkpoint
 
 SHORT = {"TRAIN__EPOCHS": 3, "TRAIN__SAVE_EVERY": 3, "MODEL_ISO__PAD_CONV": "same", "MODEL_ISO__INPUT_SHAPE": (20,) * 3}
 

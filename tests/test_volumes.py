@@ -10,18 +10,18 @@ import zarr
 from funlib.geometry import Coordinate, Roi
 from funlib.persistence import open_ds
 
-from config.errors import UserError
-from data_utils.volumes import (
+from lsdseg.data_utils.volumes import (
     blocks,
     create_array,
     list_arrays,
     open_array,
     read,
     rename_array,
-    room_on_disk,
     source_defaults,
     write_array,
 )
+from lsdseg.errors import UserError
+from lsdseg.files import room_on_disk
 
 ZARR_3 = int(zarr.__version__.split(".")[0]) >= 3
 FORMAT_2 = {"zarr_format": 2} if ZARR_3 else {}
@@ -169,8 +169,8 @@ def test_defaults_serve_arrays_without_attributes_only(tmp_path, data):
     ("attributes", "message"),
     [
         ({}, "has no voxel size"),
-        ({"resolution": [4.4, 4, 4]}, r"voxel size \(4.4, 4.0, 4.0\) nm, and only whole nanometres"),
-        ({"resolution": [4, 4, 4], "offset": [0.5, 0, 0]}, "offset .* only whole nanometres"),
+        ({"resolution": [4.4, 4, 4]}, r"voxel size \(4.4, 4.0, 4.0\) nm, and only whole nanometers"),
+        ({"resolution": [4, 4, 4], "offset": [0.5, 0, 0]}, "offset .* only whole nanometers"),
         ({"resolution": [0, 4, 4]}, "correct its attribute resolution"),
         ({"resolution": [4, 4, 4], "units": ["parsec"] * 3}, "'parsec', an unknown unit"),
     ],
@@ -211,9 +211,9 @@ def test_format_3_is_refused_by_zarr_2(tmp_path):
         open_array(tmp_path / "a.zarr", "x")
 
 
-def test_whole_nanometres_are_checked_before_anything_is_replaced(tmp_path, data):
+def test_whole_nanometers_are_checked_before_anything_is_replaced(tmp_path, data):
     write_array(tmp_path / "a.zarr", "x", data, **GRID)
-    with pytest.raises(UserError, match="whole nanometres"):
+    with pytest.raises(UserError, match="whole nanometers"):
         write_array(tmp_path / "a.zarr", "x", data, voxel_size=(4.5, 4, 4), offset=(0, 0, 0))
     np.testing.assert_array_equal(read(open_array(tmp_path / "a.zarr", "x")), data)
 

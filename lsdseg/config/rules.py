@@ -1,0 +1,298 @@
+"""What each key may hold: one table, from which type errors, range errors and unknown keys all follow.
+
+Types are taken leniently where the meaning is not in doubt, since values come from Python files, YAML and
+the command line: whole floats pass for ints and ints for floats, 0 and 1 for False and True, lists for
+tuples and the other way round, numpy scalars for Python's, and a string that spells such a value ("(8, 8,
+8)", "1e5", "None") for the value. What comes out is always of the same type, whatever went in.
+"""
+
+import ast
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from lsdseg.config.model_types import MODEL_TYPES
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`parse` turns a value into the canonical one or raises ValueError; `allowed` says what it takes."""
+
+    allowed: str
+    parse: Callable[[Any], Any]
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ValueError
+
+
+def number(low=-math.inf, high=math.inf, *, above=False, below=False) -> Rule:
+    """A float from low to high; `above` leaves low itself out, `below` high."""
+
+    def parse(value):
+        _require(isinstance(value, int | float) and not isinstance(value, bool))
+        _require((low < value if above else low <= value) and (value < high if below else value <= high))
+        _require(math.isfinite(value))
+        return float(value)
+
+    lower = "" if low == -math.inf else f" above {low}" if above else f" from {low}"
+    upper = "" if high == math.inf else f" to below {high}" if below else f" to {high}"
+    return Rule(f"a number{lower}{upper}", parse)
+
+
+def integer(low: int | None = None) -> Rule:
+    """An int, low or more."""
+
+    def parse(value):
+        _require(isinstance(value, int | float) and not isinstance(value, bool))
+        _require(value == int(value) and (low is None or value >= low))
+        return int(value)
+
+    return Rule("a whole number" if low is None else f"a whole number, {low} or more", parse)
+
+
+def choice(*options) -> Rule:
+    """One of the options."""
+
+    def parse(value):
+        # YAML reads a bare no as False; only MIXED_PRECISION has "no" among its options.
+        value = "no" if value is False and "no" in options else value
+        _require(value in options)
+        return options[options.index(value)]
+
+    return Rule("one of " + ", ".join(map(str, options)), parse)
+
+
+def pattern(expression: str, allowed: str) -> Rule:
+    """A string that the regular expression matches in full."""
+
+    def parse(value):
+        _require(isinstance(value, str) and re.fullmatch(expression, value) is not None)
+        return value
+
+    return Rule(allowed, parse)
+
+
+def sequence(item: Rule, *lengths: int, kind: type = list) -> Rule:
+    """A list or tuple (`kind`) of items; of one of the lengths if any are given, else not empty."""
+
+    def parse(value):
+        _require(isinstance(value, list | tuple))
+        _require(len(value) in lengths if lengths else len(value) > 0)
+        return kind(item.parse(v) for v in value)
+
+    size = " or ".join(map(str, lengths)) + " values" if lengths else "a list of values"
+    return Rule(f"{size}, each {item.allowed}", parse)
+
+
+def either(first: Rule, second: Rule, allowed: str) -> Rule:
+    """What the first rule takes, else what the second takes."""
+
+    def parse(value):
+        try:
+            return first.parse(value)
+        except ValueError:
+            return second.parse(value)
+
+    return Rule(allowed, parse)
+
+
+def optional(rule: Rule) -> Rule:
+    """None, or what the rule takes."""
+
+    def parse(value):
+        return None if value is None or value == "None" else rule.parse(value)
+
+    return Rule(f"{rule.allowed}, or None", parse)
+
+
+def per_pass(rule: Rule) -> Rule:
+    """One value, or a list of two for the first and second pass of elastic augmentation."""
+    return either(rule, sequence(rule, 2), f"{rule.allowed}; or a list of two such, for two passes")
+
+
+flag = Rule("True or False", choice(True, False).parse)
+text = pattern("(?s).*", "a string")
+nonempty = pattern("(?s).+", "a string, not empty")
+share = number(0, 1)
+positive = number(0, above=True)
+threshold = number(0, 1, above=True)
+decay = number(0, 1, below=True)
+offsets = sequence(sequence(integer(), 2, 3))
+kernels = optional(sequence(sequence(sequence(integer(1), 2, 3, kind=tuple))))
+
+
+def _model_rules(dims: int) -> dict[str, Rule]:
+    """Rules of the keys of MODEL_ISO and MODEL_ANISO for data with that many axes."""
+    shape = sequence(integer(1), dims, kind=tuple)
+    return {
+        "IN_CHANNELS": Rule("1, as raw has one channel", choice(1).parse),
+        "LSDS": optional(integer(1)),
+        "NUM_FMAPS": integer(1),
+        "NUM_FMAPS_OUT": integer(1),
+        "FMAP_INC_FACTOR": integer(1),
+        # Number of axes and of levels: checked with the shapes, and only for the network that is in use.
+        "DOWNSAMPLE_FACTORS": sequence(sequence(integer(1), 2, 3)),
+        "KERNEL_SIZE_DOWN": kernels,
+        "KERNEL_SIZE_UP": kernels,
+        "PAD_CONV": choice("valid", "same"),
+        "INPUT_SHAPE": shape,
+        "OUTPUT_SHAPE": optional(shape),
+        "GROW_INPUT": optional(sequence(integer(0), dims, kind=tuple)),
+        "VOXEL_SIZE": shape,
+        "LSD_SIGMA": positive,
+        "LSD_DOWNSAMPLE": integer(1),
+        "GROWBOUNDARY_STEPS": integer(0),
+        "PROB_ELASTIC": per_pass(share),
+        "CONTROL_POINT_SPACING": per_pass(shape),
+        "JITTER_SIGMA": per_pass(sequence(number(0), dims, kind=tuple)),
+        "ROTATION_INTERVAL": sequence(number(), 2),
+        "PROB_SLIP": per_pass(share),
+        "PROB_SHIFT": per_pass(share),
+        "MAX_MISALIGN": per_pass(integer(0)),
+        "SUBSAMPLE": integer(1),
+        "TRANSPOSE": sequence(choice(*range(dims)), *range(dims + 1)),
+        "INTENSITYAUG_SCALE_MIN": number(),
+        "INTENSITYAUG_SCALE_MAX": number(),
+        "INTENSITYAUG_SHIFT_MIN": number(),
+        "INTENSITYAUG_SHIFT_MAX": number(),
+        "INTENSITYSCALESHIFT_SCALE": sequence(number(), 2),
+        "INTENSITYSCALESHIFT_SHIFT": sequence(number(), 2),
+        "DEFECT_AUGMENT": optional(text),
+        "LOG_DIR": optional(text),
+        "CKPT_FOLDER": optional(text),
+        "OUTPUT_DIR": optional(text),
+    }
+
+
+RULES: dict[str, Rule] = {
+    "SYSTEM.NUM_GPUS": integer(0),
+    "SYSTEM.NUM_WORKERS": integer(0),
+    "SYSTEM.CACHE_SIZE": integer(1),
+    "SYSTEM.VERBOSE": flag,
+    "DATA.HOME": nonempty,
+    "DATA.DATA_DIR_PATH": nonempty,
+    "DATA.BRAIN_VOL": nonempty,
+    "DATA.TRAIN_TEST_SPLIT": threshold,
+    "DATA.FIB": choice(0, 1),
+    "DATA.DIM_2D": flag,
+    "DATA.WITH_MITO": choice(0, 1, 2),
+    "DATA.RAW": nonempty,
+    "DATA.NEURON_LABELS": nonempty,
+    "DATA.MITO_LABELS": nonempty,
+    "DATA.NEURON_LABELS_MASK": nonempty,
+    "DATA.MITO_LABELS_MASK": nonempty,
+    "DATA.OUTFILE": optional(text),
+    "DATA.AFFS_DTYPE": choice("uint8", "float32"),
+    "DATA.INVERT_PRED_AFFS": flag,
+    "DATA.DB_HOST": text,
+    "DATA.DB_NAME": text,
+    "DATA.DROP_DS_MONGOTABLE": flag,
+    "PREPROCESS.EXPORT_2D_FROM_3D": optional(flag),
+    "PREPROCESS.SOURCE_DATA_OFFSET": optional(sequence(integer(), 2, 3, kind=tuple)),
+    "PREPROCESS.SOURCE_DATA_RESOLUTION": optional(sequence(integer(1), 2, 3, kind=tuple)),
+    "PREPROCESS.HISTOGRAM_MATCH": optional(sequence(text, 2)),
+    "PREPROCESS.USE_WANDB": flag,
+    "PREPROCESS.DATASETS_TO_COPY": optional(sequence(text)),
+    "TRAIN.MODEL_TYPE": choice(*MODEL_TYPES),
+    "TRAIN.EPOCHS": integer(1),
+    "TRAIN.SAVE_EVERY": integer(1),
+    "TRAIN.KEEP_CHECKPOINTS": integer(0),
+    "TRAIN.LOG_EVERY": integer(1),
+    "TRAIN.DEVICE": pattern(
+        r"auto|cpu|cuda(:\d+)?|multi_gpu", "auto, cpu, cuda, cuda:0 (or another number), multi_gpu"
+    ),
+    "TRAIN.BATCH_SIZE": integer(1),
+    "TRAIN.INITIAL_LR": positive,
+    "TRAIN.LR_BETAS": sequence(decay, 2, kind=tuple),
+    "TRAIN.LR_SCHEDULE": choice("constant", "cosine"),
+    "TRAIN.WARMUP": integer(0),
+    "TRAIN.LSD_LOSS_WEIGHT": number(0),
+    "TRAIN.AFF_LOSS_WEIGHT": number(0),
+    "TRAIN.MITO_LOSS_WEIGHT": number(0),
+    "TRAIN.ACCUMULATE": integer(1),
+    "TRAIN.EMA": decay,
+    "TRAIN.VALIDATE_EVERY": integer(0),
+    "TRAIN.VALIDATION_VOLUME": optional(text),
+    "TRAIN.VALIDATION_SHAPE": sequence(integer(1), 3, kind=tuple),
+    "TRAIN.MIXED_PRECISION": choice("no", "bf16", "fp16", "auto"),
+    "TRAIN.COMPILE": flag,
+    "TRAIN.THREADS": integer(0),
+    "TRAIN.SEED": integer(0),
+    "TRAIN.AUGMENT": flag,
+    "TRAIN.NEIGHBORHOOD": either(offsets, choice("LR_NEIGHBORHOOD"), f"{offsets.allowed}; or LR_NEIGHBORHOOD"),
+    "TRAIN.NEIGHBORHOOD_2D": either(offsets, choice("LR_NEIGHBORHOOD"), f"{offsets.allowed}; or LR_NEIGHBORHOOD"),
+    "TRAIN.LR_NEIGHBORHOOD": offsets,
+    "TRAIN.LSD_EPOCHS": optional(integer(1)),
+    "TRAIN.CHECKPOINT": optional(text),
+    "TRAIN.CHECKPOINT_AC": optional(text),
+    **{
+        f"{section}.{name}{suffix}": optional(rule) if name + suffix == "VOXEL_SIZE_2D" else rule
+        for section in ("MODEL_ISO", "MODEL_ANISO")
+        for suffix, dims in (("", 3), ("_2D", 2))
+        for name, rule in _model_rules(dims).items()
+    },
+    "INS_SEGMENT.METHOD": choice("waterz", "mutex"),
+    "INS_SEGMENT.MUTEX_BIAS": optional(sequence(number(-1, 1))),
+    "INS_SEGMENT.LINK_SECTIONS": optional(share),
+    "INS_SEGMENT.THRESHOLDS": either(
+        sequence(threshold), Rule("", lambda value: [threshold.parse(value)]), sequence(threshold).allowed
+    ),
+    "INS_SEGMENT.MERGE_FUNCTION": optional(
+        pattern(r"mean|hist_quant_[1-9][05](_initmax)?", "mean, hist_quant_10 to hist_quant_95 in steps of 5")
+    ),
+    "INS_SEGMENT.FRAGMENTS_IN_XY": flag,
+    "INS_SEGMENT.BACKGROUND_MASK": flag,
+    "INS_SEGMENT.EPSILON_AGGLOMERATE": share,
+    "INS_SEGMENT.MASK_FILE": optional(text),
+    "INS_SEGMENT.MASK_DATASET": optional(text),
+    "INS_SEGMENT.FILTER_FRAGMENTS": share,
+    "INS_SEGMENT.BLOCK_SIZE": sequence(integer(1), 3, kind=tuple),
+    "INS_SEGMENT.CONTEXT": sequence(integer(0), 3, kind=tuple),
+    "CLUSTER.TYPE": choice("local", "slurm"),
+    "CLUSTER.PARTITION": text,
+    "CLUSTER.ACCOUNT": text,
+    "CLUSTER.TIME": text,
+    "CLUSTER.MEMORY": text,
+    "CLUSTER.GPUS_PER_WORKER": integer(0),
+    "CLUSTER.CPUS_PER_WORKER": integer(1),
+    "CLUSTER.EXTRA": either(sequence(text), sequence(text, 0), "a list of strings"),
+    "CLUSTER.HOST": text,
+}
+
+
+def canonical(key: str, value: Any) -> Any:
+    """The value of a known key in its canonical type; ValueError with what is allowed if it has none."""
+    rule = RULES[key]
+    for candidate in (value, _spelled_out(value)):
+        try:
+            return rule.parse(_without_numpy(candidate))
+        except (ValueError, OverflowError):
+            continue
+    raise ValueError(rule.allowed)
+
+
+def _spelled_out(value: Any) -> Any:
+    """The value that a string spells as a Python literal, else in YAML; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        pass
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+
+
+def _without_numpy(value: Any) -> Any:
+    """The same with Python numbers for numpy's, which are known by `tolist`: numpy need not be imported."""
+    if isinstance(value, list | tuple):
+        return type(value)(_without_numpy(v) for v in value)
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -1,0 +1,45 @@
+"""Masks of where to work, of any voxel size: segmentation takes what is inside, prediction skips what is outside."""
+
+import numpy as np
+from funlib.geometry import Coordinate, Roi
+from funlib.persistence import Array
+from yacs.config import CfgNode
+
+from lsdseg.data_utils.volumes import open_array, read
+from lsdseg.errors import UserError
+
+
+def open_mask(settings: CfgNode) -> Array | None:
+    """The mask that a section INS_SEGMENT names, or None if it has no MASK_FILE.
+
+    Raises:
+        UserError: MASK_DATASET is not set, or there is no such dataset.
+    """
+    if not settings.MASK_FILE:
+        return None
+    if not settings.MASK_DATASET:
+        raise UserError(
+            f"INS_SEGMENT.MASK_FILE is {settings.MASK_FILE}: name the dataset in it, INS_SEGMENT.MASK_DATASET"
+        )
+    return open_array(settings.MASK_FILE, settings.MASK_DATASET)
+
+
+def read_mask(mask: Array | None, roi: Roi, voxel_size: Coordinate) -> np.ndarray | None:
+    """What `open_mask` gave (bool, z, y, x) on the voxels of ``roi``; None stays None.
+
+    The mask may have any voxel size and ROI (nm): every voxel takes the value at its centre, and False
+    outside.
+    """
+    if mask is None:
+        return None
+    indices = []
+    for axis, count in enumerate(roi.shape / voxel_size):
+        centers = roi.begin[axis] + (np.arange(count) + 0.5) * voxel_size[axis]
+        indices.append(np.floor((centers - mask.offset[axis]) / mask.voxel_size[axis]).astype(int))
+    covered = [(i >= 0) & (i < size) for i, size in zip(indices, mask.shape, strict=True)]
+    inside = np.zeros([len(i) for i in indices], bool)
+    if all(c.any() for c in covered):
+        needed = [i[c] for i, c in zip(indices, covered, strict=True)]
+        part = read(mask, tuple(slice(i[0], i[-1] + 1) for i in needed)) != 0
+        inside[np.ix_(*covered)] = part[np.ix_(*(i - i[0] for i in needed))]
+    return inside

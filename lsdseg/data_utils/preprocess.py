@@ -1,0 +1,189 @@
+"""New volumes from those of a data set, as the section PREPROCESS of a config asks for: sections, other grey values.
+
+Every source is looked at before the first result is written and stays as it is; a result replaces one of its name when
+it is complete.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from funlib.persistence import Array
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from lsdseg.data_utils.labels import is_labelled
+from lsdseg.data_utils.layout import SPLITS, data_folder, volumes_in
+from lsdseg.data_utils.volumes import blocks, create_array, list_arrays, open_array, read, source_defaults
+from lsdseg.errors import UserError
+from lsdseg.files import room_on_disk, write_whole_folder
+
+
+def preprocess(cfg: CfgNode) -> None:
+    """Do what PREPROCESS.HISTOGRAM_MATCH and PREPROCESS.EXPORT_2D_FROM_3D ask for.
+
+    Raises:
+        UserError: neither is set; a volume or dataset is missing or cannot be used; there is no room on disk.
+    """
+    match, export = cfg.PREPROCESS.HISTOGRAM_MATCH, cfg.PREPROCESS.EXPORT_2D_FROM_3D
+    if not match and not export:
+        raise UserError("nothing to do: set PREPROCESS.EXPORT_2D_FROM_3D True, or PREPROCESS.HISTOGRAM_MATCH")
+    if match:
+        match_histograms(cfg, *match)
+    if export:
+        export_sections(cfg)
+
+
+def export_sections(cfg: CfgNode) -> None:
+    """Write every volume of DATA.BRAIN_VOL as sections: data_3d/SPLIT/NAME.zarr as data_2d/SPLIT/NAME.zarr.
+
+    DATA.RAW, labels and their masks become 2D datasets DATASET/0 ... DATASET/n with `resolution` and `offset` (y, x)
+    in nm. The number is that of the section in raw, for all of them: where labels do not reach, they and their mask
+    are 0. Other PREPROCESS.DATASETS_TO_COPY are carried along as volumes.
+
+    Raises UserError as `preprocess`.
+    """
+    sources = _volumes(cfg, cfg.DATA.BRAIN_VOL)
+    copied = _arrays_to_copy(cfg, sources)
+    sections = {path: _arrays_with_sections(path, cfg) for _, path in sources}
+    for split, path in sources:
+        target = data_folder(_with_data(cfg, DIM_2D=True), split) / path.name
+        raw = sections[path][cfg.DATA.RAW]
+        with room_on_disk(target), write_whole_folder(target) as zarr:
+            for name, array in sections[path].items():
+                _write_sections(zarr, name, array, raw)
+            for labels, mask in _labels_and_masks(cfg).items():
+                if labels in sections[path] and mask not in sections[path]:
+                    _write_sections(zarr, mask, sections[path][labels], raw, _mask)
+            for name in copied[path].keys() - sections[path].keys():
+                _write_volume(zarr, name, copied[path][name])
+        print(f"{target}: {raw.shape[0]} sections of {', '.join(sections[path])}")
+
+
+def match_histograms(cfg: CfgNode, source: str, target: str) -> None:
+    """Write every volume of the data set `source` with the grey values of `target`, as data set SOURCE_matched.
+
+    Raw must be uint8. Each volume gets the histogram that all volumes of `target` have together.
+    PREPROCESS.DATASETS_TO_COPY are carried along.
+
+    Raises UserError as `preprocess`.
+    """
+    sources = _volumes(cfg, source)
+    copied = _arrays_to_copy(cfg, sources)
+    raw, reference = (
+        {path: _open_grey_values(path, cfg) for _, path in volumes} for volumes in (sources, _volumes(cfg, target))
+    )
+    wanted = sum(map(grey_value_counts, reference.values()))
+    for split, path in sources:
+        matched = data_folder(_with_data(cfg, DIM_2D=False, BRAIN_VOL=f"{source}_matched"), split) / path.name
+        table = matching_values(grey_value_counts(raw[path]), wanted)
+        with room_on_disk(matched), write_whole_folder(matched) as zarr:
+            _write_volume(zarr, cfg.DATA.RAW, raw[path], lambda block, table=table: table[block])
+            for name in copied[path].keys() - {cfg.DATA.RAW}:
+                _write_volume(zarr, name, copied[path][name])
+        print(f"{matched}: {path.name} with the grey values of {target}")
+
+
+def grey_value_counts(raw: Array) -> np.ndarray:
+    """How often each of the 256 values of a uint8 array occurs."""
+    parts = tqdm(blocks(raw), desc="grey values", unit="block", delay=2)
+    return sum(np.bincount(read(raw, block).ravel(), minlength=256) for block in parts)
+
+
+def matching_values(counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The value (uint8) that each of 256 grey values becomes, so that their counts become like those wanted.
+
+    A value becomes the one with as large a share of values below it; between the values that occur, shares are
+    interpolated (as in scikit-image's `match_histograms`).
+    """
+    occurring = np.flatnonzero(wanted)
+    shares, wanted_shares = (np.cumsum(c) / c.sum() for c in (counts, wanted))
+    return np.rint(np.interp(shares, wanted_shares[occurring], occurring)).astype(np.uint8)
+
+
+def _with_data(cfg: CfgNode, **values) -> CfgNode:
+    """The config with other values in DATA."""
+    changed = cfg.clone()
+    changed.defrost()
+    changed.DATA.update(values)
+    return changed
+
+
+def _volumes(cfg: CfgNode, data_set: str) -> list[tuple[str, Path]]:
+    """(split, path) of the 3D volumes of a data set; UserError if neither split has one."""
+    cfg = _with_data(cfg, DIM_2D=False, BRAIN_VOL=data_set)
+    splits = [split for split in SPLITS if any(data_folder(cfg, split).glob("*.zarr"))]
+    return [(split, path) for split in splits or SPLITS for path in volumes_in(cfg, split)]
+
+
+def _labels_and_masks(cfg: CfgNode) -> dict[str, str]:
+    data = cfg.DATA
+    return {data.NEURON_LABELS: data.NEURON_LABELS_MASK, data.MITO_LABELS: data.MITO_LABELS_MASK}
+
+
+def _open_volume(path: Path, dataset: str, cfg: CfgNode) -> Array:
+    array = open_array(path, dataset, **source_defaults(cfg))
+    if not len(array.shape) == array.voxel_size.dims == 3:
+        raise UserError(f"{dataset} in {path} has shape {array.shape}: store it with the axes z, y, x")
+    return array
+
+
+def _open_grey_values(path: Path, cfg: CfgNode) -> Array:
+    raw = _open_volume(path, cfg.DATA.RAW, cfg)
+    if raw.dtype != np.uint8:
+        raise UserError(f"{cfg.DATA.RAW} in {path} is {raw.dtype}: store it as uint8 to match its grey values")
+    return raw
+
+
+def _arrays_with_sections(path: Path, cfg: CfgNode) -> dict[str, Array]:
+    """Raw, and what there is of labels and masks; UserError for one whose sections are not sections of raw."""
+    raw = _open_volume(path, cfg.DATA.RAW, cfg)
+    pairs = _labels_and_masks(cfg)
+    names = [name for name in (*pairs, *pairs.values()) if name in list_arrays(path)]
+    arrays = {name: _open_volume(path, name, cfg) for name in names}
+    for name, array in arrays.items():
+        thickness, depth = raw.voxel_size[0], array.offset[0] - raw.offset[0]
+        inside = 0 <= depth <= raw.roi.shape[0] - array.roi.shape[0]
+        if array.voxel_size[0] != thickness or depth % thickness or not inside:
+            raise UserError(
+                f"{name} in {path} has other sections than {cfg.DATA.RAW}, {array.roi} and {raw.roi} nm: "
+                "correct its attributes resolution and offset"
+            )
+    return {cfg.DATA.RAW: raw, **arrays}
+
+
+def _arrays_to_copy(cfg: CfgNode, sources: list[tuple[str, Path]]) -> dict[Path, dict[str, Array]]:
+    """What each volume has of PREPROCESS.DATASETS_TO_COPY; UserError for a dataset that none has."""
+    present = {path: list_arrays(path) for _, path in sources}
+    names = cfg.PREPROCESS.DATASETS_TO_COPY or []
+    for name in names:
+        if not any(name in datasets for datasets in present.values()):
+            raise UserError(f"PREPROCESS.DATASETS_TO_COPY: no volume beside {sources[0][1]} has the dataset {name}")
+    return {
+        path: {name: open_array(path, name, **source_defaults(cfg)) for name in names if name in datasets}
+        for path, datasets in present.items()
+    }
+
+
+def _mask(labels: np.ndarray) -> np.ndarray:
+    return is_labelled(labels).astype(np.uint8)
+
+
+def _write_sections(zarr: Path, name: str, array: Array, raw: Array, convert=np.asarray) -> None:
+    """Write the sections of an array by their numbers in raw, and zeros for those that it does not have."""
+    placement = {
+        "voxel_size": array.voxel_size[1:],
+        "offset": array.offset[1:],
+        "dtype": convert(np.empty(0, array.dtype)).dtype,
+    }
+    sections = [create_array(zarr, f"{name}/{z}", array.shape[1:], **placement) for z in range(raw.shape[0])]
+    first = (array.offset[0] - raw.offset[0]) // raw.voxel_size[0]
+    for block in tqdm(blocks(array), desc=f"{name} of {zarr.stem}", unit="block", delay=2):
+        for z, values in enumerate(convert(read(array, block)), start=first + block[0].start):
+            sections[z][block[1:]] = values
+
+
+def _write_volume(zarr: Path, name: str, array: Array, convert=np.asarray) -> None:
+    placement = {"voxel_size": array.voxel_size, "offset": array.offset, "dtype": array.dtype}
+    written = create_array(zarr, name, array.shape, attributes=dict(array.attrs), **placement)
+    for block in tqdm(blocks(array), desc=f"{name} of {zarr.stem}", unit="block", delay=2):
+        written[block] = convert(read(array, block))

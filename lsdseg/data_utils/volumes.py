@@ -1,0 +1,296 @@
+"""Arrays on disk with a voxel size and an offset.
+
+This is the one module that opens and creates zarr arrays, because three conventions for voxel sizes are in
+use and two versions of zarr. A zarr that it begins is in format 2 whichever zarr is installed, so that every
+viewer and older script can open it. Axis order is z, y, x; voxel sizes and offsets are whole nanometres,
+because `funlib.geometry.Coordinate` holds integers.
+"""
+
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import dask
+import dask.array
+import numcodecs
+import numpy as np
+import zarr
+from funlib.geometry import Roi
+from funlib.persistence import Array
+
+from lsdseg.data_utils.placement import ome_placement, voxel_grid, whole_nanometers
+from lsdseg.errors import UserError
+
+# Indexing a funlib Array computes a dask graph. Dask's thread pool hangs in a process that was forked after
+# its first use, and gunpowder's PreCache forks.
+dask.config.set(scheduler="synchronous")
+
+ZARR_VERSION = int(zarr.__version__.split(".")[0])
+# Higher levels gain a few per cent on labels and read several times slower.
+COMPRESSOR = numcodecs.Zstd(level=1)
+
+
+def open_array(
+    path: Path | str,
+    dataset: str,
+    mode: str = "r",
+    *,
+    default_voxel_size: Sequence[float] | None = None,
+    default_offset: Sequence[float] | None = None,
+) -> Array:
+    """Open an existing array of a zarr; `array[slices]` and `array[roi]` give and take numpy arrays.
+
+    The voxel size comes from the array's attribute `resolution` (CREMI) or `voxel_size` (funlib), together
+    with `offset`, or else from the OME-NGFF scale in the group above, or else from the defaults (nm). At most
+    the last three axes are space; axes before them are channels, named `c^`.
+
+    A dataset of sections, DATASET/m ... DATASET/n, opens as one stack (z, y, x) that can be read. Sections have no
+    thickness: it is taken to be as wide as a pixel. Section 0 is at 0 nm, wherever a stack begins.
+
+    Raises UserError if there is no such array, if its voxel size is unknown, if voxel size or offset are not whole
+    nanometres, or if a section is missing in between or differs from the first one.
+    """
+    where = f"{dataset} in {path}"
+    if sections := _section_names(Path(path) / dataset):
+        defaults = {"default_voxel_size": default_voxel_size, "default_offset": default_offset}
+        return _stack({int(name): open_array(path, f"{dataset}/{name}", mode, **defaults) for name in sections}, where)
+    source = _open_zarr(Path(path), dataset, mode)
+    fallback = ome_placement(Path(path) / dataset, where)
+    if fallback is None and default_voxel_size is not None:
+        fallback = default_voxel_size, default_offset or (0,) * len(default_voxel_size)
+    voxel_size, offset = voxel_grid(source.attrs, where, fallback)
+    dims = min(len(voxel_size), source.ndim, 3)
+    voxel_size, offset = voxel_size[-dims:], offset[-dims:]
+    channels = source.ndim - dims
+    return Array(
+        source,
+        offset=offset,
+        voxel_size=voxel_size,
+        axis_names=["c^"] * channels + ["z", "y", "x"][-dims:],
+        units=["nm"] * dims,
+        types=["channel"] * channels + ["space"] * dims,
+        chunks=source.chunks,
+    )
+
+
+def has_array(path: Path | str, dataset: str) -> bool:
+    """Whether a zarr holds what `open_array` can open: an array, or sections of that name."""
+    folder = Path(path) / dataset
+    return _is_array(folder) or bool(_section_names(folder))
+
+
+def create_array(
+    path: Path | str,
+    dataset: str,
+    shape: Sequence[int],
+    *,
+    voxel_size: Sequence[int],
+    offset: Sequence[int],
+    dtype: Any,
+    chunk_shape: Sequence[int] | None = None,
+    attributes: Mapping[str, Any] | None = None,
+) -> Array:
+    """Create an array of zeros, zstd-compressed; what was there under that name is deleted.
+
+    shape and chunk_shape: voxels, with the channel axis if there is one. Chunks are 64 voxels wide (512 for
+    sections) and hold all channels unless given. voxel_size and offset: nm, spatial axes only. attributes:
+    anything that JSON can hold.
+    """
+    shape, dims = tuple(map(int, shape)), len(voxel_size)
+    where = f"{dataset} in {path}"
+    voxel_size = whole_nanometers(voxel_size, "voxel size", where)
+    offset = whole_nanometers(offset, "offset", where)
+    if chunk_shape is None:
+        edge = 64 if dims == 3 else 512
+        chunk_shape = shape[:-dims] + tuple(min(edge, size) for size in shape[-dims:])
+    source = zarr.open_array(
+        store=str(path),
+        path=dataset,
+        mode="w",
+        shape=shape,
+        chunks=tuple(map(int, chunk_shape)),
+        dtype=dtype,
+        fill_value=0,
+        **_format(Path(path)),
+    )
+    # resolution is this project's attribute; with the others, funlib's own open_ds finds the same place.
+    placement = {
+        "resolution": list(voxel_size),
+        "offset": list(offset),
+        "voxel_size": list(voxel_size),
+        "axis_names": ["c^"] * (len(shape) - dims) + ["z", "y", "x"][-dims:],
+        "units": ["nm"] * dims,
+    }
+    source.attrs.update({**(attributes or {}), **placement})
+    return open_array(path, dataset, "r+")
+
+
+def write_array(
+    path: Path | str,
+    dataset: str,
+    data: np.ndarray,
+    *,
+    voxel_size: Sequence[int],
+    offset: Sequence[int],
+    attributes: Mapping[str, Any] | None = None,
+) -> Array:
+    """Store a numpy array; as `create_array`."""
+    array = create_array(
+        path,
+        dataset,
+        data.shape,
+        voxel_size=voxel_size,
+        offset=offset,
+        dtype=data.dtype,
+        attributes=attributes,
+    )
+    array[:] = data
+    return array
+
+
+def source_defaults(cfg) -> dict[str, Any]:
+    """Arguments of `open_array` for the user's volumes: what PREPROCESS says of arrays without attributes."""
+    preprocess = cfg.PREPROCESS
+    return {
+        "default_voxel_size": preprocess.SOURCE_DATA_RESOLUTION,
+        "default_offset": preprocess.SOURCE_DATA_OFFSET,
+    }
+
+
+def chunk_shape(tile_shape, volume_shape, largest: int = 96) -> tuple[int, ...]:
+    """Chunks that tiles fill without sharing one: per axis the largest divisor of the tile up to `largest` voxels."""
+    return tuple(
+        min(size, max(n for n in range(1, min(tile, largest) + 1) if tile % n == 0))
+        for tile, size in zip(tile_shape, volume_shape, strict=True)
+    )
+
+
+def rename_array(path: Path | str, dataset: str, new_name: str) -> None:
+    """Give a dataset another name in the same zarr; what was there under that name is deleted."""
+    target = Path(path) / new_name
+    if target.exists():
+        shutil.rmtree(target)
+    (Path(path) / dataset).rename(target)
+
+
+def read(array: Array, slices: Any = ...) -> np.ndarray:
+    """Voxels as numpy, straight from zarr: `array[slices]` without the few milliseconds of its dask graph."""
+    return np.asarray(array._source_data[slices])
+
+
+def voxels_of(array: Array, roi: Roi) -> tuple[slice, ...]:
+    """Slices along an array's spatial axes of the voxels that a ROI (nm, inside the array's) covers."""
+    begin, shape = (roi.begin - array.offset) / array.voxel_size, roi.shape / array.voxel_size
+    return tuple(slice(b, b + s) for b, s in zip(begin, shape, strict=True))
+
+
+def list_arrays(path: Path | str) -> list[str]:
+    """Names of the datasets in a zarr, sorted; empty if there is no such folder."""
+    names, folders = [], [Path(path)]
+    while folders:
+        folder = folders.pop()
+        if _is_array(folder):
+            names.append(folder.relative_to(path).as_posix())
+        elif folder.is_dir():
+            folders.extend(child for child in folder.iterdir() if child.is_dir())
+    return sorted(names)
+
+
+def is_stored(path: Path | str, dataset: str, voxels: Sequence[slice]) -> bool:
+    """Whether any chunk of a box of voxels was ever written; what never was is all fill value."""
+    folder = Path(path) / dataset
+    if sections := _section_names(folder):
+        return any(is_stored(path, f"{dataset}/{name}", voxels[1:]) for name in sections[voxels[0]])
+    array = _open_zarr(Path(path), dataset, "r")
+    if (folder / ".zarray").is_file():
+        separator = json.loads((folder / ".zarray").read_text()).get("dimension_separator", ".")
+        prefix = ""
+    else:
+        encoding = json.loads((folder / "zarr.json").read_text())["chunk_key_encoding"]
+        separator = encoding.get("configuration", {}).get("separator", "/")
+        prefix = f"c{separator}" if encoding["name"] == "default" else ""
+    ranges = [range(v.start // c, -(-v.stop // c)) for v, c in zip(voxels, array.chunks, strict=True)]
+    return any(
+        (folder / f"{prefix}{separator.join(map(str, index))}").is_file() for index in itertools.product(*ranges)
+    )
+
+
+def blocks(array: Array, max_bytes: int = 2**28) -> list[tuple[slice, ...]]:
+    """Slices that cover the array, aligned with its chunks, of at most max_bytes (but at least one chunk)."""
+    step = list(array.chunk_shape)
+    for axis in reversed(range(array.dims)):
+        chunks_that_fit = max_bytes // (math.prod(step) * array.dtype.itemsize)
+        step[axis] *= min(max(1, chunks_that_fit), math.ceil(array.shape[axis] / step[axis]))
+    ranges = [range(0, size, width) for size, width in zip(array.shape, step, strict=True)]
+    return [
+        tuple(slice(a, min(a + n, size)) for a, n, size in zip(start, step, array.shape, strict=True))
+        for start in itertools.product(*ranges)
+    ]
+
+
+def _section_names(folder: Path) -> list[str]:
+    """Names "m" ... "n" of the sections in a folder, in the order of their numbers; none if it is an array."""
+    if _is_array(folder) or not folder.is_dir():
+        return []
+    return sorted((child.name for child in folder.iterdir() if child.name.isdigit() and _is_array(child)), key=int)
+
+
+def _stack(sections: dict[int, Array], where: str) -> Array:
+    """Sections (y, x) by their numbers as one volume (z, y, x)."""
+    numbers = range(min(sections), max(sections) + 1)
+    first = sections[numbers[0]]
+    for number in numbers:
+        if number not in sections:
+            raise UserError(
+                f"{where} has sections {numbers[0]} to {numbers[-1]}, but no section {number}: "
+                "add it, or put those that follow it into another zarr"
+            )
+        section = sections[number]
+        if section.roi != first.roi or section.voxel_size != first.voxel_size or len(section.shape) != 2:
+            raise UserError(
+                f"section {number} of {where} has shape {section.shape} at {tuple(section.offset)} nm, the first one "
+                f"{first.shape} at {tuple(first.offset)}: put sections that differ into zarrs of their own"
+            )
+    thickness = first.voxel_size[-1]
+    return Array(
+        dask.array.stack([sections[number].data for number in numbers]),
+        offset=(numbers[0] * thickness, *first.offset),
+        voxel_size=(thickness, *first.voxel_size),
+        axis_names=["z", "y", "x"],
+        units=["nm"] * 3,
+        types=["space"] * 3,
+    )
+
+
+def _is_array(folder: Path) -> bool:
+    if (folder / ".zarray").is_file():
+        return True
+    header = folder / "zarr.json"
+    return header.is_file() and json.loads(header.read_text())["node_type"] == "array"
+
+
+def _format(path: Path) -> dict[str, Any]:
+    """Format arguments of zarr: 2, but 3 in a zarr that is in format 3 already, where others would not be seen."""
+    if ZARR_VERSION >= 3 and (path / "zarr.json").is_file():
+        return {"zarr_format": 3}  # zstd by default
+    format_2 = {"zarr_format": 2} if ZARR_VERSION >= 3 else {}
+    return {"compressor": COMPRESSOR, "dimension_separator": "/", **format_2}
+
+
+def _open_zarr(path: Path, dataset: str, mode: str) -> zarr.Array:
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist or is not a zarr folder")
+    folder = path / dataset
+    if not _is_array(folder):
+        names = ", ".join(list_arrays(path)) or "no datasets"
+        raise UserError(f"no dataset {dataset} in {path}; it holds {names}")
+    if ZARR_VERSION < 3 and not (folder / ".zarray").is_file():
+        raise UserError(
+            f"{dataset} in {path} is in zarr format 3, which zarr {zarr.__version__} cannot read: "
+            "use Python 3.12 or newer, or store it in format 2"
+        )
+    return zarr.open_array(store=str(path), path=dataset, mode=mode)

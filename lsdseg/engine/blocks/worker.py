@@ -1,0 +1,66 @@
+"""One worker process: opens what its task needs once, then takes blocks until none are left.
+
+    python -m lsdseg.engine.blocks.worker daisy_logs/SAMPLE_TASK/config_0.yaml daisy_logs/SAMPLE_TASK/task.json
+
+The scripts start it, here or as a Slurm job; the environment variable DAISY_CONTEXT says where the blocks come from.
+After a block that failed the process ends and another takes its place: nothing that broke, such as a GPU's context, is
+used again.
+"""
+
+import importlib
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import daisy
+
+from lsdseg.config.loader import load_config
+from lsdseg.errors import UserError
+
+
+def work(config: Path, task: Path) -> None:
+    """Process blocks until the master has none left.
+
+    Raises:
+        UserError: this machine does not see the files, or does not reach the master.
+    """
+    parent = os.getppid()
+    host = socket.gethostname()
+    for file in (config, task):
+        if not file.is_file():
+            raise UserError(
+                f"{host} does not see {file}: workers need the folder in which the script was started, the data and "
+                "the results on a file system that all machines share"
+            )
+    # Away from the master's folder: an experiment.yaml there is in this config already, and must not win again.
+    os.chdir(config.parent)
+    cfg = load_config(config)
+    settings = json.loads(task.read_text(encoding="utf-8"))
+    client = daisy.Client()
+    if not client.connected:
+        raise UserError(
+            f"{host} cannot connect to {client.host}:{client.port}: either the run has ended, or CLUSTER.HOST has "
+            "to be the address under which workers reach the machine that runs the script"
+        )
+    module, _, function = settings["open_worker"].partition(":")
+    process = getattr(importlib.import_module(module), function)(cfg, settings["arguments"])
+    print(f"{host}: process {os.getpid()} is ready", flush=True)
+    while os.getppid() == parent:  # else whoever looks after the workers was killed
+        with client.acquire_block() as block:
+            if block is None:
+                return
+            wall, cpu = time.monotonic(), time.process_time()
+            process(block)
+            wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+            print(f"block {block.block_id[1]}: {wall:.4f} s, {cpu:.4f} s CPU", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        work(*(Path(argument).absolute() for argument in sys.argv[1:]))
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), flush=True)
+        sys.exit(2)

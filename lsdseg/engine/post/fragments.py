@@ -1,0 +1,149 @@
+"""Fragments (supervoxels) from affinities: a watershed on the distance to the nearest boundary.
+
+Squared distances in voxels are whole numbers, so the watershed's queue is an array of buckets instead of a
+heap. That makes it linear in the number of voxels, and more than twice as fast as scikit-image's and
+mahotas's.
+
+On the boundary there is no distance. Its voxels are flooded in the order of their affinity, so that two neurites
+meet where the membrane between them is surest, wherever in its width that is.
+"""
+
+import edt
+import fastremap
+import numba
+import numpy as np
+from scipy import ndimage
+
+from lsdseg.engine.post.agglomerate import agglomerate, float_affinities
+
+BOUNDARY = 0.5  # a voxel whose mean affinity is not above it counts as boundary
+AFFINITY_LEVELS = 255  # of boundary voxels, below those of all distances
+SEED_DISTANCE = 10  # voxels: edge of the window in which a seed's distance is the largest
+EPSILON_MERGE_FUNCTION = "hist_quant_25"
+
+
+def extract_fragments(
+    affinities,
+    *,
+    fragments_in_xy=False,
+    background_mask=False,
+    mask=None,
+    filter_fragments=0.0,
+    epsilon_agglomerate=0.0,
+):
+    """Partition a volume into fragments, the pieces that agglomeration puts together.
+
+    Mean affinity above 0.5, distance to the boundary, its local maxima as seeds, watershed: Sheridan et al.,
+    Nature Methods 2023, after Funke et al., TPAMI 2019. Distances are in voxels, also for anisotropic data:
+    there a section is so much thicker than a pixel that a distance across sections says little, in any unit,
+    and ``fragments_in_xy`` is the answer.
+
+    Args:
+        affinities: (3, z, y, x), channels z, y, x; uint8 in 0..255 or floating point in 0..1.
+        fragments_in_xy: keep every fragment within one section; only the y and x affinities count then.
+        background_mask: leave the boundary voxels 0; otherwise fragments flood them, too, and touch.
+        mask: (z, y, x); fragments are made where it is not 0.
+        filter_fragments: drop the fragments whose mean affinity is lower.
+        epsilon_agglomerate: merge fragments up to this threshold, with the 25th percentile; 0 does not.
+
+    Returns:
+        uint64 (z, y, x), ids 1..n, 0 is background.
+
+    Raises:
+        ValueError: affinities of another type or range.
+    """
+    affinities = float_affinities(affinities)
+    mean_affinity = (affinities[1:] if fragments_in_xy else affinities).mean(axis=0)
+    inside = np.ones(mean_affinity.shape, bool) if mask is None else np.asarray(mask) != 0
+    foreground = (mean_affinity > BOUNDARY) & inside
+
+    distances = squared_distances(foreground, fragments_in_xy)
+    seeds = find_seeds(distances, fragments_in_xy)
+    levels = flood_levels(distances, mean_affinity)
+    fragments = flood(seeds, levels, foreground if background_mask else inside, fragments_in_xy).astype(np.uint64)
+
+    drop_weak(fragments, mean_affinity, filter_fragments)
+    if epsilon_agglomerate > 0:
+        merged = agglomerate(affinities, fragments, [epsilon_agglomerate], EPSILON_MERGE_FUNCTION)
+        _, fragments = next(merged)
+    return fastremap.renumber(fragments, preserve_zero=True, in_place=True)[0].astype(np.uint64, copy=False)
+
+
+def drop_weak(fragments, mean_affinity, least):
+    """Set the fragments to 0, in place, whose mean of ``mean_affinity`` over their voxels is below ``least``."""
+    if least > 0:
+        sizes = np.maximum(np.bincount(fragments.ravel()), 1)
+        sums = np.bincount(fragments.ravel(), weights=mean_affinity.ravel())
+        fragments[(sums / sizes < least)[fragments]] = 0
+
+
+def squared_distances(foreground, in_xy=False):
+    """Squared distance (int32, voxels) of foreground voxels to the nearest background, 1 if there is none.
+
+    ``in_xy`` measures within each section of the (z, y, x) volume.
+    """
+    distances = np.stack([edt.edtsq(s) for s in foreground]) if in_xy else edt.edtsq(foreground)
+    return np.where(np.isinf(distances), 1, distances).astype(np.int32)
+
+
+def find_seeds(distances, in_xy=False):
+    """Label (int32) the connected plateaus on which ``distances`` is the largest of the window around it."""
+    size = (1 if in_xy else SEED_DISTANCE, SEED_DISTANCE, SEED_DISTANCE)
+    maxima = (distances == ndimage.maximum_filter(distances, size)) & (distances > 0)
+    neighbors = ndimage.generate_binary_structure(3, 1)
+    if in_xy:
+        neighbors[[0, 2]] = False
+    return ndimage.label(maxima, neighbors)[0]
+
+
+def flood_levels(distances, mean_affinity):
+    """In which order to flood (int32, high levels first): by squared distance; then the boundary, by affinity."""
+    boundary = np.rint(mean_affinity * AFFINITY_LEVELS).astype(np.int32)
+    return np.where(distances > 0, distances + AFFINITY_LEVELS, boundary)
+
+
+def flood(seeds, levels, inside, in_xy=False):
+    """Grow seeds (ids, 0 elsewhere) from high to low levels (int32, 0 or more), where ``inside`` holds.
+
+    First come, first served on equal levels. The seeded watershed of ``-levels`` by Meyer's algorithm, over 6
+    neighbors (4 with ``in_xy``). Returns int32.
+    """
+    labels = np.pad(np.where(inside, seeds.astype(np.int32), -1), 1, constant_values=-1)
+    _, height, width = labels.shape
+    offsets = np.array([-height * width, -width, -1, 1, width, height * width])
+    _flood(labels.ravel(), np.pad(levels, 1).ravel(), offsets[1:-1] if in_xy else offsets)
+    return np.maximum(labels[1:-1, 1:-1, 1:-1], 0)
+
+
+@numba.njit(cache=True)
+def _flood(labels, levels, offsets):
+    """Replace the zeros of ``labels`` in place; -1 stays, and must surround the volume."""
+    first = np.full(levels.max() + 1, -1)  # per level a queue of voxels, linked through `following`
+    last = np.full(first.size, -1)
+    following = np.full(labels.size, -1)
+    level = 0
+    for voxel in range(labels.size):
+        if labels[voxel] > 0:
+            level = max(level, _push(voxel, levels[voxel], first, last, following))
+    while level >= 0:
+        voxel = first[level]
+        if voxel < 0:
+            level -= 1
+            continue
+        first[level] = following[voxel]
+        for offset in offsets:
+            neighbor = voxel + offset
+            if labels[neighbor] == 0:
+                labels[neighbor] = labels[voxel]
+                level = max(level, _push(neighbor, levels[neighbor], first, last, following))
+
+
+@numba.njit(cache=True)
+def _push(voxel, level, first, last, following):
+    """Append a voxel to the queue of its level, which is returned."""
+    if first[level] < 0:
+        first[level] = voxel
+    else:
+        following[last[level]] = voxel
+    last[level] = voxel
+    return level

@@ -1,0 +1,223 @@
+"""Fragments and scored edges of one block: arrays in, arrays out.
+
+A fragment is one 6-connected body within one block, its ids are one range per block, and an edge belongs to the block
+of its smaller id. That makes the edges of a volume complete and free of duplicates: where two fragments touch, two
+voxels share a face, so both lie in the block of the smaller id or in the layer one voxel thick around it. With a
+context of one voxel or more, that block sees the whole border of the two, and no other block may write their edge.
+More context does not find more edges; it lets scores see more of the neurites.
+"""
+
+from operator import itemgetter
+
+import cc3d
+import fastremap
+import numba
+import numpy as np
+import waterz
+
+from lsdseg.engine.post.affinities import MUTEX
+from lsdseg.engine.post.agglomerate import QUEUE_BINS, float_affinities, scoring_function, silence
+from lsdseg.engine.post.fragments import extract_fragments
+from lsdseg.engine.post.mutex import is_direct, voxel_pairs
+
+LARGEST_ID = 2**63 - 1  # databases know no unsigned integers
+
+
+def fragments_of_block(
+    affinities, *, context, block, voxels_in_block, mask=None, extract=extract_fragments, **settings
+):
+    """Fragments of one block, numbered so that no other block uses the same ids.
+
+    They are extracted with context and cropped to the block. A fragment whose pieces hang together in the context
+    only becomes one fragment per piece, since one id must not stand for two bodies.
+
+    Args:
+        affinities: (c, z, y, x), the block and its context, channels as ``extract`` takes them.
+        context: voxels around the block along z, y, x; a pair (before, after) for an axis along which they differ,
+            as they do where the volume ends.
+        block: the block's number, from 0.
+        voxels_in_block: the same for every block: this one has ids block * voxels_in_block + 1..n.
+        mask: (z, y, x) like the affinities; fragments are made where it is not 0.
+        extract: what makes the fragments, `extract_fragments` or `mutex_watershed`.
+        settings: further arguments of ``extract``.
+
+    Returns:
+        fragments: uint64 (z, y, x) without context, 0 is background.
+        ids: uint64 (n,), those in ``fragments``, ascending.
+        centers: float64 (n, 3), the fragments' centres of mass in voxels: 0 is the middle of the block's first voxel.
+
+    Raises:
+        ValueError: affinities of another type or range, no room for the block inside the context, more voxels than
+            ``voxels_in_block``, or ids above 2**63 - 1.
+    """
+    first_id = block * voxels_in_block + 1
+    if first_id + voxels_in_block - 1 > LARGEST_ID:
+        raise ValueError(f"block {block} of {voxels_in_block} voxels: its fragment ids would not fit into 63 bits")
+    grown = extract(affinities, mask=mask, **settings)
+    widths = [np.broadcast_to(width, 2) for width in context]
+    inner = grown[tuple(slice(before, size - after) for (before, after), size in zip(widths, grown.shape, strict=True))]
+    if not 0 < inner.size <= voxels_in_block:
+        raise ValueError(
+            f"a context of {context} leaves {inner.size} of {grown.shape} voxels; it must be 1..{voxels_in_block}"
+        )
+    pieces, count = cc3d.connected_components(np.ascontiguousarray(inner), connectivity=6, return_N=True)
+    ids = np.arange(first_id, first_id + count, dtype=np.uint64)
+    centers = cc3d.statistics(pieces)["centroids"][1:]
+    return np.append(np.uint64(0), ids)[pieces], ids, centers
+
+
+def edges_of_block(affinities, fragments, merge_function, first_id, last_id, offsets=None):
+    """The edges that belong to a block: those whose smaller id ``u`` is in first_id..last_id.
+
+    Arguments and results as for `score_edges`, on the block with a context of one voxel or more; for the merge function
+    ``mutex`` as for `score_mutex_edges`, with a context as large as the largest offset.
+    """
+    if merge_function == MUTEX:
+        u, v, scores = score_mutex_edges(affinities, fragments, offsets)
+    else:
+        u, v, scores = score_edges(affinities, fragments, merge_function)
+    own = (u >= first_id) & (u <= last_id)
+    return u[own], v[own], scores[own]
+
+
+def score_edges(affinities, fragments, merge_function):
+    """Score every pair of fragments that share a face of a voxel by the threshold at which their regions merge.
+
+    Regions merge in the order in which `agglomerate` merges them, and a score is that of the merge that brings the two
+    fragments into one region, or that of an earlier merge if that was higher: so the components of the edges up to a
+    threshold are the regions at that threshold. With the histogram merge functions they equal `agglomerate`'s exactly.
+    ``mean`` is finer than the 256 bins by which waterz orders merges: exact at multiples of 1/256, else within the bin.
+
+    Args:
+        affinities: (3, z, y, x), channels z, y, x; uint8 in 0..255 or floating point in 0..1.
+        fragments: (z, y, x), any unsigned ids, 0 is background.
+        merge_function: a name that `scoring_function` knows.
+
+    Returns:
+        u, v: uint64 (m,), u < v, sorted by u, then v; each pair once.
+        scores: float32 (m,) in 0..1; NaN where the two are apart after every merge with a score below 1.
+
+    Raises:
+        UserError: unknown merge function.
+        ValueError: affinities of another type or range, or of another shape than the fragments.
+    """
+    function = scoring_function(merge_function)
+    numbers, ids = _number(fragments)
+    stages = waterz.agglomerate(
+        float_affinities(affinities),
+        [-1, 1],  # scores are 0 or more: the first stage merges nothing, and its region graph lists all neighbors
+        fragments=numbers,
+        scoring_function=function,
+        discretize_queue=QUEUE_BINS,
+        return_merge_history=True,
+        return_region_graph=True,
+    )
+    with silence():
+        _, _, region_graph = next(stages)
+        _, history, _ = next(stages)
+    u, v, _ = _columns(region_graph, "u", "v", "score")
+    a, b, merge_scores = _columns(history, "a", "b", "score")
+    scores = _threshold_of_merge(u, v, a, b, np.maximum.accumulate(merge_scores), len(ids))
+    return ids[u], ids[v], scores
+
+
+def score_mutex_edges(affinities, fragments, offsets):
+    """Score every pair of fragments that share a face of a voxel by one minus the mean affinity between them.
+
+    The mean is over all pairs of a voxel of the one and a voxel of the other that any offset connects: two neurites
+    that touch where the membrane is faint are told apart by the long-range affinities across it.
+
+    Args:
+        affinities: (c, z, y, x), uint8 in 0..255 or floating point in 0..1.
+        fragments: (z, y, x), any unsigned ids, 0 is background.
+        offsets: (z, y, x) of each channel. Fragments touch along those of direct neighbors only.
+
+    Returns:
+        u, v, scores: as `score_edges`.
+
+    Raises:
+        ValueError: affinities of another type or range, or of another shape than the fragments.
+    """
+    affinities = float_affinities(affinities, channels=len(offsets))
+    numbers, ids = _number(fragments)
+    numbers = numbers.astype(np.int64)
+    faces = [_contacts(numbers, offset, len(ids)) for offset in offsets if is_direct(offset)]
+    edges = np.unique(np.concatenate([keys for keys, _ in faces]))
+    sums, counts = np.zeros(len(edges)), np.zeros(len(edges))
+    for channel, offset in zip(affinities, offsets, strict=True):
+        keys, voxels = _contacts(numbers, offset, len(ids))
+        index = np.searchsorted(edges, keys)
+        touching = np.append(edges, -1)[index] == keys
+        sums += np.bincount(index[touching], channel[voxels][touching], minlength=len(edges))
+        counts += np.bincount(index[touching], minlength=len(edges))
+    u, v = np.divmod(edges, len(ids))
+    return ids[u], ids[v], (1 - sums / counts).astype(np.float32)
+
+
+def _contacts(numbers, offset, count):
+    """Voxels whose partner at an offset is of another fragment: the key of the edge, and an index of the voxels.
+
+    The key of the numbers u < v is u * count + v (int64).
+    """
+    here, there = voxel_pairs(numbers.shape, offset)
+    first, second = numbers[here], numbers[there]
+    apart = (first != second) & (first > 0) & (second > 0)
+    first, second = first[apart], second[apart]
+    voxels = np.zeros(numbers.shape, bool)
+    voxels[here] = apart
+    return np.minimum(first, second) * count + np.maximum(first, second), voxels
+
+
+def _number(fragments):
+    """Fragments numbered 1..n in the order of their ids (uint64, C order), and the id of every number; 0 stays 0.
+
+    An order that depends on the ids only, because waterz breaks ties by it.
+    """
+    numbers, mapping = fastremap.renumber(np.asarray(fragments, np.uint64, order="C"), preserve_zero=True)
+    mapping = mapping | {0: 0}
+    ids = np.fromiter(mapping.keys(), np.uint64, len(mapping))
+    sorted_ids, ranks = np.unique(ids, return_inverse=True)
+    table = np.empty(len(ids), np.uint64)
+    table[np.fromiter(mapping.values(), np.int64, len(mapping))] = ranks
+    return table[numbers], sorted_ids
+
+
+def _columns(rows, first, second, score):
+    """Two int64 columns and a float32 one of waterz' list of dicts, without a Python loop."""
+    table = np.fromiter(map(itemgetter(first, second, score), rows), "i8, i8, f4", len(rows))
+    return table["f0"].copy(), table["f1"].copy(), table["f2"].copy()
+
+
+@numba.njit(cache=True)
+def _threshold_of_merge(u, v, a, b, scores, node_count):
+    """Score of the merge (a, b) that connects each pair (u, v), NaN if none does.
+
+    The merge forest is a union-find by size without path compression, each node marked with the merge that gave it a
+    parent. Marks rise towards the root, so the way up from u and v, always from the lower mark, ends where they meet at
+    the mark of their lowest common ancestor; the forest is at most log2(n) deep.
+    """
+    never = len(scores)
+    parent, size, merge = np.arange(node_count), np.ones(node_count, np.int64), np.full(node_count, never)
+    for i in range(len(scores)):
+        x, y = a[i], b[i]
+        while parent[x] != x:
+            x = parent[x]
+        while parent[y] != y:
+            y = parent[y]
+        if size[x] < size[y]:
+            x, y = y, x
+        parent[y], merge[y] = x, i
+        size[x] += size[y]
+
+    result = np.empty(len(u), np.float32)
+    for i in range(len(u)):
+        x, y, last = u[i], v[i], never
+        while x != y:
+            if merge[x] > merge[y]:
+                x, y = y, x
+            last = merge[x]
+            if last == never:
+                break
+            x = parent[x]
+        result[i] = np.nan if last == never else scores[last]
+    return result

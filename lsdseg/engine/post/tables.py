@@ -1,0 +1,179 @@
+"""Look-up tables (LUTs) from fragments to segments.
+
+An edge says at which thresholds its two fragments are one segment, and nothing else about it is needed. So there is one
+union-find per threshold, edges pass by once in any order, and none is kept.
+"""
+
+import os
+import struct
+import zipfile
+from bisect import bisect_left, bisect_right
+
+import numba
+import numpy as np
+
+from lsdseg.errors import UserError
+from lsdseg.files import write_whole
+
+KEY = "fragment_segment_lut"
+
+
+def connected_segments(node_ids, edge_batches, thresholds):
+    """Segments at every threshold: the connected components of the edges with a score up to it.
+
+    Memory is proportional to nodes times thresholds, whatever the number of edges. Scores and thresholds are compared
+    as float32.
+
+    Args:
+        node_ids: uint64 (n,), all fragments, ascending.
+        edge_batches: iterable of (u, v, scores), uint64, uint64 and float32 (m,), in any order; NaN joins nothing.
+        thresholds: scores up to which to join.
+
+    Returns:
+        {threshold: uint64 (2, n)}: ``node_ids``, and below each the segment, which is the smallest id in it.
+
+    Raises:
+        ValueError: ``node_ids`` that do not ascend, or edges between fragments that are not among them.
+    """
+    node_ids = np.asarray(node_ids, np.uint64)
+    if (node_ids[1:] <= node_ids[:-1]).any():
+        raise ValueError("node ids must ascend, without duplicates")
+    thresholds = sorted(thresholds)
+    levels = np.asarray(thresholds, np.float32)
+    nodes = np.arange(len(node_ids), dtype=np.int32 if len(node_ids) < 2**31 else np.int64)
+    parents = np.tile(nodes, (len(thresholds), 1))
+    runs = _runs(node_ids)
+    unknown = 0
+    for u, v, scores in edge_batches:
+        u, unknown_u = _translate(u, node_ids, nodes, runs)
+        v, unknown_v = _translate(v, node_ids, nodes, runs)
+        unknown += unknown_u + unknown_v
+        if not unknown:
+            _join(parents, u, v, np.searchsorted(levels, scores))
+    if unknown:
+        raise ValueError(f"{unknown} ends of edges are at fragments that are not among the {len(node_ids)} nodes")
+    for parent in parents:
+        _point_to_roots(parent)
+    return {t: np.stack([node_ids, node_ids[roots]]) for t, roots in zip(thresholds, parents, strict=True)}
+
+
+def relabel(fragments, lut):
+    """Segments of fragments; 0 stays 0.
+
+    Only the rows of the LUT from the smallest to the largest id are read, so it may be larger than memory. Fast where
+    ids are consecutive, as those of a block are.
+
+    Args:
+        fragments: array of unsigned ids, of any shape.
+        lut: uint64 (2, n), fragments, ascending, and their segments; `load_lut` maps one from disk.
+
+    Returns:
+        uint64, the shape of ``fragments``.
+
+    Raises:
+        ValueError: ids that are not in the LUT, so it was made from other fragments.
+    """
+    fragments = np.asarray(fragments, np.uint64)
+    last = fragments.max(initial=0)
+    first = fragments.min(initial=last, where=fragments > 0)
+    rows = lut[:, bisect_left(lut[0], first) : bisect_right(lut[0], last)]
+    ids, segments = np.insert(rows, 0, 0, axis=1)
+    result, unknown = _translate(fragments.ravel(), ids, segments, _runs(ids))
+    if unknown:
+        raise ValueError(f"{unknown} voxels are of fragments that are not in the LUT: it was made from other fragments")
+    return result.reshape(fragments.shape)
+
+
+def save_lut(path, lut):
+    """Write a LUT, uint64 (2, n), as an .npz file; it has its name only when it is complete.
+
+    Not compressed, so that `load_lut` can map it.
+    """
+    with write_whole(path) as partial, open(partial, "wb") as file:
+        np.savez(file, **{KEY: lut})
+
+
+def load_lut(path):
+    """A LUT, uint64 (2, n), from an .npz file: mapped, not read, unless it was compressed by someone else.
+
+    Raises:
+        UserError: there is no such file, or it is not a LUT.
+    """
+    try:
+        with open(path, "rb") as file:
+            entry = zipfile.ZipFile(file).getinfo(f"{KEY}.npy")
+            if entry.compress_type != zipfile.ZIP_STORED:
+                return np.load(path)[KEY]
+            file.seek(entry.header_offset + 26)  # there, a header of 30 bytes ends with the lengths of two more fields
+            file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+            np.lib.format.read_magic(file)
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+            return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran_order else "C")
+    except FileNotFoundError as error:
+        raise UserError(f"no look-up table {path}; run 04_find_segments_full.py first") from error
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise UserError(f"{path} is not a look-up table; run 04_find_segments_full.py again") from error
+
+
+def _runs(ids):
+    """Rows (int64) at which runs of consecutive ids start; few of them make looking up fast."""
+    return np.flatnonzero(np.append(True, ids[1:] != ids[:-1] + np.uint64(1))[: len(ids)])
+
+
+def _translate(values, ids, targets, runs):
+    """Targets of values that are looked up in ascending ids, and how many values are not there (their target is 0)."""
+    result = np.zeros(len(values), targets.dtype)  # numpy's memory comes in huge pages, twice as fast here as numba's
+    values = np.ascontiguousarray(values, np.uint64)
+    return result, _fill(result, values, ids, targets, runs, ids[runs])
+
+
+@numba.njit(cache=True)
+def _fill(result, values, ids, targets, starts, start_ids):
+    """The loop of `_translate`, given the row and the id with which each run starts; returns the count."""
+    unknown = 0
+    start, first, length = 0, np.uint64(0), np.uint64(0)  # the run of the value before, often that of the next
+    for i, value in enumerate(values):
+        if value - first >= length:  # also if it is smaller: unsigned numbers wrap around
+            run = np.searchsorted(start_ids, value, side="right") - 1
+            if run < 0:
+                unknown += 1
+                continue
+            start, first = starts[run], start_ids[run]
+            end = starts[run + 1] if run + 1 < starts.size else ids.size
+            length = np.uint64(end - start)
+            if value - first >= length:
+                unknown += 1
+                continue
+        result[i] = targets[start + np.int64(value - first)]
+    return unknown
+
+
+@numba.njit(cache=True)
+def _join(parents, u, v, levels):
+    """Join u[i] and v[i] in the forests ``parents[levels[i]:]``; every root is the smallest node of its tree.
+
+    What a forest has joined, all later ones have too, so the first that knows the pair ends the work on an edge.
+    """
+    for i in range(u.size):
+        for level in range(levels[i], len(parents)):
+            parent = parents[level]
+            x, y = _root(parent, u[i]), _root(parent, v[i])
+            if x == y:
+                break
+            parent[max(x, y)] = min(x, y)
+
+
+@numba.njit(cache=True)
+def _root(parent, node):
+    """Root of a node, halving the path to it."""
+    while parent[node] != node:
+        parent[node] = parent[parent[node]]
+        node = parent[node]
+    return node
+
+
+@numba.njit(cache=True)
+def _point_to_roots(parent):
+    """Let every node point to its root, which is smaller and so already does."""
+    for node in range(parent.size):
+        parent[node] = parent[parent[node]]

@@ -1,0 +1,259 @@
+"""Training batches: from labelled volumes to augmented raw data with its targets and weights.
+
+The order matters. Geometric augmentation comes before the targets, since LSDs and affinities have directions;
+boundaries are grown after it, since deforming would close a one-voxel boundary again.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import gunpowder as gp
+import numpy as np
+
+from lsdseg.config.model_types import label_keys
+from lsdseg.data_utils.volumes import open_array, source_defaults
+from lsdseg.engine.intensity import network_scale_shift, unit_factor
+from lsdseg.engine.sections import affinity_offsets, along_zyx
+from lsdseg.engine.training.nodes import (
+    AddLocalShapeDescriptors,
+    Binarize,
+    CompactLabels,
+    DefectAugment,
+    GrowBoundary,
+    LabelledLocation,
+    PadLabels,
+    SeedSamples,
+    lsd_context,
+)
+
+RAW = gp.ArrayKey("RAW")
+LABELS = gp.ArrayKey("LABELS")
+LABELS_MASK = gp.ArrayKey("LABELS_MASK")
+LSDS = gp.ArrayKey("LSDS")
+LSDS_WEIGHTS = gp.ArrayKey("LSDS_WEIGHTS")
+AFFS = gp.ArrayKey("AFFS")
+AFFS_MASK = gp.ArrayKey("AFFS_MASK")
+AFFS_WEIGHTS = gp.ArrayKey("AFFS_WEIGHTS")
+MITO = gp.ArrayKey("MITO")
+MITO_MASK = gp.ArrayKey("MITO_MASK")
+MITO_WEIGHTS = gp.ArrayKey("MITO_WEIGHTS")
+
+# Key of DATA that names labels -> keys of the labels and of their mask.
+LABEL_ARRAYS = {"NEURON_LABELS": (LABELS, LABELS_MASK), "MITO_LABELS": (MITO, MITO_MASK)}
+# Keys of MODEL that may hold a list of two, for two passes of elastic augmentation.
+PER_PASS = ("PROB_ELASTIC", "CONTROL_POINT_SPACING", "JITTER_SIGMA", "PROB_SLIP", "PROB_SHIFT", "MAX_MISALIGN")
+
+
+class TrainingBatch(NamedTuple):
+    """One batch; in 2D without the axis z.
+
+    raw: (batch, 1, z, y, x) float32, the network's input.
+    labels: (batch, z, y, x) uint32 of the output's shape, boundaries grown.
+    targets, weights: task -> (batch, channels, z, y, x) float32.
+    """
+
+    raw: np.ndarray
+    labels: np.ndarray
+    targets: dict[str, np.ndarray]
+    weights: dict[str, np.ndarray]
+
+
+@contextmanager
+def training_batches(cfg, volumes: list[Path], tasks: tuple[str, ...], first_sample: int = 0, step: int = 1):
+    """Context manager that gives an endless iterator of `TrainingBatch`.
+
+    Args:
+        cfg: resolved config.
+        volumes: zarrs with raw, labels and labels mask.
+        tasks: which targets to make.
+        first_sample, step: number of the first patch, and from each to the next (see `SeedSamples`).
+    """
+    voxel_size = open_array(volumes[0], cfg.DATA.RAW, **source_defaults(cfg)).voxel_size
+    shapes = {RAW: gp.Coordinate(along_zyx(cfg.MODEL.RAW_SHAPE, 1))}
+    for key in (LABELS, *(key for task in tasks for key in TARGETS[task][:2])):
+        shapes[key] = gp.Coordinate(along_zyx(cfg.MODEL.OUTPUT_SHAPE, 1))
+    request = gp.BatchRequest()
+    for key, shape in shapes.items():
+        request.add(key, shape * voxel_size)
+
+    pipeline = _pipeline(cfg, volumes, tasks, request) + SeedSamples(cfg.TRAIN.SEED, first_sample, step)
+    pipeline += gp.Stack(cfg.TRAIN.BATCH_SIZE)
+    if cfg.SYSTEM.NUM_WORKERS:
+        pipeline += gp.PreCache(cache_size=cfg.SYSTEM.CACHE_SIZE, num_workers=cfg.SYSTEM.NUM_WORKERS)
+    with gp.build(pipeline) as provider:
+        yield _batches(provider, request, tasks, sections=cfg.DATA.DIM_2D)
+
+
+def _batches(provider, request, tasks, sections: bool) -> Iterator[TrainingBatch]:
+    def data(batch, key, axes: int) -> np.ndarray:
+        """With the given number of axes: a channel axis is added, and in 2D the axis z goes."""
+        array = batch[key].data[..., 0, :, :] if sections else batch[key].data
+        return array[:, None] if array.ndim < axes else array
+
+    axes = 4 if sections else 5
+    while True:
+        batch = provider.request_batch(request)
+        yield TrainingBatch(
+            raw=data(batch, RAW, axes),
+            labels=data(batch, LABELS, axes - 1),
+            targets={task: data(batch, TARGETS[task].values, axes).astype(np.float32) for task in tasks},
+            weights={task: data(batch, TARGETS[task].weights, axes) for task in tasks},
+        )
+
+
+def _pipeline(cfg, volumes: list[Path], tasks: tuple[str, ...], request: gp.BatchRequest):
+    model = cfg.MODEL
+    sources = tuple(_source(cfg, path, request) for path in volumes)
+    pipeline = sources + gp.RandomProvider([_labelled_size(cfg, path) for path in volumes])
+    for key in label_keys(cfg):
+        pipeline += CompactLabels(LABEL_ARRAYS[key][0])
+
+    if cfg.TRAIN.AUGMENT:
+        for augment in _elastic_augments(model):
+            pipeline += augment
+        pipeline += gp.SimpleAugment(transpose_only=[axis + cfg.DATA.DIM_2D for axis in model.TRANSPOSE])
+        pipeline += gp.IntensityAugment(
+            RAW,
+            scale_min=model.INTENSITYAUG_SCALE_MIN,
+            scale_max=model.INTENSITYAUG_SCALE_MAX,
+            shift_min=model.INTENSITYAUG_SHIFT_MIN,
+            shift_max=model.INTENSITYAUG_SHIFT_MAX,
+            # Sections of an anisotropic volume are imaged one by one, each with its own brightness.
+            slab=None if cfg.DATA.FIB else (1, -1, -1),
+        )
+        if model.DEFECT_AUGMENT:
+            pipeline += _defect_augment(cfg)
+
+    if model.GROWBOUNDARY_STEPS:
+        pipeline += GrowBoundary(LABELS, model.GROWBOUNDARY_STEPS, only_xy=cfg.DATA.DIM_2D or not cfg.DATA.FIB)
+    for task in tasks:
+        for node in TARGETS[task].nodes(cfg):
+            pipeline += node
+    return pipeline + gp.IntensityScaleShift(RAW, *network_scale_shift(cfg))
+
+
+def _lsd_nodes(cfg) -> list[gp.BatchFilter]:
+    sigma, downsample, sections = cfg.MODEL.LSD_SIGMA, cfg.MODEL.LSD_DOWNSAMPLE, cfg.DATA.DIM_2D
+    options = {"sigma": sigma, "downsample": downsample, "sections": sections}
+    return [AddLocalShapeDescriptors(LABELS, LABELS_MASK, LSDS, LSDS_WEIGHTS, **options)]
+
+
+def _affinity_nodes(cfg) -> list[gp.BatchFilter]:
+    offsets = affinity_offsets(cfg)
+    return [
+        gp.AddAffinities(offsets, LABELS, AFFS, labels_mask=LABELS_MASK, affinities_mask=AFFS_MASK),
+        gp.BalanceLabels(AFFS, AFFS_WEIGHTS, mask=AFFS_MASK),
+    ]
+
+
+def _mito_nodes(cfg) -> list[gp.BatchFilter]:
+    return [Binarize(MITO), gp.BalanceLabels(MITO, MITO_WEIGHTS, mask=MITO_MASK)]
+
+
+class Target(NamedTuple):
+    """A task's target, the weights of its entries, and what makes the two from labels by a config."""
+
+    values: gp.ArrayKey
+    weights: gp.ArrayKey
+    nodes: Callable[..., list[gp.BatchFilter]]
+
+
+TARGETS = {
+    "lsds": Target(LSDS, LSDS_WEIGHTS, _lsd_nodes),
+    "affs": Target(AFFS, AFFS_WEIGHTS, _affinity_nodes),
+    "mito": Target(MITO, MITO_WEIGHTS, _mito_nodes),
+}
+
+
+def _source(cfg, path: Path, request: gp.BatchRequest):
+    """One volume at random locations near its neuron labels, with margins as wide as any request can need.
+
+    Raw is mirrored there, and the labels are unlabelled; others than those of neurons may cover less of the volume.
+    """
+    names = {RAW: cfg.DATA.RAW}
+    for key in label_keys(cfg):
+        labels, mask = LABEL_ARRAYS[key]
+        names |= {labels: cfg.DATA[key], mask: cfg.DATA[f"{key}_MASK"]}
+    data = {key: open_array(path, name, **source_defaults(cfg)) for key, name in names.items()}
+    arrays = tuple(gp.ArraySource(key, array, interpolatable=key == RAW) for key, array in data.items())
+    voxel_size = data[RAW].voxel_size
+
+    # A rotated request reaches as far as its diagonal.
+    context = lsd_context(cfg.MODEL.LSD_SIGMA, voxel_size, cfg.MODEL.LSD_DOWNSAMPLE, sections=cfg.DATA.DIM_2D)
+    largest = request[RAW].roi.shape + context + context
+    margin = gp.Coordinate(math.ceil(math.hypot(*largest) / 2 / v) * v for v in voxel_size)
+    if cfg.DATA.DIM_2D:
+        margin = gp.Coordinate(0, *margin[1:])
+    source = arrays + gp.MergeProvider()
+    source += gp.Normalize(RAW, factor=unit_factor(data[RAW].dtype))
+    source += gp.Pad(RAW, margin, mode="reflect")
+    reachable = data[LABELS].roi.grow(margin, margin)
+    for key in label_keys(cfg):
+        labels, mask = LABEL_ARRAYS[key]
+        # Weights are multiplied with the mask.
+        source += Binarize(mask)
+        source += PadLabels(mask, reachable)
+        source += PadLabels(labels, reachable)
+    return source + LabelledLocation(LABELS_MASK, data[LABELS_MASK].roi)
+
+
+def _labelled_size(cfg, path: Path) -> int:
+    return open_array(path, cfg.DATA.NEURON_LABELS, **source_defaults(cfg)).roi.size
+
+
+def _elastic_augments(model) -> list[gp.BatchFilter]:
+    """One elastic augmentation, or two in a row where any key is a list of two, one value for each."""
+    # A value for both is a number or a tuple.
+    two = any(isinstance(model[key], list) for key in PER_PASS)
+
+    def of_pass(key: str, number: int):
+        return model[key][number] if isinstance(model[key], list) else model[key]
+
+    with warnings.catch_warnings():
+        # Its successor knows no slipped and shifted sections, and the config's lengths are in voxels as here.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return [
+            gp.ElasticAugment(
+                control_point_spacing=along_zyx(of_pass("CONTROL_POINT_SPACING", number), 1),
+                jitter_sigma=along_zyx(of_pass("JITTER_SIGMA", number), 0),
+                rotation_interval=model.ROTATION_INTERVAL,
+                prob_slip=of_pass("PROB_SLIP", number),
+                prob_shift=of_pass("PROB_SHIFT", number),
+                max_misalign=of_pass("MAX_MISALIGN", number),
+                subsample=model.SUBSAMPLE,
+                p=of_pass("PROB_ELASTIC", number),
+            )
+            for number in range(2 if two else 1)
+        ]
+
+
+def _defect_augment(cfg):
+    """Missing, low-contrast and (from the configured zarr) damaged sections."""
+    artifacts, artifacts_mask = gp.ArrayKey("ARTIFACTS"), gp.ArrayKey("ARTIFACTS_MASK")
+    path = cfg.MODEL.DEFECT_AUGMENT
+    raw, mask = open_array(path, "defect_sections/raw"), open_array(path, "defect_sections/mask")
+    source = (
+        (gp.ArraySource(artifacts, raw, True), gp.ArraySource(artifacts_mask, mask, True))
+        + gp.MergeProvider()
+        + gp.RandomLocation(min_masked=0.05, mask=artifacts_mask)
+        + gp.Normalize(artifacts, factor=unit_factor(raw.dtype))
+        + gp.AsType(artifacts_mask, np.float32)
+        + gp.IntensityAugment(artifacts, 0.9, 1.1, -0.1, 0.1)
+        + gp.SimpleAugment(transpose_only=[1, 2])
+    )
+    return DefectAugment(
+        RAW,
+        prob_missing=0.03,
+        prob_low_contrast=0.01,
+        prob_artifact=0.03,
+        artifact_source=source,
+        artifacts=artifacts,
+        artifacts_mask=artifacts_mask,
+        contrast_scale=0.5,
+    )

@@ -1,0 +1,94 @@
+"""Files and folders that appear whole or not at all, and the one place that knows a full disk.
+
+Whatever is written under its final name could be read half-way, or be taken for complete after the writer was killed.
+So it is written beside that name and renamed, which POSIX file systems do at once.
+"""
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lsdseg.errors import UserError
+
+PARTIAL = ".partial"  # how the names of files, folders and arrays end that are not complete
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def write_whole(path: Path | str) -> Iterator[Path]:
+    """Give the body a temporary name to write a file under; the file gets its own name if the body succeeds.
+
+    Folders above it are made.
+
+    Raises:
+        UserError: in place of an OSError: the disk is full or read-only, or permission is missing.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    with os_errors_explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_whole_folder(path: Path | str) -> Iterator[Path]:
+    """Give the body a temporary name to make a folder under; it then replaces the one of its own name, if any."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def os_errors_explained(path: Path | str) -> Iterator[None]:
+    """Raise a UserError in place of any OSError in the body: `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+@contextmanager
+def room_on_disk(path: Path | str, needed_bytes: int = 0) -> Iterator[None]:
+    """Check that there is room and permission to write where `path` is or will be, and watch for a full disk.
+
+    Raises:
+        UserError: before the body runs, if fewer than `needed_bytes` are free or permission is missing; later, in place
+            of the body's OSError, if the disk or the quota fills up.
+    """
+    folder = Path(path).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}: no permission to write in {folder}; write elsewhere")
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise UserError(
+            f"no room on disk for {path}: {needed_bytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; "
+            "delete something or write elsewhere"
+        )
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path | str, error: OSError) -> UserError:
+    """What to tell the user about an error of the operating system while `path` was written."""
+    remedy = "free some space" if error.errno in FULL_DISK else "check the permissions, or write elsewhere"
+    return UserError(f"cannot write {path}: {error.strerror or error}; {remedy}, then run the same command again")
