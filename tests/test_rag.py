@@ -1,6 +1,7 @@
 import itertools
 import json
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,8 @@ import pytest
 from lsdseg.config.loader import load_config
 from lsdseg.data_utils.layout import sample_name
 from lsdseg.errors import UserError
-from lsdseg.rag import MongoStore, ParquetStore, open_store
+from lsdseg.rag import STORES, MongoStore, ParquetStore, RagStore, open_store
+from lsdseg.rag.store import columns_of, voxels_in_block
 from tests.mongodb import TEST_URI, free_port, mongodb, own_server
 
 VOXELS = 1000  # in a block
@@ -54,7 +56,7 @@ def open_graph(request, tmp_path):
 
 
 def make_nodes(block, count=20):
-    """Ids and centres of a block's fragments."""
+    """Ids and centers of a block's fragments."""
     rng = np.random.default_rng(block % 2**32)
     ids = block * VOXELS + 1 + np.sort(rng.permutation(VOXELS)[:count])
     return ids.astype(np.uint64), rng.integers(-(10**12), 10**12, (count, 3))
@@ -301,7 +303,7 @@ def test_foreign_and_truncated_files_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"0\.parquet cannot be read"):
         store.read_edges("mean", 1, VOXELS)
     pq.write_table(pa.table({"u": ["one"], "v": ["two"]}), file)
-    with pytest.raises(UserError, match=r"0\.parquet holds other columns than u, v, merge_score"):
+    with pytest.raises(UserError, match=r"0\.parquet has other columns than u, v, merge_score"):
         store.read_edges("mean", 1, VOXELS)
     (tmp_path / "sample.rag" / "settings.json").write_text("{")
     with pytest.raises(UserError, match=r"settings\.json cannot be read"):
@@ -312,7 +314,7 @@ def test_a_graph_without_settings_can_only_be_read(tmp_path):
     ParquetStore(tmp_path / "sample.rag", VOXELS, "r+").write_nodes(0, *make_nodes(0))
     (tmp_path / "sample.rag" / "settings.json").unlink()
     assert len(ParquetStore(tmp_path / "sample.rag", VOXELS).read_nodes(1, VOXELS)[0]) == 20
-    with pytest.raises(UserError, match="can only be read"):
+    with pytest.raises(UserError, match="so it is read-only"):
         ParquetStore(tmp_path / "sample.rag", VOXELS, "r+")
 
 
@@ -406,7 +408,7 @@ def test_a_graph_of_other_scripts_can_be_read(database):
     )
     expected = [np.array([5, 6], np.uint64), np.array([6, 7], np.uint64), np.array([0.25, np.nan], np.float32)]
     assert_same(joined(store.edges("mean")), expected)
-    with pytest.raises(UserError, match="written by other scripts and can only be read"):
+    with pytest.raises(UserError, match="written by other scripts, so it is read-only"):
         MongoStore(uri, name, "crop", VOXELS, "r+")
     assert list(MongoStore(uri, name, "crop", VOXELS, "w").node_ids()) == []
 
@@ -415,7 +417,7 @@ def test_foreign_documents_are_refused(database):
     uri, name = database
     with pymongo.MongoClient(uri) as client:
         client[name].crop_nodes.insert_one({"id": 5, "position": "here"})
-    with pytest.raises(UserError, match=r"collection crop_nodes .* no region adjacency graph"):
+    with pytest.raises(UserError, match=r"collection crop_nodes .* is not part of a region adjacency graph"):
         MongoStore(uri, name, "crop", VOXELS).read_nodes(1, 10)
 
 
@@ -449,7 +451,7 @@ def test_a_server_that_goes_away_is_waited_for(tmp_path, caplog, monkeypatch):
         away_for_a_while(server)
         back.set()
         worker.result()
-        assert f"MongoDB at 127.0.0.1:{server.port} is away" in caplog.text
+        assert f"MongoDB at 127.0.0.1:{server.port} has not answered for" in caplog.text
         expected = joined([make_edges(block) for block in range(count)])
         assert_same(store.read_edges("mean", 0, 2**62), expected)
 
@@ -469,7 +471,7 @@ def away_for_a_while(server):
 def test_credentials_work_and_show_nowhere(tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setattr("lsdseg.rag.mongo.SELECTION_SECONDS", 1)
-    monkeypatch.setattr("lsdseg.rag.mongo.PATIENCE_SECONDS", 1)
+    monkeypatch.setattr("lsdseg.rag.mongo.RETRY_SECONDS", 1)
     seen = []
 
     def refusal(uri, message):
@@ -546,6 +548,107 @@ def test_the_store_follows_the_config(tmp_path, database, monkeypatch):
     assert isinstance(store, MongoStore)
     assert "sampleAPadded" in str(store)
     assert store.id_range(2) == (2001, 3000)
+
+
+def test_a_uri_with_an_unknown_scheme_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("LSD_DB_URI", raising=False)
+    cfg = load_config(None, ["DATA.DB_HOST", "postgres://ann:tops3cret@127.0.0.1/graphs"])
+    with pytest.raises(UserError, match=r"postgres://.*use mongodb://, mongodb\+srv:// or HOST:PORT") as caught:
+        open_store(cfg, tmp_path / "sample.zarr", "r+")
+    assert "\n" not in str(caught.value)
+    assert "tops3cret" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("uri", ["ann:tops3cret@127.0.0.1:x", "mongodb://127.0.0.1:x", "mongodb+srv://127.0.0.1:x"])
+def test_mongodb_opens_its_schemes_and_bare_addresses(tmp_path, monkeypatch, uri):
+    monkeypatch.setenv("LSD_DB_URI", uri)
+    with pytest.raises(UserError, match=r"the MongoDB URI .* cannot be used"):
+        open_store(load_config(), tmp_path / "sample.zarr", "r+")
+
+
+def test_libraries_of_a_store_are_imported_when_it_is_opened(tmp_path):
+    script = (
+        "import sys, lsdseg.rag\n"
+        "from lsdseg.config.loader import load_config\n"
+        "def loaded(): return {'pymongo', 'pyarrow'} & set(sys.modules)\n"
+        "assert not loaded(), loaded()\n"
+        f"lsdseg.rag.open_store(load_config(), {str(tmp_path / 'sample.zarr')!r}, 'r+')\n"
+        "assert loaded() == {'pyarrow'}, loaded()\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "LSD_DB_URI"}
+    subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, env=environment, check=True)
+
+
+class ToyStore(RagStore):
+    """Blocks of tables in memory: all that a store has to implement."""
+
+    saved = {}  # URI -> {table: {block: columns}}, and the settings under "settings"
+
+    def __init__(self, uri, voxels, mode):
+        self._uri = uri
+        self._tree = self.saved.setdefault(uri, {})
+        super().__init__(mode, voxels)
+
+    def __repr__(self):
+        return self._uri
+
+    def finish(self):
+        pass
+
+    def _replace(self, table, block, columns):
+        self._tree.setdefault(table, {})[block] = columns
+
+    def _read(self, table, first_id, last_id):
+        blocks = list(self._tree.get(table, {}).values())
+        key, *_ = names = columns_of(table)
+        rows = {name: np.concatenate([np.empty(0, names[name]), *(b[name] for b in blocks)]) for name in names}
+        inside = (rows[key] >= first_id) & (rows[key] <= last_id)
+        return {name: column[inside] for name, column in rows.items()}
+
+    def _stream(self, table, names):
+        return ({name: block[name] for name in names} for block in self._tree.get(table, {}).values())
+
+    def _tables(self):
+        return [name for name in self._tree if name != "settings"]
+
+    def _drop(self, table):
+        self._tree.pop(table, None)
+
+    def _read_settings(self):
+        return self._tree.get("settings")
+
+    def _write_settings(self):
+        self._tree["settings"] = self._settings
+
+
+def open_toy(uri, cfg, output, mode):
+    return ToyStore(f"{uri}/{sample_name(output)}", voxels_in_block(cfg), mode)
+
+
+def test_a_store_is_added_with_one_entry(tmp_path, monkeypatch):
+    monkeypatch.setitem(STORES, "toy", f"{__name__}:open_toy")
+    monkeypatch.delenv("LSD_DB_URI", raising=False)
+    uri = f"toy://{uuid.uuid4().hex}"
+    cfg = load_config(None, ["INS_SEGMENT.BLOCK_SIZE", "(10, 10, 10)", "DATA.DB_HOST", uri])
+    output = tmp_path / "sample_A.zarr"
+
+    with pytest.raises(UserError, match=f"there is no graph {uri}/sampleA"):
+        open_store(cfg, output)
+    store = open_store(cfg, output, "r+")
+    for block in (1, 2):
+        store.write_nodes(block, *make_nodes(block))
+        store.write_edges("mean", block, *make_edges(block))
+    store.write_edges("mean", 2, *make_edges(2, count=7))
+    store.finish()
+
+    store = open_store(cfg, output)
+    assert str(store) == f"{uri}/sampleA"
+    assert store.merge_functions() == ["mean"]
+    assert_same(store.read_nodes(*store.id_range(1)), make_nodes(1))
+    assert_same(joined(store.edges("mean")), joined([make_edges(1), make_edges(2, count=7)]))
+    assert sum(map(len, store.node_ids())) == 40
+    assert list(open_store(cfg, output, "w").node_ids()) == []
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -1,40 +1,77 @@
-"""Region adjacency graphs: fragments as nodes, scored contacts as edges, kept where all workers can reach them."""
+"""Region adjacency graphs: fragments are nodes, scored contacts are edges, kept where all workers can reach them.
 
-import math
+A store is one module and one entry in STORES; `lsdseg.rag.store` says what the module holds. The library behind a
+store is imported when a store of that kind is opened, so that nobody needs the libraries of the others.
+"""
+
 import os
+import re
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from yacs.config import CfgNode
 
-from lsdseg.data_utils.layout import rag_folder, sample_name
-from lsdseg.rag.mongo import MongoStore
-from lsdseg.rag.parquet import ParquetStore
-from lsdseg.rag.store import RagStore
+from lsdseg.errors import UserError
+from lsdseg.rag.store import Mode, RagStore
 
-__all__ = ["MongoStore", "ParquetStore", "RagStore", "open_store", "sample_name"]
+if TYPE_CHECKING:
+    from lsdseg.rag.mongo import MongoStore
+    from lsdseg.rag.parquet import ParquetStore
 
-# Folders above SAMPLE.zarr that tell outputs of one sample apart: MODEL_TYPE, {2d,3d}, RUN, CHECKPOINT.
-OUTPUT_PARTS = 5
+__all__ = ["STORES", "MongoStore", "ParquetStore", "RagStore", "open_store"]
+
+# Scheme of a URI -> "module:function", called as function(uri, cfg, output, mode) to open a store of that kind.
+# The empty scheme stands for an empty URI.
+STORES = {
+    "": "lsdseg.rag.parquet:open_parquet",
+    "mongodb": "lsdseg.rag.mongo:open_mongodb",
+    "mongodb+srv": "lsdseg.rag.mongo:open_mongodb",
+}
+# A URI without a scheme, such as HOST:PORT.
+DEFAULT_SCHEME = "mongodb"
 
 
-def open_store(cfg: CfgNode, output: Path | str, mode: str = "r") -> RagStore:
-    """The graph of the sample that is segmented in a zarr.
+def open_store(cfg: CfgNode, output: Path | str, mode: Mode = "r") -> RagStore:
+    """Open the graph of the sample that an output zarr holds.
 
     Args:
-        cfg: the loaded config. A URI in the environment variable LSD_DB_URI, or else DATA.DB_HOST, chooses MongoDB;
-            without them the graph is Parquet files beside the zarr, in SAMPLE.rag.
+        cfg: the loaded config. The URI in the environment variable LSD_DB_URI, or else in DATA.DB_HOST, selects the
+            store by its scheme (see STORES). If both are empty, the graph is Parquet files beside the zarr.
         output: SAMPLE.zarr.
-        mode: "r" to read, "r+" to read and write, "w" to drop what is there first: see `RagStore`.
+        mode: "r" to read, "r+" to read and write, "w" to drop an existing graph first; see `RagStore`.
+
+    Returns:
+        The open store.
 
     Raises:
-        UserError: within 10 seconds, if the server or the graph cannot be used.
+        UserError: there is no store for the URI, or the server or the graph cannot be used. A server that does not
+            answer is reported within 10 seconds.
     """
-    output = Path(output)
-    voxels_in_block = math.prod(cfg.INS_SEGMENT.BLOCK_SIZE)
     uri = os.environ.get("LSD_DB_URI") or cfg.DATA.DB_HOST
+    scheme = _scheme(uri)
+    if scheme not in STORES:
+        # Only the scheme is shown: the rest of the URI may hold a password.
+        known = ", ".join(f"{name}://" for name in STORES if name)
+        raise UserError(
+            f"LSD_DB_URI or DATA.DB_HOST begins with {scheme}://, but there is no such graph store: use {known} or "
+            "HOST:PORT (MongoDB), or leave it empty for Parquet files beside the output"
+        )
+    module, _, function = STORES[scheme].partition(":")
+    store: RagStore = getattr(import_module(module), function)(uri, cfg, Path(output), mode)
+    return store
+
+
+def _scheme(uri: str) -> str:
     if not uri:
-        return ParquetStore(rag_folder(output), voxels_in_block, mode)
-    # Collections are named by the sample alone, so the output is recorded: two checkpoints must not mix their graphs.
-    # Machines may mount a folder at different places, so only the last parts of its path count.
-    origin = "/".join(output.absolute().parts[-OUTPUT_PARTS:])
-    return MongoStore(uri, cfg.DATA.DB_NAME, sample_name(output), voxels_in_block, mode, origin)
+        return ""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
+    return match[1] if match else DEFAULT_SCHEME
+
+
+def __getattr__(name: str) -> Any:
+    """Import the store classes when they are first asked for, as `open_store` does."""
+    modules = {"MongoStore": "lsdseg.rag.mongo", "ParquetStore": "lsdseg.rag.parquet"}
+    if name not in modules:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(modules[name]), name)

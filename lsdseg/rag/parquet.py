@@ -1,8 +1,8 @@
 """The graph as one Parquet file per block and table: workers never wait for each other, and any file system will do.
 
-SAMPLE.rag/nodes/0/12/12345.parquet and SAMPLE.rag/edges_hist_quant_75/0/12/12345.parquet: the folders are a block's
-millions and thousands, so that none holds more than a thousand entries. A file is written under another name and then
-renamed: a block's rows appear whole or not at all.
+Files are named SAMPLE.rag/nodes/0/12/12345.parquet and SAMPLE.rag/edges_hist_quant_75/0/12/12345.parquet. The folders
+are the millions and the thousands of the block number, so that none holds more than a thousand entries. A file is
+written under a temporary name and then renamed: the rows of a block appear all at once or not at all.
 """
 
 import json
@@ -14,14 +14,31 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from yacs.config import CfgNode
 
+from lsdseg.data_utils.layout import rag_folder
 from lsdseg.errors import UserError
 from lsdseg.files import PARTIAL, os_errors_explained, write_whole
-from lsdseg.rag.store import AGGLOMERATED, NODES, Columns, RagStore, columns_of, is_table
+from lsdseg.rag.store import (
+    AGGLOMERATED,
+    NODES,
+    Columns,
+    Mode,
+    RagStore,
+    Settings,
+    columns_of,
+    is_table,
+    voxels_in_block,
+)
 
-# Rows that a streamed batch has at least, but for the last one: files of single blocks may be small.
+# Streamed batches have at least this many rows, except for the last one: the files of single blocks may be small.
 BATCH = 1_000_000
 SETTINGS = "settings.json"
+
+
+def open_parquet(uri: str, cfg: CfgNode, output: Path, mode: Mode) -> "ParquetStore":
+    """Open the graph in the folder SAMPLE.rag beside SAMPLE.zarr. The URI is not used."""
+    return ParquetStore(rag_folder(output), voxels_in_block(cfg), mode)
 
 
 class ParquetStore(RagStore):
@@ -31,19 +48,22 @@ class ParquetStore(RagStore):
 
     Args:
         folder: SAMPLE.rag.
-        voxels_in_block: see `lsdseg.rag.store`.
+        voxels_in_block: number of voxels in a block; see `lsdseg.rag.store`.
         mode: see `RagStore`.
+
+    Raises:
+        UserError: the folder cannot be read or written, or as `RagStore`.
     """
 
-    def __init__(self, folder: Path | str, voxels_in_block: int, mode: str = "r"):
+    def __init__(self, folder: Path | str, voxels_in_block: int, mode: Mode = "r") -> None:
         self._folder = Path(folder)
-        super().__init__(mode, {"voxels_in_block": voxels_in_block})
+        super().__init__(mode, voxels_in_block)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return str(self._folder)
 
     def finish(self) -> None:
-        """Remove what writers that were killed left."""
+        """Remove the temporary files of writers that were killed."""
         for file in self._folder.rglob(f"*{PARTIAL}"):
             file.unlink(missing_ok=True)
 
@@ -59,7 +79,7 @@ class ParquetStore(RagStore):
         if table != NODES:
             arrays.append(pa.array(np.ones(rows, bool)))
         schema = _schema(table)
-        # Ids lie close to their neighbours in the file: differences take a quarter of the room and less time.
+        # Neighboring ids in a file differ little: storing differences takes a quarter of the space and less time.
         encodings = {field.name: "DELTA_BINARY_PACKED" for field in schema if pa.types.is_integer(field.type)}
         with write_whole(path) as partial:
             pq.write_table(
@@ -72,24 +92,25 @@ class ParquetStore(RagStore):
 
     def _read(self, table: str, first_id: int, last_id: int) -> Columns:
         names = list(columns_of(table))
-        voxels = self._settings["voxels_in_block"]
+        voxels = self._voxels_in_block
         files = self._files(table, max(first_id - 1, 0) // voxels, max(last_id - 1, 0) // voxels)
         nothing = _schema(table).empty_table().select(names)
-        columns = _numpy([nothing, *(_read_file(file, table, names) for file in files)])
+        columns = _to_arrays([nothing, *(_read_file(file, table, names) for file in files)])
         keys = columns[names[0]]
         inside = (keys >= first_id) & (keys <= last_id)
         return columns if inside.all() else {name: column[inside] for name, column in columns.items()}
 
     def _stream(self, table: str, names: list[str]) -> Iterator[Columns]:
-        waiting, rows = [], 0
+        waiting: list[pa.Table] = []
+        rows = 0
         for file in self._files(table):
             waiting.append(_read_file(file, table, names))
             rows += len(waiting[-1])
             if rows >= BATCH:
-                yield _numpy(waiting)
+                yield _to_arrays(waiting)
                 waiting, rows = [], 0
         if waiting:
-            yield _numpy(waiting)
+            yield _to_arrays(waiting)
 
     def _tables(self) -> list[str]:
         return [folder.name for folder in self._folder.glob("*") if is_table(folder.name)]
@@ -99,16 +120,17 @@ class ParquetStore(RagStore):
             if (self._folder / table).exists():
                 shutil.rmtree(self._folder / table)
 
-    def _read_settings(self) -> dict | None:
+    def _read_settings(self) -> Settings | None:
         path = self._folder / SETTINGS
         try:
-            return json.loads(path.read_text())
+            settings: Settings = json.loads(path.read_text())
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{path} cannot be read ({error}): delete {self} and run the scripts from 02 on again"
+                f"{path} cannot be read ({error}): delete {self} and rerun the scripts from 02 on"
             ) from None
+        return settings
 
     def _write_settings(self) -> None:
         with write_whole(self._folder / SETTINGS) as partial:
@@ -118,43 +140,47 @@ class ParquetStore(RagStore):
         return self._folder / table / str(block // 10**6) / str(block // 1000) / f"{block}.parquet"
 
     def _files(self, table: str, first: int = 0, last: int | None = None) -> Iterator[Path]:
-        """The files of the blocks first to last that exist, in order of the blocks."""
+        """Yield the existing files of blocks first to last, both included, in the order of the blocks."""
         if last is not None and last - first < 1000:
             return (path for path in (self._path(table, block) for block in range(first, last + 1)) if path.is_file())
         return (
             file
-            for millions in _in_order(self._folder / table)
-            for thousands in _in_order(millions)
-            for file in _in_order(thousands)
+            for millions in _numbered_entries(self._folder / table)
+            for thousands in _numbered_entries(millions)
+            for file in _numbered_entries(thousands)
             if first <= int(file.stem) and (last is None or int(file.stem) <= last)
         )
 
 
-def _in_order(folder: Path) -> list[Path]:
-    """What is in a folder, by number; nothing if it does not exist."""
+def _numbered_entries(folder: Path) -> list[Path]:
+    """List the entries of a folder that are named by a number, in numerical order. An absent folder has none."""
     return sorted((entry for entry in folder.glob("*") if entry.stem.isdecimal()), key=lambda entry: int(entry.stem))
 
 
 @cache
 def _schema(table: str) -> pa.Schema:
-    """The columns of a file. Edges are marked as agglomerated, as they are in MongoDB."""
+    """Return the columns of a file. Edges are marked as agglomerated, as they are in MongoDB."""
     fields = [(name, pa.from_numpy_dtype(dtype)) for name, dtype in columns_of(table).items()]
     return pa.schema(fields if table == NODES else [*fields, (AGGLOMERATED, pa.bool_())])
 
 
 def _read_file(path: Path, table: str, names: list[str]) -> pa.Table:
-    """Those columns of a block's file; UserError if it is damaged or holds something else."""
-    remedy = "delete the graph's folder and run the scripts from 02 on again"
+    """Read the named columns of a block's file.
+
+    Raises:
+        UserError: the file is damaged or has other columns than the table.
+    """
+    remedy = "delete the folder of the graph and rerun the scripts from 02 on"
     try:
         with pq.ParquetFile(path) as file:
             if not file.schema_arrow.equals(_schema(table)):
-                raise UserError(f"{path} holds other columns than {', '.join(_schema(table).names)}: {remedy}")
+                raise UserError(f"{path} has other columns than {', '.join(_schema(table).names)}: {remedy}")
             return file.read(names, use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read ({error}): {remedy}") from None
 
 
-def _numpy(parts: list[pa.Table]) -> Columns:
-    """The columns of tables, one after the other, as arrays that may be written to; null becomes NaN."""
+def _to_arrays(parts: list[pa.Table]) -> Columns:
+    """Concatenate tables and return their columns as writable arrays. Null becomes NaN."""
     rows = pa.concat_tables(parts)
     return {name: np.require(rows[name].to_numpy(), requirements="W") for name in rows.column_names}

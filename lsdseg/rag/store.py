@@ -1,59 +1,94 @@
-"""What a region adjacency graph (RAG) store does, whatever keeps the rows.
+"""The base class of all region adjacency graph (RAG) stores.
 
-A graph is a few tables of numbers, written block by block, so a store has to know only four things: replace a block's
-rows, read the rows of an id range, stream a table, drop a table. Everything that users of a store see follows from
-these here, once. Two stores have them: `lsdseg.rag.parquet` and `lsdseg.rag.mongo`.
+A graph is a few tables of numbers that are written block by block. A store only has to replace the rows of a block,
+read the rows of an id range, stream a table and drop a table. `RagStore` builds everything else on these operations.
 
-Fragment ids are `block * voxels_in_block + local id` with local ids 1 ... voxels_in_block. A block's fragments
-therefore are one id range, and an edge (u < v) belongs to the block of u: every row has exactly one block that writes
-it, and writing a block again replaces just its rows.
+Fragment ids are `block * voxels_in_block + local id`, with local ids from 1 to voxels_in_block. The fragments of a
+block therefore form one id range, and an edge (u < v) belongs to the block of u. Each row is written by exactly one
+block, and writing a block again replaces the rows of that block and no others.
+
+To add a store, write a module beside this one and add one entry to `lsdseg.rag.STORES`. The module holds a function
+`open_...(uri, cfg, output, mode)` and the subclass of `RagStore` that it returns. The subclass implements
+
+    _replace, _read, _stream        the rows of a table
+    _tables, _drop                  the tables
+    _read_settings, _write_settings what the graph was made with
+    finish                          work that is left until the last block is done
+    __repr__                        where the graph is, for messages; without credentials
+
+Three rules hold for all of them. Many processes read and write different blocks at once. A process may be killed at
+any moment, and another one then writes the block again: no row of the first attempt may remain. Files or servers that
+cannot be used raise a UserError. `RagStore.__init__` already looks for tables and settings, so the subclass connects
+before it calls it. `lsdseg.rag.parquet` is the shorter example, `ToyStore` in tests/test_rag.py the shortest.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from yacs.config import CfgNode
 
 from lsdseg.errors import UserError
 
 NODES = "nodes"
 EDGES = "edges_"  # followed by the merge function
-NODE_COLUMNS = {"id": np.uint64, "center_z": np.int64, "center_y": np.int64, "center_x": np.int64}
-EDGE_COLUMNS = {"u": np.uint64, "v": np.uint64, "merge_score": np.float32}
-AGGLOMERATED = "agglomerated"  # a further column of stored edges: True, the score is known
+NODE_COLUMNS: dict[str, type[np.generic]] = {
+    "id": np.uint64,
+    "center_z": np.int64,
+    "center_y": np.int64,
+    "center_x": np.int64,
+}
+EDGE_COLUMNS: dict[str, type[np.generic]] = {"u": np.uint64, "v": np.uint64, "merge_score": np.float32}
+AGGLOMERATED = "agglomerated"  # another column of stored edges: True, the score is known
 
-Columns = dict[str, np.ndarray]
+Mode = Literal["r", "r+", "w"]
+Settings = dict[str, int | str]
+Columns = dict[str, NDArray[Any]]
+Ids = NDArray[np.uint64]
+Nodes = tuple[Ids, NDArray[np.int64]]
+Edges = tuple[Ids, Ids, NDArray[np.float32]]
+
+
+def voxels_in_block(cfg: CfgNode) -> int:
+    """Return the number of voxels in a block, which is the number of fragment ids that a block can assign."""
+    return math.prod(cfg.INS_SEGMENT.BLOCK_SIZE)
 
 
 def is_table(name: str) -> bool:
-    """Whether a folder or collection of that name belongs to a graph."""
+    """Return whether a folder or collection of this name is a table of a graph."""
     return name == NODES or name.startswith(EDGES)
 
 
-def columns_of(table: str) -> dict[str, type]:
-    """The columns of a table with their types. The first is the one that id ranges refer to."""
+def columns_of(table: str) -> dict[str, type[np.generic]]:
+    """Return the names and types of the columns of a table. Id ranges refer to the first column."""
     return NODE_COLUMNS if table == NODES else EDGE_COLUMNS
 
 
 class RagStore(ABC):
     """The region adjacency graph of one sample: nodes are fragments, edges join fragments that touch.
 
-    There is one set of nodes, and one set of edges for every merge function. `str(store)` says where the graph lies.
-    Any method raises UserError if files or server cannot be read or written.
+    There is one set of nodes, and one set of edges per merge function. `str(store)` says where the graph is.
+    Every method raises a UserError if the files or the server cannot be read or written.
 
     Args:
-        mode: "r": the graph must exist; "r+": read and write, an absent graph is begun; "w": drop what is there first.
-        settings: what everyone who uses the graph must agree on. It is kept with the graph.
+        mode: "r" opens a graph that exists. "r+" also writes, and creates the graph if there is none. "w" drops an
+            existing graph and creates a new one.
+        voxels_in_block: number of voxels in a block; see the docstring of this module.
+        settings: what else must be the same whenever the graph is opened. The store keeps it with the graph.
 
     Raises:
         UserError: there is no graph to read, or it was made with other settings.
     """
 
-    def __init__(self, mode: str, settings: dict[str, int | str]):
-        self._settings = settings
+    def __init__(self, mode: Mode, voxels_in_block: int, **settings: str) -> None:
+        self._voxels_in_block = voxels_in_block
+        self._settings: Settings = {"voxels_in_block": voxels_in_block, **settings}
         if mode == "w":
             self.drop()
-        # In this order: whoever begins a graph writes the settings before the first table.
+        # Look for tables first: whoever creates a graph writes the settings before the first table.
         exists = bool(self._tables())
         recorded = self._read_settings()
         if not exists and mode == "r":
@@ -62,68 +97,97 @@ class RagStore(ABC):
             self._write_settings()
         elif recorded is None and mode != "r":
             raise UserError(
-                f"the graph {self} was written by other scripts and can only be read: "
-                "DATA.DROP_DS_MONGOTABLE True drops it and starts over"
+                f"the graph {self} was written by other scripts, so it is read-only: "
+                "set DATA.DROP_DS_MONGOTABLE True to drop it and start over"
             )
-        elif recorded not in (None, settings):
+        elif recorded is not None and recorded != self._settings:
             changes = [
-                f"{key} {recorded.get(key)}, now {new}" for key, new in settings.items() if recorded.get(key) != new
+                f"{key} {recorded.get(key)}, now {new}"
+                for key, new in self._settings.items()
+                if recorded.get(key) != new
             ]
             raise UserError(
                 f"the graph {self} was made with {'; '.join(changes)}: go back to that INS_SEGMENT.BLOCK_SIZE or "
-                "output, choose another DATA.DB_NAME, or drop it and start over with DATA.DROP_DS_MONGOTABLE True"
+                "output, choose another DATA.DB_NAME, or set DATA.DROP_DS_MONGOTABLE True to drop it and start over"
             )
 
-    def write_nodes(self, block: int, ids: np.ndarray, centers: np.ndarray) -> None:
+    def write_nodes(self, block: int, ids: ArrayLike, centers: ArrayLike) -> None:
         """Replace the nodes of a block.
 
         Args:
-            block: the block's number, from 0.
-            ids: fragment ids (uint64, n), in the block's id range.
-            centers: centres of the fragments (int64, n x 3) in nm, z, y, x.
+            block: the number of the block, from 0.
+            ids: fragment ids, uint64 (n,), in the id range of the block.
+            centers: centers of the fragments in nm, int64 (n, 3), in the order z, y, x.
+
+        Raises:
+            ValueError: an id lies outside the id range of the block.
         """
         centers = np.asarray(centers).reshape(-1, 3)
         self._write(NODES, block, (ids, *centers.T))
 
-    def write_edges(self, merge_function: str, block: int, u: np.ndarray, v: np.ndarray, scores: np.ndarray) -> None:
-        """Replace a block's edges of one merge function.
+    def write_edges(self, merge_function: str, block: int, u: Ids, v: Ids, scores: ArrayLike) -> None:
+        """Replace the edges of a block for one merge function.
 
         Args:
-            block: the block's number, from 0.
-            u, v: the fragment ids that each edge joins (uint64, m); u < v, and u in the block's id range.
-            scores: thresholds at which the two fragments' regions merge (float32, m); NaN if they never do.
+            merge_function: name of the merge function.
+            block: the number of the block, from 0.
+            u: first fragment id of each edge, uint64 (m,), in the id range of the block.
+            v: second fragment id of each edge, uint64 (m,), larger than u.
+            scores: thresholds at which the regions of the two fragments merge, float32 (m,); NaN if they never do.
+
+        Raises:
+            ValueError: u is not smaller than v, or lies outside the id range of the block.
         """
         if np.any(u >= v):
-            raise ValueError("an edge's first id must be smaller than its second")
+            raise ValueError("the first id of an edge must be smaller than the second")
         self._write(EDGES + merge_function, block, (u, v, scores))
 
-    def read_nodes(self, first_id: int, last_id: int) -> tuple[np.ndarray, np.ndarray]:
-        """The nodes with ids from first_id to last_id, inclusive: ids (uint64, n) and centres (int64, n x 3, nm)."""
+    def read_nodes(self, first_id: int, last_id: int) -> Nodes:
+        """Read the nodes with ids from first_id to last_id, both included.
+
+        Returns:
+            ids: uint64 (n,), in any order.
+            centers: int64 (n, 3), in nm and the order z, y, x.
+        """
         ids, *centers = self._read(NODES, first_id, last_id).values()
         return ids, np.stack(centers, axis=1)
 
-    def read_edges(self, merge_function: str, first_id: int, last_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The edges whose u is in first_id ... last_id: u, v (uint64, m) and scores (float32, m; NaN never merged)."""
-        return tuple(self._read(EDGES + merge_function, first_id, last_id).values())
+    def read_edges(self, merge_function: str, first_id: int, last_id: int) -> Edges:
+        """Read the edges of a merge function whose u is from first_id to last_id, both included.
 
-    def node_ids(self) -> Iterator[np.ndarray]:
-        """All fragment ids, in batches (uint64). Meant for after the last write."""
+        Returns:
+            u: uint64 (m,), in any order.
+            v: uint64 (m,), larger than u.
+            scores: float32 (m,); NaN where the two fragments never merge.
+        """
+        return _edges(self._read(EDGES + merge_function, first_id, last_id))
+
+    def node_ids(self) -> Iterator[Ids]:
+        """Stream all fragment ids. Call this after the last write.
+
+        Yields:
+            ids: uint64 (n,), a batch that fits in memory.
+        """
         return (batch["id"] for batch in self._stream(NODES, ["id"]))
 
-    def edges(self, merge_function: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """All edges of a merge function, in batches like `read_edges`' results. Meant for after the last write."""
-        return (tuple(batch.values()) for batch in self._stream(EDGES + merge_function, list(EDGE_COLUMNS)))
+    def edges(self, merge_function: str) -> Iterator[Edges]:
+        """Stream all edges of a merge function. Call this after the last write.
+
+        Yields:
+            u, v and scores as `read_edges` returns them, a batch that fits in memory.
+        """
+        return (_edges(batch) for batch in self._stream(EDGES + merge_function, list(EDGE_COLUMNS)))
 
     def merge_functions(self) -> list[str]:
-        """The merge functions that edges were written for, sorted; one that found no edges at all is among them."""
+        """Return the sorted names of the merge functions that edges were written for, even if there were none."""
         return sorted(table.removeprefix(EDGES) for table in self._tables() if table.startswith(EDGES))
 
     @abstractmethod
     def finish(self) -> None:
-        """To be called once after the last block, when nobody writes: what is cheaper at the end than in between."""
+        """Do what is cheaper at the end, such as building an index. Called after the last block has been written."""
 
     def drop(self) -> None:
-        """Remove the nodes and all edges of the sample. The store can be written to afterwards."""
+        """Remove all nodes and edges of the sample. The store can be written to afterwards."""
         for merge_function in self.merge_functions():
             self.drop_edges(merge_function)
         self._drop(NODES)
@@ -134,14 +198,13 @@ class RagStore(ABC):
         self._drop(EDGES + merge_function)
 
     def id_range(self, block: int) -> tuple[int, int]:
-        """The first and the last id that fragments of a block can have."""
-        voxels = self._settings["voxels_in_block"]
-        return block * voxels + 1, (block + 1) * voxels
+        """Return the first and the last id that fragments of a block can have."""
+        return block * self._voxels_in_block + 1, (block + 1) * self._voxels_in_block
 
-    def _write(self, table: str, block: int, arrays) -> None:
-        names = columns_of(table)
-        columns = {
-            name: np.ascontiguousarray(array, dtype) for (name, dtype), array in zip(names.items(), arrays, strict=True)
+    def _write(self, table: str, block: int, arrays: Sequence[ArrayLike]) -> None:
+        columns: Columns = {
+            name: np.ascontiguousarray(array, dtype)
+            for (name, dtype), array in zip(columns_of(table).items(), arrays, strict=True)
         }
         keys = next(iter(columns.values()))
         first, last = self.id_range(block)
@@ -150,29 +213,54 @@ class RagStore(ABC):
         self._replace(table, block, columns)
 
     @abstractmethod
+    def __repr__(self) -> str:
+        """Say where the graph is, without credentials."""
+
+    @abstractmethod
     def _replace(self, table: str, block: int, columns: Columns) -> None:
-        """Put these rows in the place of the block's; no rows still make the table exist."""
+        """Replace the rows of a block by these. The table exists afterwards, even if there are no rows.
+
+        Args:
+            table: name of the table.
+            block: the number of the block, from 0.
+            columns: all columns of the table in the order and types of `columns_of(table)`, each (n,).
+        """
 
     @abstractmethod
     def _read(self, table: str, first_id: int, last_id: int) -> Columns:
-        """All columns of the rows whose first column is in the range; none if there is no such table."""
+        """Read the rows whose first column is from first_id to last_id, both included.
+
+        Returns:
+            All columns in the order and types of `columns_of(table)`, each (n,) and writable. The rows come in any
+            order. If the table does not exist, there are none.
+        """
 
     @abstractmethod
     def _stream(self, table: str, names: list[str]) -> Iterator[Columns]:
-        """Those columns of all rows, in batches that fit in memory."""
+        """Read some columns of all rows.
+
+        Yields:
+            The named columns, in that order and each (n,): a batch that fits in memory. Each row comes once. If the
+            table does not exist, there are no batches.
+        """
 
     @abstractmethod
     def _tables(self) -> list[str]:
-        """The tables that exist."""
+        """Return the names of the tables that exist, in any order."""
 
     @abstractmethod
     def _drop(self, table: str) -> None:
-        """Remove a table, if it exists."""
+        """Remove a table if it exists."""
 
     @abstractmethod
-    def _read_settings(self) -> dict[str, int | str] | None:
-        """The settings kept with the graph, None if there are none."""
+    def _read_settings(self) -> Settings | None:
+        """Return the settings that are kept with the graph, None if there are none."""
 
     @abstractmethod
     def _write_settings(self) -> None:
         """Keep `self._settings` with the graph."""
+
+
+def _edges(columns: Columns) -> Edges:
+    u, v, scores = columns.values()
+    return u, v, scores
