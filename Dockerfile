@@ -1,9 +1,11 @@
-# docker build -t lsd . && docker run --rm --gpus all -v /data:/data lsd python trainer.py -c config/config_cremi.py DATA.HOME /data
+# docker build -t lsd .
+# docker run --rm --gpus all -v /data:/data lsd python trainer.py -c config/config_cremi.py DATA.HOME /data
 FROM python:3.12-slim
 
 WORKDIR /lsd
-RUN apt-get update && apt-get install --yes --no-install-recommends make && rm -rf /var/lib/apt/lists/*
+# The dependencies first: this layer is built again only when the lists change.
 COPY pyproject.toml constraints.txt README.md ./
-RUN pip install --no-cache-dir --constraint constraints.txt '.[test]'
+RUN pip install --no-cache-dir --constraint constraints.txt .
 COPY . .
-CMD ["python", "-m", "pytest"]
+RUN pip install --no-cache-dir --no-deps --editable .
+CMD ["bash"]

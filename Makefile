@@ -1,15 +1,17 @@
-# make demo   set up and run the whole pipeline on data that it makes itself
-# make segment RAW=volume.zarr   set up and segment it with the weights that ship (OUT=result.zarr DATASET=volumes/raw)
-# make test   set up and run all tests
-# make lint   set up and check style
-# make setup  the virtual environment alone
-# make clean  remove what the other targets made
+# make demo    set up and run the whole pipeline on data that it makes itself
+# make segment RAW=volume.zarr   set up and segment a volume with the shipped weights (OUT=result.zarr DATASET=volumes/raw)
+# make setup   create the virtual environment with what the scripts need, and nothing else
+# make test    add what the tests need, and run them all
+# make lint    add the linters, and check the style
+# make dev     add both, and pre-commit
+# make clean   remove what the other targets made
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+INSTALL = $(RUN) -m pip install --progress-bar off --constraint constraints.txt --editable
 
-.PHONY: demo segment raw-named test lint setup clean
+.PHONY: demo segment raw-named test lint spelling dev setup clean
 
 demo: setup
 	$(RUN) demo.py
@@ -20,12 +22,17 @@ segment: raw-named setup
 raw-named:
 	@test -n "$(RAW)" || { echo "error: no RAW: make segment RAW=volume.zarr" >&2; exit 2; }
 
-test: setup
+test: $(VENV)/ready-test
 	$(RUN) -m pytest
 
-lint: setup
+lint: $(VENV)/ready-lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+spelling: $(VENV)/ready-lint
+	$(VENV)/bin/codespell
+
+dev: $(VENV)/ready-dev
 
 setup: $(VENV)/ready
 
@@ -36,9 +43,15 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	    echo "error: $(PYTHON) has no venv: install it (Debian and Ubuntu: apt install python3-venv)" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	@echo "installing the packages of constraints.txt into $(VENV): a few minutes the first time"
-	$(RUN) -m pip install --progress-bar off --constraint constraints.txt '.[test]'
+	@echo "installing the packages that the scripts need into $(VENV): this takes a few minutes the first time"
+	$(INSTALL) .
+	@touch $@
+
+# One stamp for each extra of pyproject.toml.
+$(VENV)/ready-test $(VENV)/ready-lint $(VENV)/ready-dev: $(VENV)/ready-%: $(VENV)/ready
+	@echo "adding the packages of the extra '$*' to $(VENV)"
+	$(INSTALL) '.[$*]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo_data build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo_data build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
