@@ -1,7 +1,7 @@
 """Affinities to fragments and graph nodes, block by block: python 02_extract_fragments_blockwise.py -c FILE"""
 
 from lsdseg.cli import run_script
-from lsdseg.engine.post.large import extract_fragments_blockwise
+from lsdseg.engine.post.steps.fragments import extract_fragments_blockwise
 
 if __name__ == "__main__":
     run_script(

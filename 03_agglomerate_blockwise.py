@@ -1,7 +1,7 @@
 """Fragments to graph edges with merge scores, block by block: python 03_agglomerate_blockwise.py -c FILE"""
 
 from lsdseg.cli import run_script
-from lsdseg.engine.post.large import agglomerate_blockwise
+from lsdseg.engine.post.steps.edges import agglomerate_blockwise
 
 if __name__ == "__main__":
     run_script(

@@ -1,7 +1,7 @@
 """Graph to look-up tables: python 04_find_segments_full.py -c FILE -mf hist_quant_50 -th 0.7"""
 
 from lsdseg.cli import add_merge_function, run_script
-from lsdseg.engine.post.large import find_segments
+from lsdseg.engine.post.steps.tables import find_segments
 
 
 def add_arguments(parser):

@@ -1,7 +1,7 @@
 """A look-up table to a segmentation: python 05_extract_segmentation_from_lut.py -c FILE -mf hist_quant_50 -th 0.7"""
 
 from lsdseg.cli import add_merge_function, run_script
-from lsdseg.engine.post.large import extract_segmentation
+from lsdseg.engine.post.steps.relabel import extract_segmentation
 
 
 def add_arguments(parser):

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from lsdseg.cli import call_script
 from lsdseg.config.loader import load_config
-from lsdseg.data_utils.layout import data_folder, output_path, scores_path, volumes_in
+from lsdseg.data_utils.layout import data_folder, scores_path
 from lsdseg.data_utils.phantom import write_phantom
 from lsdseg.engine.evaluate.figure import draw_sample
+from lsdseg.engine.sample import samples_of
 from lsdseg.engine.training.train import PREDICT_CONFIG, seed_everything
 from lsdseg.models import build_model
 from lsdseg.models.checkpoint import save_untrained
@@ -47,15 +48,14 @@ def main() -> None:
 
     step("draw")
     predicted = load_config(trained)
-    sample = volumes_in(predicted, "test")[0]
-    output = output_path(predicted, sample)
+    (sample,) = samples_of(predicted)
     picture = HOME / "segmentation.png"
-    draw_sample(output, sample, best, picture, predicted)
+    draw_sample(sample, best, picture)
 
     print(f"\nVOI sum on a volume the network never saw: {score:.2f}")
     print(f"untrained network, same pipeline:          {score_untrained:.2f}")
-    print(f"picture      {picture}\nsegmentation {output}/{best}")
-    print(f"scores       {scores_path(output)}\nTensorBoard  tensorboard --logdir {cfg.MODEL.LOG_DIR}")
+    print(f"picture      {picture}\nsegmentation {sample.output}/{best}")
+    print(f"scores       {scores_path(sample.output)}\nTensorBoard  tensorboard --logdir {cfg.MODEL.LOG_DIR}")
     print(f"finished in {time.monotonic() - began:.0f} s")
 
 
@@ -74,7 +74,7 @@ def segment_and_score(config: Path, what: str, *overrides) -> tuple[str, float]:
     for title, script, options in [*steps, ("evaluate", "06_evaluate_volumes.py", [])]:
         step(f"{title} ({what} network)")
         call_script(script, "-c", config, *options, *overrides, cwd=HOME)
-    report = json.loads(scores_path(output_path(cfg, volumes_in(cfg, "test")[0])).read_text())
+    report = json.loads(scores_path(samples_of(cfg)[0].output).read_text())
     return report["best"], next(row["voi_sum"] for row in report["scores"] if row["dataset"] == report["best"])
 
 

@@ -22,12 +22,13 @@ def seconds(blocks, workers):
     from funlib.geometry import Roi
 
     from lsdseg.config.loader import load_config
-    from lsdseg.engine.blocks.run import BlockTask, run_blocks
+    from lsdseg.engine.blocks.run import run_blocks
+    from lsdseg.engine.blocks.step import BlockStep
 
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         block = Roi((0, 0, 0), (8, 8, 8))
-        task = BlockTask(
+        step = BlockStep(
             name="nothing",
             sample="benchmark",
             total_roi=Roi((0, 0, 0), (8, 8, 8 * blocks)),
@@ -39,7 +40,7 @@ def seconds(blocks, workers):
         )
         cfg = load_config(overrides=["SYSTEM.NUM_WORKERS", workers])
         began = time.monotonic()
-        run_blocks(cfg, task)
+        run_blocks(cfg, step)
         return time.monotonic() - began
 
 

@@ -30,7 +30,8 @@ from lsdseg.data_utils.layout import data_folder, output_path
 from lsdseg.data_utils.phantom import make_phantom
 from lsdseg.data_utils.volumes import open_array, write_array
 from lsdseg.engine.blocks.run import run_blocks
-from lsdseg.engine.post import large
+from lsdseg.engine.post.steps import edges, fragments, relabel
+from lsdseg.engine.post.steps.tables import find_segments
 from lsdseg.engine.predict import blockwise as predict
 from lsdseg.models import build_model
 from lsdseg.models.checkpoint import save_untrained
@@ -77,15 +78,15 @@ def measure(units, raw, affinities):
     voxels = units * UNIT_BLOCKS * BLOCK**3
     measured = {}
 
-    def recorded(cfg, task):
-        summary = run_blocks(cfg, task)
-        log = (task.folder / "worker_0.log").read_text(encoding="utf-8")
+    def recorded(cfg, block_step):
+        summary = run_blocks(cfg, block_step)
+        log = (block_step.folder / "worker_0.log").read_text(encoding="utf-8")
         seconds = [float(found) for found in re.findall(r"^block .* ([\d.]+) s CPU$", log, re.MULTILINE)]
-        step = task.name.partition("_")[0]
+        step = block_step.name.partition("_")[0]
         measured[step] = np.mean(seconds[1:]) / BLOCK**3, summary.peak_memory / BLOCK**3
         return summary
 
-    large.run_blocks = predict.run_blocks = recorded
+    fragments.run_blocks = edges.run_blocks = relabel.run_blocks = predict.run_blocks = recorded
     with tempfile.TemporaryDirectory() as home:
         os.chdir(home)
         paths = {"DATA.HOME": home, "TRAIN.CHECKPOINT": f"{home}/run/model_checkpoint_1"}
@@ -100,18 +101,18 @@ def measure(units, raw, affinities):
         predicted = open_array(output_path(cfg, sample), "volumes/pred_affs", "r+")
         for begin in range(0, predicted.shape[1], len(raw)):  # random weights predict no neurites
             predicted[:, begin : begin + len(raw)] = affinities
-        large.extract_fragments_blockwise(cfg)
-        large.agglomerate_blockwise(cfg)
-        large.find_segments(cfg, MERGE_FUNCTION, None)  # loads compiled code
+        fragments.extract_fragments_blockwise(cfg)
+        edges.agglomerate_blockwise(cfg)
+        find_segments(cfg, MERGE_FUNCTION, None)  # loads compiled code
         began = time.process_time()
-        large.find_segments(cfg, MERGE_FUNCTION, None)
+        find_segments(cfg, MERGE_FUNCTION, None)
         seconds = time.process_time() - began
         tracemalloc.start()  # slows down, so not in the call that is timed
-        large.find_segments(cfg, MERGE_FUNCTION, None)
+        find_segments(cfg, MERGE_FUNCTION, None)
         _, memory = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         measured["look-up tables"] = seconds / voxels, memory / voxels
-        large.extract_segmentation(cfg, MERGE_FUNCTION, THRESHOLD)
+        relabel.extract_segmentation(cfg, MERGE_FUNCTION, THRESHOLD)
     return measured
 
 

@@ -14,7 +14,8 @@ from funlib.geometry import Coordinate, Roi
 
 from lsdseg.cli import run_script
 from lsdseg.config.loader import CHECKOUT, load_config
-from lsdseg.engine.blocks.run import BlockTask, run_blocks
+from lsdseg.engine.blocks.run import run_blocks
+from lsdseg.engine.blocks.step import BlockStep
 
 VOLUME = Roi((80, 0, 40), (100, 120, 90))
 BLOCK = Coordinate(40, 40, 30)
@@ -39,7 +40,7 @@ def toy_task(folder, seconds=0.0, **changes):
         "markers": folder / "markers",
         "settings": {"INS_SEGMENT.CONTEXT": tuple(CONTEXT), "DATA.FIB": 1},
     }
-    return BlockTask(**(task | changes))
+    return BlockStep(**(task | changes))
 
 
 def config(workers, *overrides):

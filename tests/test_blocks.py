@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from lsdseg.config.loader import CHECKOUT, load_config
-from lsdseg.engine.blocks import run as blocks
-from lsdseg.engine.blocks.run import forget, run_blocks
+from lsdseg.engine.blocks import markers
+from lsdseg.engine.blocks.markers import discard_markers
+from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.errors import UserError
 from tests.block_master import BLOCKS, CONTEXT, VOLUME, config, results, start_master, toy_task, trouble, wait_for
 
@@ -50,7 +51,7 @@ def test_blocks_tile_the_volume_once_with_any_number_of_workers(folder):
         assert (read_end == end + CONTEXT).all()
     assert (covered == 1).all()
 
-    forget(toy_task(folder).markers)
+    discard_markers(toy_task(folder).markers)
     for file in (folder / "output").iterdir():
         file.unlink()
     for file in folder.glob("started_*"):
@@ -158,18 +159,18 @@ def test_a_signal_to_the_master_ends_everything(folder, number, status):
 
 def test_two_runs_do_not_work_in_one_folder(folder, monkeypatch):
     """A run of another volume of that name would give its task to the workers of this one."""
-    monkeypatch.setattr(blocks, "SECONDS_TO_WAIT", 0.3)
+    monkeypatch.setattr(markers, "SECONDS_TO_WAIT", 0.3)
     task = toy_task(folder)
     for kept in (task.folder, task.markers):
         kept.mkdir(parents=True, exist_ok=True)
         with open(kept / "lock", "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            with pytest.raises(UserError, match=rf"another run works with {kept}"):
+            with pytest.raises(UserError, match=rf"another run works in {kept}"):
                 run_blocks(config(1), task)
     with open(task.markers / "lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match=rf"another run works with {task.markers}"):
-            forget(task.markers)
+        with pytest.raises(UserError, match=rf"another run works in {task.markers}"):
+            discard_markers(task.markers)
     assert run_blocks(config(1), task).done == BLOCKS
 
 
@@ -187,7 +188,7 @@ def test_other_settings_are_refused_until_the_finished_blocks_are_dropped(folder
     assert 0 < int(str(raised.value).partition("makes ")[2].split()[0]) < BLOCKS
     with pytest.raises(UserError, match="volume"):
         run_blocks(config(1), toy_task(folder, total_roi=VOLUME))
-    forget(other.markers)
+    discard_markers(other.markers)
     assert run_blocks(config(1), other).done == BLOCKS
 
 

@@ -74,7 +74,7 @@ def run_blocks(affinities, merge_function, context, *, order=1, edge_context=Non
         )
     for block, _, outer, _ in list(layout(shape, edge_context or context))[::order]:
         first, last = block * VOXELS_IN_BLOCK + 1, (block + 1) * VOXELS_IN_BLOCK
-        edges.append(edges_of_block(affinities[:, *outer], fragments[outer], merge_function, first, last))
+        edges.append(edges_of_block(score_edges(affinities[:, *outer], fragments[outer], merge_function), first, last))
     return fragments, edges
 
 

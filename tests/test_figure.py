@@ -9,6 +9,7 @@ from lsdseg.config.loader import load_config
 from lsdseg.data_utils.phantom import make_phantom
 from lsdseg.data_utils.volumes import write_array
 from lsdseg.engine.evaluate.figure import draw_sample, draw_segmentation_figure, label_palette, match_labels
+from lsdseg.engine.sample import Sample
 from lsdseg.errors import UserError
 
 CFG = load_config()
@@ -138,12 +139,12 @@ def write_sample(folder, sample):
         ("segmentation_055", "segmentation"),
     ):
         write_array(output_zarr, f"volumes/{dataset}", sample[name], **place)
-    return output_zarr, raw_zarr
+    return Sample(CFG, raw_zarr, output_zarr)
 
 
 def test_draw_sample_equals_drawing_the_arrays(sample, tmp_path):
-    zarrs = write_sample(tmp_path, sample)
-    draw_sample(*zarrs, "volumes/segmentation_055", tmp_path / "from_zarr.png", CFG)
+    written = write_sample(tmp_path, sample)
+    draw_sample(written, "volumes/segmentation_055", tmp_path / "from_zarr.png")
     title = "out: volumes/segmentation_055"
     draw_segmentation_figure(tmp_path / "from_arrays.png", **sample, title=title)
     assert np.array_equal(pixels(tmp_path / "from_zarr.png"), pixels(tmp_path / "from_arrays.png"))
@@ -156,14 +157,14 @@ def test_draw_sample_crops_wide_sections_and_does_without_lsds_and_truth(tmp_pat
     affinities = np.broadcast_to(wide % 251, (3, *wide.shape)).astype(np.uint8)
     write_array(tmp_path / "out.zarr", "volumes/pred_affs", affinities, **place)
     write_array(tmp_path / "out.zarr", "volumes/seg", (wide // 5000).astype(np.uint64), **place)
-    draw_sample(tmp_path / "out.zarr", tmp_path / "raw.zarr", "volumes/seg", tmp_path / "f.png", CFG)
+    draw_sample(Sample(CFG, tmp_path / "raw.zarr", tmp_path / "out.zarr"), "volumes/seg", tmp_path / "f.png")
     height, width, _ = pixels(tmp_path / "f.png").shape
     assert width == 1200
     assert 1150 < height < 1400  # two rows of two square panels: the crop is square
 
 
 def test_draw_sample_names_what_is_missing(sample, tmp_path):
-    zarrs = write_sample(tmp_path, sample)
+    written = write_sample(tmp_path, sample)
     with pytest.raises(UserError, match="segmentation_099"):
-        draw_sample(*zarrs, "volumes/segmentation_099", tmp_path / "f.png", CFG)
+        draw_sample(written, "volumes/segmentation_099", tmp_path / "f.png")
     assert not (tmp_path / "f.png").exists()

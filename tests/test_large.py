@@ -22,12 +22,10 @@ from lsdseg.config.loader import CHECKOUT, load_config
 from lsdseg.data_utils.layout import data_folder, lut_path, output_path
 from lsdseg.data_utils.phantom import make_phantom
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
-from lsdseg.engine.post.large import (
-    agglomerate_blockwise,
-    extract_fragments_blockwise,
-    extract_segmentation,
-    find_segments,
-)
+from lsdseg.engine.post.steps.edges import agglomerate_blockwise
+from lsdseg.engine.post.steps.fragments import extract_fragments_blockwise
+from lsdseg.engine.post.steps.relabel import extract_segmentation
+from lsdseg.engine.post.steps.tables import find_segments
 from lsdseg.engine.post.tables import load_lut, save_lut
 from lsdseg.engine.post.whole import segment
 from lsdseg.engine.predict.blockwise import predict_blockwise

@@ -11,24 +11,23 @@ from lsdseg.data_utils.layout import data_folder, output_path
 from lsdseg.data_utils.phantom import make_phantom
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
 from lsdseg.engine.evaluate.metrics import count_overlaps, scores
-from lsdseg.engine.post.affinities import NEIGHBORS, direct_neighbors
+from lsdseg.engine.offsets import DIRECT_NEIGHBORS
+from lsdseg.engine.post.affinities import direct_neighbors, voxel_pairs
 from lsdseg.engine.post.fragments import extract_fragments
 from lsdseg.engine.post.graph import edges_of_block, score_mutex_edges
-from lsdseg.engine.post.large import (
-    agglomerate_blockwise,
-    extract_fragments_blockwise,
-    extract_segmentation,
-    find_segments,
-)
 from lsdseg.engine.post.link import link_sections
-from lsdseg.engine.post.mutex import edge_biases, mutex_watershed, voxel_pairs
+from lsdseg.engine.post.mutex import edge_biases, mutex_watershed
+from lsdseg.engine.post.steps.edges import agglomerate_blockwise
+from lsdseg.engine.post.steps.fragments import extract_fragments_blockwise
+from lsdseg.engine.post.steps.relabel import extract_segmentation
+from lsdseg.engine.post.steps.tables import find_segments
 from lsdseg.engine.post.whole import segment
 from lsdseg.errors import UserError
 from lsdseg.rag import open_store
 
 PLACE = {"voxel_size": (10, 10, 10), "offset": (0, 20, 40)}
 LONG_RANGE = [(-4, 0, 0), (0, -4, 0), (0, 0, -4)]
-OFFSETS = NEIGHBORS + LONG_RANGE
+OFFSETS = DIRECT_NEIGHBORS + LONG_RANGE
 IN_SECTION = [(0, 0, -1), (0, -1, 0), (0, 0, -4), (0, -4, 0)]
 SHAPE = (48, 56, 60)
 SETTINGS = {
@@ -49,7 +48,7 @@ def voi(truth, segmentation):
 def affinities_of(labels, offsets):
     """Affinities of labels with a membrane around each, blurred and noisy (uint8)."""
     inside = labels.copy()
-    for offset in NEIGHBORS:
+    for offset in DIRECT_NEIGHBORS:
         here, there = voxel_pairs(labels.shape, offset)
         inside[here][labels[here] != labels[there]] = 0
     affinities = np.ones((len(offsets), *labels.shape))
@@ -196,12 +195,12 @@ def test_edges_are_means_over_all_pairs_of_voxels():
             if pair[0] in (0, pair[1]):
                 continue
             evidence.setdefault(pair, []).append(channel[voxel])
-            if offset in NEIGHBORS:
+            if offset in DIRECT_NEIGHBORS:
                 touching.add(pair)
     u, v, found = score_mutex_edges(affinities, fragments, OFFSETS)
     assert list(zip(u.tolist(), v.tolist(), strict=True)) == sorted(touching)
     np.testing.assert_allclose(found, [1 - np.mean(evidence[pair]) for pair in sorted(touching)], atol=1e-6)
-    own = edges_of_block(affinities, fragments, "mutex", 4, 9, OFFSETS)
+    own = edges_of_block((u, v, found), 4, 9)
     assert set(own[0].tolist()) == {5, 9}
 
 
@@ -315,7 +314,7 @@ def test_linked_sections_are_neurites(home, stack):
 @pytest.mark.parametrize(
     ("offsets", "overrides", "message"),
     [
-        (NEIGHBORS, {}, r"TRAIN\.NEIGHBORHOOD.*TRAIN\.LR_NEIGHBORHOOD"),
+        (DIRECT_NEIGHBORS, {}, r"TRAIN\.NEIGHBORHOOD.*TRAIN\.LR_NEIGHBORHOOD"),
         (OFFSETS, {"MUTEX_BIAS": [-0.1, -0.2, -0.3]}, r"3 numbers: give one for each of the 6 offsets"),
         (OFFSETS[:4], {"METHOD": "waterz"}, r"4 offsets|offsets .* shape"),
         ([(-1, 0, 0), (0, 0, -1), *LONG_RANGE, (0, -2, 0)], {}, r"\[0, -1, 0\]"),

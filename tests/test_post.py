@@ -12,13 +12,15 @@ from skimage.segmentation import watershed
 from waterz._agglomerate import _load_prebuilt
 from yacs.config import CfgNode
 
+from lsdseg.config.implementations import MERGE_FUNCTIONS
 from lsdseg.config.loader import load_config
 from lsdseg.data_utils.layout import output_path
 from lsdseg.data_utils.masks import read_mask
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
-from lsdseg.engine.post.agglomerate import MERGE_FUNCTIONS, QUEUE_BINS, agglomerate, default_merge_function
+from lsdseg.engine.post.agglomerate import QUEUE_BINS, agglomerate, default_merge_function
 from lsdseg.engine.post.fragments import extract_fragments, find_seeds, flood, squared_distances
-from lsdseg.engine.post.whole import segment, segment_names
+from lsdseg.engine.post.methods import method_of
+from lsdseg.engine.post.whole import segment
 from lsdseg.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -203,20 +205,21 @@ def test_merge_function_rule():
     assert default_merge_function(thresholds, 0.35) == "hist_quant_40"
     with pytest.raises(UserError, match=r"EPSILON_AGGLOMERATE 0\.5"):
         default_merge_function(thresholds, 0.5)
-    with pytest.raises(UserError, match=r"hist_quant_33.*10, 15, 20"):
+    with pytest.raises(UserError, match=r"hist_quant_33.*hist_quant_10, .*hist_quant_15"):
         default_merge_function([0.33], 0.25)
 
 
 def test_segment_names():
-    def settings(*thresholds, method="waterz"):
-        return CfgNode({"METHOD": method, "THRESHOLDS": list(thresholds)})
+    def names_at(*thresholds, method="waterz"):
+        settings = CfgNode({"METHOD": method, "THRESHOLDS": list(thresholds)})
+        return method_of(settings).segmentation_names(settings)
 
-    names = segment_names(settings(0.5, 0.55, 0.29, 1.0))
+    names = names_at(0.5, 0.55, 0.29, 1.0)
     assert [name[-3:] for name in names.values()] == ["050", "055", "029", "100"]
     assert names[0.55] == "volumes/segmentation_055"
     with pytest.raises(UserError, match="THRESHOLDS"):
-        segment_names(settings(0.5, 0.501))
-    assert list(segment_names(settings(0.5, 0.501, method="mutex")).values()) == ["volumes/segmentation_mutex"]
+        names_at(0.5, 0.501)
+    assert list(names_at(0.5, 0.501, method="mutex").values()) == ["volumes/segmentation_mutex"]
 
 
 def test_mask_is_read_by_world_coordinates(tmp_path):

@@ -11,6 +11,7 @@ import math
 
 from yacs.config import CfgNode
 
+from lsdseg.config.model_types import LABELS, TASKS
 from lsdseg.config.network_shapes import default_kernels
 
 _C = CfgNode()
@@ -51,10 +52,9 @@ _C.DATA.WITH_MITO = 1
 # Names of the datasets inside each zarr. The masks are 1 where labels are known; a missing one is made on
 # the fly.
 _C.DATA.RAW = "volumes/raw"
-_C.DATA.NEURON_LABELS = "volumes/labels/neuron_ids"
-_C.DATA.MITO_LABELS = "volumes/labels/mito_ids"
-_C.DATA.NEURON_LABELS_MASK = "volumes/labels/labels_mask"
-_C.DATA.MITO_LABELS_MASK = "volumes/labels/labels_mask_mito"
+# NEURON_LABELS, MITO_LABELS, NEURON_LABELS_MASK, MITO_LABELS_MASK
+for _key, _labels in LABELS.items():
+    _C.DATA[_key], _C.DATA[f"{_key}_MASK"] = _labels.dataset, _labels.mask
 # Predictions and segmentations go below this folder. None: HOME/lsd_outputs.
 _C.DATA.OUTFILE = None
 # Type of the predicted affinities on disk: "uint8" (0 to 255, a quarter of the room) or "float32" (0 to 1).
@@ -119,10 +119,9 @@ _C.TRAIN.ACCUMULATE = 1
 # Decay of an exponential moving average of the weights, which then predicts in place of the last ones. 0: off. 0.999
 # smooths over about a thousand iterations.
 _C.TRAIN.EMA = 0.0
-# Weights of the losses in their sum (networks with several heads).
-_C.TRAIN.LSD_LOSS_WEIGHT = 1.0
-_C.TRAIN.AFF_LOSS_WEIGHT = 1.0
-_C.TRAIN.MITO_LOSS_WEIGHT = 1.0
+# Weights of the losses in their sum (networks with several heads): LSD_LOSS_WEIGHT, AFF_LOSS_WEIGHT, MITO_LOSS_WEIGHT.
+for _task in TASKS.values():
+    _C.TRAIN[_task.loss_weight] = 1.0
 # "no", "bf16" or "fp16": type of most of the arithmetic. bf16 takes half the memory and time on GPUs since 2020, and
 # a third of the time or less on CPUs with AMX; fp16 is for older GPUs (with loss scaling). "auto": bf16 where the
 # device is made for it.

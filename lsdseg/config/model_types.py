@@ -1,10 +1,44 @@
-"""What each model type is: one entry here, from which network, targets, losses and arrays on disk all follow.
+"""What each task and each model type is: one entry here, from which all else follows.
 
-A model type is a U-Net with one head per task. What goes into it is raw data, or what another model type, trained
-before, predicts from raw data (auto-context: Sheridan et al., Nature Methods 2023).
+A task is what one head of a network predicts. A model type is a U-Net with one head per task. What goes into it is raw
+data, or what another model type, trained before, predicts from raw data (auto-context: Sheridan et al., Nature Methods
+2023). Network, targets, losses, config keys and the arrays on disk follow from these tables.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from yacs.config import CfgNode
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A kind of ground truth; its entry in LABELS is also the key of DATA that names its dataset.
+
+    Attributes:
+        dataset: default name of the dataset in a zarr.
+        mask: the same for its mask, 1 where labels are known; the key of DATA ends in _MASK.
+    """
+
+    dataset: str
+    mask: str
+
+
+LABELS = {
+    "NEURON_LABELS": Labels("volumes/labels/neuron_ids", "volumes/labels/labels_mask"),
+    "MITO_LABELS": Labels("volumes/labels/mito_ids", "volumes/labels/labels_mask_mito"),
+}
+
+
+def lsd_channels(cfg: CfgNode) -> int:
+    """Number of LSDs: 10 in 3D, 6 in 2D."""
+    return 6 if cfg.DATA.DIM_2D else 10
+
+
+def affinity_offsets(cfg: CfgNode) -> list[list[int]]:
+    """Offsets (z, y, x) in voxels of the affinities' channels; in 2D, z is 0."""
+    return [[0] * (3 - len(offset)) + list(offset) for offset in cfg.TRAIN.NEIGHBORHOOD]
 
 
 @dataclass(frozen=True)
@@ -14,18 +48,36 @@ class Task:
     Attributes:
         head: name of the head in the state dict (contract with published checkpoints).
         loss_weight: key of TRAIN that weighs its loss, a weighted mean squared error.
-        labels: key of DATA that names the labels it is trained on; with _MASK behind it, their mask.
+        channels: from a config to the number of channels.
+        target: "module:function" that makes its training target; see `lsdseg.engine.training.targets`.
+        labels: name in LABELS of the ground truth that it is trained on.
+        attributes: from a config to attributes of the array on disk, beside its placement.
     """
 
     head: str
     loss_weight: str
+    channels: Callable[[CfgNode], int]
+    target: str
     labels: str = "NEURON_LABELS"
+    attributes: Callable[[CfgNode], dict[str, Any]] = lambda cfg: {}
 
 
 TASKS = {
-    "lsds": Task("lsd_head", "LSD_LOSS_WEIGHT"),
-    "affs": Task("aff_head", "AFF_LOSS_WEIGHT"),
-    "mito": Task("mito_head", "MITO_LOSS_WEIGHT", "MITO_LABELS"),
+    "lsds": Task("lsd_head", "LSD_LOSS_WEIGHT", lsd_channels, "lsdseg.engine.training.targets:lsd_target"),
+    "affs": Task(
+        "aff_head",
+        "AFF_LOSS_WEIGHT",
+        lambda cfg: len(cfg.TRAIN.NEIGHBORHOOD),
+        "lsdseg.engine.training.targets:affinity_target",
+        attributes=lambda cfg: {"offsets": affinity_offsets(cfg)},
+    ),
+    "mito": Task(
+        "mito_head",
+        "MITO_LOSS_WEIGHT",
+        lambda cfg: 1,
+        "lsdseg.engine.training.targets:foreground_target",
+        labels="MITO_LABELS",
+    ),
 }
 
 
@@ -54,19 +106,18 @@ MODEL_TYPES = {
 }
 
 
-def task_channels(cfg) -> dict[str, int]:
+def task_channels(cfg: CfgNode) -> dict[str, int]:
     """Task -> number of output channels of the configured model type, in output order."""
-    channels = {"lsds": cfg.MODEL.LSDS, "affs": len(cfg.TRAIN.NEIGHBORHOOD), "mito": 1}
-    return {task: channels[task] for task in MODEL_TYPES[cfg.TRAIN.MODEL_TYPE].tasks}
+    return {task: TASKS[task].channels(cfg) for task in MODEL_TYPES[cfg.TRAIN.MODEL_TYPE].tasks}
 
 
-def label_keys(cfg) -> list[str]:
+def label_keys(cfg: CfgNode) -> list[str]:
     """Keys of DATA that name the labels which the configured model type is trained on; those of neurons come first."""
     tasks = MODEL_TYPES[cfg.TRAIN.MODEL_TYPE].tasks
     return list(dict.fromkeys(["NEURON_LABELS", *(TASKS[task].labels for task in tasks)]))
 
 
-def input_channels(cfg) -> int:
-    """Number of input channels of the configured model type's own network."""
-    channels = {"raw": cfg.MODEL.IN_CHANNELS, "lsds": cfg.MODEL.LSDS}
-    return sum(channels[name] for name in MODEL_TYPES[cfg.TRAIN.MODEL_TYPE].inputs)
+def input_channels(cfg: CfgNode) -> int:
+    """Number of input channels of the configured model type's own network; raw has one."""
+    inputs = MODEL_TYPES[cfg.TRAIN.MODEL_TYPE].inputs
+    return sum(1 if name == "raw" else TASKS[name].channels(cfg) for name in inputs)

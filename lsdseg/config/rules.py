@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from lsdseg.config.model_types import MODEL_TYPES
+from lsdseg.config.implementations import MERGE_FUNCTIONS, METHODS, SCHEDULERS
+from lsdseg.config.model_types import LABELS, MODEL_TYPES, TASKS
 
 
 @dataclass(frozen=True)
@@ -183,10 +184,7 @@ RULES: dict[str, Rule] = {
     "DATA.DIM_2D": flag,
     "DATA.WITH_MITO": choice(0, 1, 2),
     "DATA.RAW": nonempty,
-    "DATA.NEURON_LABELS": nonempty,
-    "DATA.MITO_LABELS": nonempty,
-    "DATA.NEURON_LABELS_MASK": nonempty,
-    "DATA.MITO_LABELS_MASK": nonempty,
+    **{f"DATA.{key}{suffix}": nonempty for key in LABELS for suffix in ("", "_MASK")},
     "DATA.OUTFILE": optional(text),
     "DATA.AFFS_DTYPE": choice("uint8", "float32"),
     "DATA.INVERT_PRED_AFFS": flag,
@@ -212,9 +210,7 @@ RULES: dict[str, Rule] = {
     "TRAIN.LR_BETAS": sequence(decay, 2, kind=tuple),
     "TRAIN.LR_SCHEDULE": choice("constant", "cosine"),
     "TRAIN.WARMUP": integer(0),
-    "TRAIN.LSD_LOSS_WEIGHT": number(0),
-    "TRAIN.AFF_LOSS_WEIGHT": number(0),
-    "TRAIN.MITO_LOSS_WEIGHT": number(0),
+    **{f"TRAIN.{task.loss_weight}": number(0) for task in TASKS.values()},
     "TRAIN.ACCUMULATE": integer(1),
     "TRAIN.EMA": decay,
     "TRAIN.VALIDATE_EVERY": integer(0),
@@ -237,15 +233,13 @@ RULES: dict[str, Rule] = {
         for suffix, dims in (("", 3), ("_2D", 2))
         for name, rule in _model_rules(dims).items()
     },
-    "INS_SEGMENT.METHOD": choice("waterz", "mutex"),
+    "INS_SEGMENT.METHOD": choice(*METHODS),
     "INS_SEGMENT.MUTEX_BIAS": optional(sequence(number(-1, 1))),
     "INS_SEGMENT.LINK_SECTIONS": optional(share),
     "INS_SEGMENT.THRESHOLDS": either(
         sequence(threshold), Rule("", lambda value: [threshold.parse(value)]), sequence(threshold).allowed
     ),
-    "INS_SEGMENT.MERGE_FUNCTION": optional(
-        pattern(r"mean|hist_quant_[1-9][05](_initmax)?", "mean, hist_quant_10 to hist_quant_95 in steps of 5")
-    ),
+    "INS_SEGMENT.MERGE_FUNCTION": optional(choice(*MERGE_FUNCTIONS)),
     "INS_SEGMENT.FRAGMENTS_IN_XY": flag,
     "INS_SEGMENT.BACKGROUND_MASK": flag,
     "INS_SEGMENT.EPSILON_AGGLOMERATE": share,
@@ -254,7 +248,7 @@ RULES: dict[str, Rule] = {
     "INS_SEGMENT.FILTER_FRAGMENTS": share,
     "INS_SEGMENT.BLOCK_SIZE": sequence(integer(1), 3, kind=tuple),
     "INS_SEGMENT.CONTEXT": sequence(integer(0), 3, kind=tuple),
-    "CLUSTER.TYPE": choice("local", "slurm"),
+    "CLUSTER.TYPE": choice(*SCHEDULERS),
     "CLUSTER.PARTITION": text,
     "CLUSTER.ACCOUNT": text,
     "CLUSTER.TIME": text,

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def handled(handler: Callable, *numbers: signal.Signals) -> Iterator[None]:
+def signal_handlers(handler: Callable, *numbers: signal.Signals) -> Iterator[None]:
     """Let `handler(number, frame)` take the signals in the body; afterwards the handlers of before do again."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:

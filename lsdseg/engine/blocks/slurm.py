@@ -8,33 +8,25 @@ import shlex
 import shutil
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from yacs.config import CfgNode
+
+from lsdseg.engine.blocks.workers import Workers
 from lsdseg.errors import UserError
 
 SECONDS_BETWEEN_QUERIES = 2.0
+NOT_ENDED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED")
 
 
-def check_installed():
-    """Raises UserError if there is no sbatch here."""
-    if not shutil.which("sbatch"):
-        raise UserError(
-            "CLUSTER.TYPE is 'slurm' but there is no sbatch here: start this on a machine of the cluster, "
-            "or set CLUSTER.TYPE to 'local'"
-        )
+class SlurmWorkers(Workers):
+    """One job for each worker; the section CLUSTER of the config says what it asks for."""
 
-
-class SlurmWorkers:
-    """Start, watch and end workers as jobs.
-
-    Args:
-        cluster: the config's section CLUSTER.
-        name: of the jobs.
-        gpu: ask for CLUSTER.GPUS_PER_WORKER.
-        environment: of sbatch; the jobs get it, too.
-    """
-
-    def __init__(self, cluster, name, gpu, environment):
-        settings = {
+    def __init__(self, cfg: CfgNode, name: str, gpu: bool, count: int, environment: Mapping[str, str]):
+        super().__init__(cfg, name, gpu, count, environment)
+        cluster = cfg.CLUSTER
+        options = {
             "job-name": name,
             "export": "ALL",
             "open-mode": "append",
@@ -46,14 +38,24 @@ class SlurmWorkers:
             "time": cluster.TIME,
             "mem": cluster.MEMORY,
         }
-        self.options = [f"--{option}={value}" for option, value in settings.items() if value] + list(cluster.EXTRA)
-        self.environment = environment
-        self.jobs = []
-        self.states = {}
+        self.options = [f"--{option}={value}" for option, value in options.items() if value] + list(cluster.EXTRA)
+        self.jobs: list[str] = []
+        self.states: dict[str, str] = {}
         self.queried = 0.0
 
-    def start(self, number, command, log):
-        """Submit a worker; the id of its job. Raises UserError with Slurm's reason if it is refused."""
+    @classmethod
+    def check_installed(cls) -> None:
+        if not shutil.which("sbatch"):
+            raise UserError(
+                "CLUSTER.TYPE is 'slurm' but there is no sbatch here: start this on a machine of the cluster, "
+                "or set CLUSTER.TYPE to 'local'"
+            )
+
+    def threads(self) -> int:
+        return int(self.cfg.CLUSTER.CPUS_PER_WORKER)
+
+    def start(self, number: int, command: Sequence[str], log: Path) -> str:
+        """Submit a worker; the id of its job."""
         sbatch = ["sbatch", "--parsable", *self.options, f"--output={log}", f"--wrap=exec {shlex.join(command)}"]
         answer = subprocess.run(sbatch, env=self.environment, capture_output=True, text=True)
         if answer.returncode:
@@ -64,21 +66,20 @@ class SlurmWorkers:
         self.states[job] = "PENDING"
         return job
 
-    def ended(self, job):
-        """How a job ended: None if it waits or runs, "" if its worker ended well, else a description."""
+    def end_of(self, worker: str) -> str | None:
         if time.monotonic() - self.queried > SECONDS_BETWEEN_QUERIES:
             self._query()
-        state = self.states.get(job, "gone")
-        if state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED"):
+        state = self.states.get(worker, "gone")
+        if state in NOT_ENDED:
             return None
-        return "" if state == "COMPLETED" else f"job {job} is {state}"
+        return "" if state == "COMPLETED" else f"job {worker} is {state}"
 
-    def stop(self):
-        """Cancel every job that was ever submitted; those that have ended do not mind."""
+    def stop(self) -> None:
+        """Cancel every job that was ever submitted; scancel takes those that have ended, too."""
         if self.jobs:
             subprocess.run(["scancel", *self.jobs], env=self.environment, capture_output=True)
 
-    def _query(self):
+    def _query(self) -> None:
         squeue = ["squeue", "--me", "--states=all", "--noheader", "--format=%i %T"]
         answer = subprocess.run(squeue, env=self.environment, capture_output=True, text=True)
         if answer.returncode == 0:  # else the controller does not answer just now, which ends no job

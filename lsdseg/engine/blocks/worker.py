@@ -7,7 +7,6 @@ After a block that failed the process ends and another takes its place: nothing 
 used again.
 """
 
-import importlib
 import json
 import os
 import socket
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import daisy
 
+from lsdseg.config.implementations import resolve
 from lsdseg.config.loader import load_config
 from lsdseg.errors import UserError
 
@@ -38,15 +38,14 @@ def work(config: Path, task: Path) -> None:
     # Away from the master's folder: an experiment.yaml there is in this config already, and must not win again.
     os.chdir(config.parent)
     cfg = load_config(config)
-    settings = json.loads(task.read_text(encoding="utf-8"))
+    step = json.loads(task.read_text(encoding="utf-8"))
     client = daisy.Client()
     if not client.connected:
         raise UserError(
             f"{host} cannot connect to {client.host}:{client.port}: either the run has ended, or CLUSTER.HOST has "
             "to be the address under which workers reach the machine that runs the script"
         )
-    module, _, function = settings["open_worker"].partition(":")
-    process = getattr(importlib.import_module(module), function)(cfg, settings["arguments"])
+    process = resolve(step["open_worker"])(cfg, step["arguments"])
     print(f"{host}: process {os.getpid()} is ready", flush=True)
     while os.getppid() == parent:  # else whoever looks after the workers was killed
         with client.acquire_block() as block:

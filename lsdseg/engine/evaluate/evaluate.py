@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from lsdseg.data_utils.labels import is_labelled
-from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, output_path, scores_path, volumes_in
-from lsdseg.data_utils.volumes import blocks, has_array, list_arrays, open_array, read, source_defaults, voxels_of
+from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, scores_path
+from lsdseg.data_utils.volumes import blocks, list_arrays, open_array, read, voxels_of
 from lsdseg.engine.evaluate.metrics import count_overlaps, scores
+from lsdseg.engine.sample import samples_of
 from lsdseg.engine.sections import ids_by_section, scored_by_section
 from lsdseg.errors import UserError
 from lsdseg.files import write_whole
@@ -38,28 +39,27 @@ def evaluate(cfg):
     Raises:
         UserError: no volume has ground truth, or one that has was not segmented.
     """
-    work = {}
-    for sample in volumes_in(cfg, "test"):
-        if not has_array(sample, cfg.DATA.NEURON_LABELS):
-            print(f"{sample.name} is left out: it has no ground truth {cfg.DATA.NEURON_LABELS}")
+    work = []
+    for sample in samples_of(cfg):
+        if sample.ground_truth is None:
+            print(f"{sample.volume.name} is left out: it has no ground truth {cfg.DATA.NEURON_LABELS}")
             continue
-        output = output_path(cfg, sample)
-        work[sample] = output, segmentations_in(output)
+        work.append((sample, segmentations_in(sample.output)))
     if not work:
         raise UserError(
             f"no test volume has {cfg.DATA.NEURON_LABELS}; add ground truth, or name it in DATA.NEURON_LABELS"
         )
-    for sample, (output, names) in work.items():
-        report = score_volume(sample, output, names, cfg)
+    for sample, names in work:
+        report = score_sample(sample, names)
         print(format_table(report))
         for suffix, content in (
             ("json", json.dumps(report, indent=2).encode()),
             ("csv", _csv(report).encode()),
             ("png", _plot(report)),
         ):
-            with write_whole(scores_path(output, suffix)) as partial:
+            with write_whole(scores_path(sample.output, suffix)) as partial:
                 partial.write_bytes(content)
-        print(f"best: {report['best']}; scores in {scores_path(output)}, and there as .csv and .png")
+        print(f"best: {report['best']}; scores in {scores_path(sample.output)}, and there as .csv and .png")
 
 
 def segmentations_in(path):
@@ -75,8 +75,8 @@ def segmentations_in(path):
     return [FRAGMENTS] * (FRAGMENTS in names) + segmentations
 
 
-def score_volume(sample, output, names, cfg):
-    """Score datasets of the zarr ``output`` against the ground truth in the zarr ``sample``.
+def score_sample(sample, names):
+    """Score datasets of a sample's output against its ground truth.
 
     Returns:
         dict: sample, ground_truth, by_section (whether sections were scored one by one), objects, voxels (both of the
@@ -86,23 +86,22 @@ def score_volume(sample, output, names, cfg):
     Raises:
         UserError: as `overlaps`, or no voxel in common is labelled.
     """
-    ground_truth = open_array(sample, cfg.DATA.NEURON_LABELS, **source_defaults(cfg))
-    has_mask = has_array(sample, cfg.DATA.NEURON_LABELS_MASK)
-    mask = open_array(sample, cfg.DATA.NEURON_LABELS_MASK, **source_defaults(cfg)) if has_mask else None
-    rows, by_section = [], scored_by_section(cfg)
+    truth_name = sample.cfg.DATA.NEURON_LABELS
+    rows, by_section = [], scored_by_section(sample.cfg)
     for name in names:
-        segmentation = open_array(output, name)
-        shared = overlaps(segmentation, ground_truth, mask, by_section=by_section, description=name)
+        segmentation = open_array(sample.output, name)
+        arrays = segmentation, sample.ground_truth, sample.ground_truth_mask
+        shared = overlaps(*arrays, by_section=by_section, description=name)
         try:
             row = scores(*count_overlaps(shared))
         except ValueError as error:
-            raise UserError(f"{name} in {output} and {cfg.DATA.NEURON_LABELS} in {sample}: {error}") from error
+            raise UserError(f"{name} in {sample.output} and {truth_name} in {sample.volume}: {error}") from error
         labels = {key: segmentation.attrs.get(key) for key in ("method", "merge_function", "threshold")}
         rows.append({"dataset": name, **labels, **row})
     best = min((row for row in rows if row["dataset"] != FRAGMENTS), key=lambda row: row["voi_sum"])
     return {
-        "sample": str(sample),
-        "ground_truth": cfg.DATA.NEURON_LABELS,
+        "sample": str(sample.volume),
+        "ground_truth": truth_name,
         "by_section": by_section,
         "objects": rows[0]["objects"],
         "voxels": rows[0]["voxels"],
@@ -150,7 +149,7 @@ def overlaps(segmentation, ground_truth, mask=None, *, by_section=False, max_byt
 
 
 def format_table(report):
-    """The scores of a `score_volume` report as lines of text, one per segmentation."""
+    """The scores of a `score_sample` report as lines of text, one per segmentation."""
     width = max(len(row["dataset"]) for row in report["scores"])
     lines = [
         f"{report['sample']}: {report['objects']} objects, {report['voxels'] / 1e6:.2f} million voxels"

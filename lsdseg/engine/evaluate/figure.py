@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from funlib.geometry import Coordinate, Roi
+from funlib.persistence import Array
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
@@ -16,10 +17,11 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
 from skimage.segmentation import find_boundaries
-from yacs.config import CfgNode
 
-from lsdseg.data_utils.volumes import has_array, open_array, source_defaults
-from lsdseg.engine.post.affinities import AFFINITIES, NEIGHBORS, offsets_of, open_affinities
+from lsdseg.data_utils.layout import FRAGMENTS, prediction_name
+from lsdseg.data_utils.volumes import has_array, open_array
+from lsdseg.engine.offsets import DIRECT_NEIGHBORS
+from lsdseg.engine.sample import Sample
 
 OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 WIDTH = 1200  # pixels, the width of a README
@@ -70,39 +72,44 @@ def draw_segmentation_figure(
     _write_panels(path_png, panels, title)
 
 
-def draw_sample(
-    output_zarr: Path | str, raw_zarr: Path | str, segmentation_dataset: str, png: Path | str, cfg: CfgNode
-) -> None:
+def draw_sample(sample: Sample, segmentation_dataset: str, png: Path | str) -> None:
     """Draw the middle section of one segmented sample; of wide sections the central 512 voxels.
 
-    Only that section is read: volumes/pred_affs, segmentation_dataset and, if there, volumes/pred_lsds and
-    volumes/fragments of output_zarr; DATA.RAW and, if there, DATA.NEURON_LABELS of raw_zarr.
+    Only that section is read: raw, affinities, the segmentation and, if they are there, LSDs, fragments and ground
+    truth.
+
+    Args:
+        sample: what to draw.
+        segmentation_dataset: name of the segmentation in the sample's output.
+        png: where to write.
 
     Raises:
-        UserError: if raw, affinities or segmentation are missing.
+        UserError: raw, affinities or segmentation are missing.
     """
-    segmentation = open_array(output_zarr, segmentation_dataset)
+    output = sample.output
+    segmentation = open_array(output, segmentation_dataset)
     voxel_size, voxels = segmentation.voxel_size, Coordinate(segmentation.shape)
     shape = Coordinate(1, *(min(n, WIDEST_CROP) for n in voxels[1:]))
     roi = Roi(segmentation.roi.offset + (voxels // 2 - shape // 2) * voxel_size, shape * voxel_size)
 
     # Long-range affinities are low far from membranes, and would make these look thick.
-    direct = [offset in NEIGHBORS for offset in offsets_of(open_affinities(output_zarr))]
+    direct = [offset in DIRECT_NEIGHBORS for offset in sample.offsets]
 
-    def load(path, dataset, optional=False):
-        if optional and not has_array(path, dataset):
-            return None
-        return open_array(path, dataset, **source_defaults(cfg)).to_ndarray(roi, fill_value=0)
+    def section(array: Array | None) -> np.ndarray | None:
+        return None if array is None else array.to_ndarray(roi, fill_value=0)
+
+    def optional(dataset: str) -> Array | None:
+        return open_array(output, dataset) if has_array(output, dataset) else None
 
     draw_segmentation_figure(
         png,
-        raw=load(raw_zarr, cfg.DATA.RAW),
-        affinities=load(output_zarr, AFFINITIES)[direct],
-        lsds=load(output_zarr, "volumes/pred_lsds", optional=True),
-        fragments=load(output_zarr, "volumes/fragments", optional=True),
-        segmentation=load(output_zarr, segmentation_dataset),
-        ground_truth=load(raw_zarr, cfg.DATA.NEURON_LABELS, optional=True),
-        title=f"{Path(output_zarr).stem}: {segmentation_dataset}",
+        raw=section(sample.raw),
+        affinities=section(sample.affinities)[direct],
+        lsds=section(optional(prediction_name("lsds"))),
+        fragments=section(optional(FRAGMENTS)),
+        segmentation=section(segmentation),
+        ground_truth=section(sample.ground_truth),
+        title=f"{output.stem}: {segmentation_dataset}",
     )
 
 

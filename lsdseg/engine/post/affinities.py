@@ -1,62 +1,40 @@
-"""Affinities are read by their offsets: what a channel says is written with the array, never implied by its place.
+"""Affinities as arrays: their range, their channels, and the pairs of voxels that a channel is about."""
 
-A channel with the offset (z, y, x) holds, for every voxel, how likely it and the voxel at that offset are one neurite.
-Networks predict the channels in the order of their TRAIN.NEIGHBORHOOD, with long-range ones or, in 2D, without z.
-"""
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from lsdseg.data_utils.volumes import open_array, read
-from lsdseg.errors import UserError
-
-AFFINITIES = "volumes/pred_affs"
-MUTEX = "mutex"  # an INS_SEGMENT.METHOD, and the merge function of the edges that it uses
-NEIGHBORS = [(-1, 0, 0), (0, -1, 0), (0, 0, -1)]
+from lsdseg.engine.offsets import DIRECT_NEIGHBORS, Offset
 
 
-def open_affinities(path):
-    """The predicted affinities of a zarr, (c, z, y, x).
+def float_affinities(affinities: ArrayLike, channels: int = 3) -> NDArray[np.float32]:
+    """Bring affinities to 0..1.
+
+    Args:
+        affinities: (channels, z, y, x), uint8 in 0..255 or floating point in 0..1.
+        channels: how many there must be.
+
+    Returns:
+        The same shape, float32, C-contiguous.
 
     Raises:
-        UserError: it has none, or they cannot be segmented: not one offset for each channel, or no neighbor in y or x.
+        ValueError: the shape or the type is another one, or there are NaN or values outside 0..1.
     """
-    try:
-        array = open_array(path, AFFINITIES)
-    except UserError as error:
-        raise UserError(f"{error}; run predicter.py first") from error
-    offsets = offsets_of(array)
-    where = f"{AFFINITIES} in {path} has the offsets {[list(offset) for offset in offsets]}"
-    if any(len(offset) != 3 for offset in offsets) or len(array.shape) != 4 or len(offsets) != array.shape[0]:
-        raise UserError(f"{where} and the shape {array.shape}: its attribute offsets needs z, y, x for every channel")
-    if not set(NEIGHBORS[1:]) <= set(offsets):
-        raise UserError(f"{where}: predict affinities with the neighbors [0, -1, 0] and [0, 0, -1] among them")
-    return array
+    array = np.asarray(affinities)
+    if array.ndim != 4 or array.shape[0] != channels:
+        raise ValueError(f"affinities must have the shape ({channels}, z, y, x), not {array.shape}")
+    if array.dtype == np.uint8:
+        return np.multiply(array, np.float32(1 / 255), dtype=np.float32)
+    if array.dtype.kind != "f":
+        raise ValueError(f"affinities must be uint8 or floating point, not {array.dtype}")
+    if array.size and not (array.min() >= 0 and array.max() <= 1):
+        raise ValueError("floating point affinities must lie in 0..1, without NaN")
+    return np.ascontiguousarray(array, dtype=np.float32)
 
 
-def offsets_of(array):
-    """The offsets (z, y, x) of an array's channels, by its attribute; without it, the direct neighbors."""
-    return [tuple(offset) for offset in array.attrs.get("offsets", NEIGHBORS)]
-
-
-def spans_sections(offsets):
-    """Whether any offset leads to another section."""
-    return any(z for z, _, _ in offsets)
-
-
-def read_channels(array, method, voxels=()):
-    """The `channels_for` a method from disk, as stored.
-
-    voxels: slices along z, y, x; all voxels without.
-    """
-    return channels_for(method, read(array, (slice(None), *voxels)), offsets_of(array))
-
-
-def channels_for(method, affinities, offsets):
-    """The channels (c, z, y, x) that a method takes: mutex all, waterz `direct_neighbors`."""
-    return affinities if method == MUTEX else direct_neighbors(affinities, offsets)
-
-
-def direct_neighbors(affinities, offsets):
+def direct_neighbors(affinities: NDArray[Any], offsets: Sequence[Offset]) -> NDArray[Any]:
     """The channels that agglomeration with waterz takes: neighbors in z, y, x, in that order.
 
     Args:
@@ -67,4 +45,13 @@ def direct_neighbors(affinities, offsets):
         (3, z, y, x), same type; a neighbor without a channel has affinity 0, which keeps sections apart.
     """
     missing = np.zeros_like(affinities[0])
-    return np.stack([affinities[offsets.index(n)] if n in offsets else missing for n in NEIGHBORS])
+    return np.stack([affinities[offsets.index(n)] if n in offsets else missing for n in DIRECT_NEIGHBORS])
+
+
+def voxel_pairs(shape: Sequence[int], offset: Offset) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Slices of the voxels that have a partner at an offset inside the volume, and slices of the partners."""
+    first = [max(0, -step) for step in offset]
+    last = [max(begin, size - max(0, step)) for begin, size, step in zip(first, shape, offset, strict=True)]
+    here = tuple(slice(begin, end) for begin, end in zip(first, last, strict=True))
+    there = tuple(slice(s.start + step, s.stop + step) for s, step in zip(here, offset, strict=True))
+    return here, there

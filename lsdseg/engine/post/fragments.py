@@ -8,13 +8,17 @@ On the boundary there is no distance. Its voxels are flooded in the order of the
 meet where the membrane between them is surest, wherever in its width that is.
 """
 
+from typing import Any
+
 import edt
 import fastremap
 import numba
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
-from lsdseg.engine.post.agglomerate import agglomerate, float_affinities
+from lsdseg.engine.post.affinities import float_affinities
+from lsdseg.engine.post.agglomerate import agglomerate
 
 BOUNDARY = 0.5  # a voxel whose mean affinity is not above it counts as boundary
 AFFINITY_LEVELS = 255  # of boundary voxels, below those of all distances
@@ -23,14 +27,14 @@ EPSILON_MERGE_FUNCTION = "hist_quant_25"
 
 
 def extract_fragments(
-    affinities,
+    affinities: ArrayLike,
     *,
-    fragments_in_xy=False,
-    background_mask=False,
-    mask=None,
-    filter_fragments=0.0,
-    epsilon_agglomerate=0.0,
-):
+    fragments_in_xy: bool = False,
+    background_mask: bool = False,
+    mask: ArrayLike | None = None,
+    filter_fragments: float = 0.0,
+    epsilon_agglomerate: float = 0.0,
+) -> NDArray[np.uint64]:
     """Partition a volume into fragments, the pieces that agglomeration puts together.
 
     Mean affinity above 0.5, distance to the boundary, its local maxima as seeds, watershed: Sheridan et al.,
@@ -52,8 +56,8 @@ def extract_fragments(
     Raises:
         ValueError: affinities of another type or range.
     """
-    affinities = float_affinities(affinities)
-    mean_affinity = (affinities[1:] if fragments_in_xy else affinities).mean(axis=0)
+    floats = float_affinities(affinities)
+    mean_affinity = (floats[1:] if fragments_in_xy else floats).mean(axis=0)
     inside = np.ones(mean_affinity.shape, bool) if mask is None else np.asarray(mask) != 0
     foreground = (mean_affinity > BOUNDARY) & inside
 
@@ -64,12 +68,17 @@ def extract_fragments(
 
     drop_weak(fragments, mean_affinity, filter_fragments)
     if epsilon_agglomerate > 0:
-        merged = agglomerate(affinities, fragments, [epsilon_agglomerate], EPSILON_MERGE_FUNCTION)
+        merged = agglomerate(floats, fragments, [epsilon_agglomerate], EPSILON_MERGE_FUNCTION)
         _, fragments = next(merged)
-    return fastremap.renumber(fragments, preserve_zero=True, in_place=True)[0].astype(np.uint64, copy=False)
+    return renumbered(fragments)
 
 
-def drop_weak(fragments, mean_affinity, least):
+def renumbered(labels: NDArray[Any]) -> NDArray[np.uint64]:
+    """Labels with ids 1..n; 0 stays 0. The array that is given may be changed."""
+    return np.asarray(fastremap.renumber(labels, preserve_zero=True, in_place=True)[0], np.uint64)
+
+
+def drop_weak(fragments: NDArray[np.uint64], mean_affinity: NDArray[np.float32], least: float) -> None:
     """Set the fragments to 0, in place, whose mean of ``mean_affinity`` over their voxels is below ``least``."""
     if least > 0:
         sizes = np.maximum(np.bincount(fragments.ravel()), 1)
@@ -77,7 +86,7 @@ def drop_weak(fragments, mean_affinity, least):
         fragments[(sums / sizes < least)[fragments]] = 0
 
 
-def squared_distances(foreground, in_xy=False):
+def squared_distances(foreground: NDArray[np.bool_], in_xy: bool = False) -> NDArray[np.int32]:
     """Squared distance (int32, voxels) of foreground voxels to the nearest background, 1 if there is none.
 
     ``in_xy`` measures within each section of the (z, y, x) volume.
@@ -86,23 +95,25 @@ def squared_distances(foreground, in_xy=False):
     return np.where(np.isinf(distances), 1, distances).astype(np.int32)
 
 
-def find_seeds(distances, in_xy=False):
+def find_seeds(distances: NDArray[np.int32], in_xy: bool = False) -> NDArray[np.int32]:
     """Label (int32) the connected plateaus on which ``distances`` is the largest of the window around it."""
     size = (1 if in_xy else SEED_DISTANCE, SEED_DISTANCE, SEED_DISTANCE)
     maxima = (distances == ndimage.maximum_filter(distances, size)) & (distances > 0)
     neighbors = ndimage.generate_binary_structure(3, 1)
     if in_xy:
         neighbors[[0, 2]] = False
-    return ndimage.label(maxima, neighbors)[0]
+    return np.asarray(ndimage.label(maxima, neighbors)[0], np.int32)
 
 
-def flood_levels(distances, mean_affinity):
+def flood_levels(distances: NDArray[np.int32], mean_affinity: NDArray[np.float32]) -> NDArray[np.int32]:
     """In which order to flood (int32, high levels first): by squared distance; then the boundary, by affinity."""
     boundary = np.rint(mean_affinity * AFFINITY_LEVELS).astype(np.int32)
-    return np.where(distances > 0, distances + AFFINITY_LEVELS, boundary)
+    return np.where(distances > 0, distances + np.int32(AFFINITY_LEVELS), boundary)
 
 
-def flood(seeds, levels, inside, in_xy=False):
+def flood(
+    seeds: NDArray[Any], levels: NDArray[np.int32], inside: NDArray[np.bool_], in_xy: bool = False
+) -> NDArray[np.int32]:
     """Grow seeds (ids, 0 elsewhere) from high to low levels (int32, 0 or more), where ``inside`` holds.
 
     First come, first served on equal levels. The seeded watershed of ``-levels`` by Meyer's algorithm, over 6
@@ -116,7 +127,7 @@ def flood(seeds, levels, inside, in_xy=False):
 
 
 @numba.njit(cache=True)
-def _flood(labels, levels, offsets):
+def _flood(labels: NDArray[np.int32], levels: NDArray[np.int32], offsets: NDArray[np.int64]) -> None:
     """Replace the zeros of ``labels`` in place; -1 stays, and must surround the volume."""
     first = np.full(levels.max() + 1, -1)  # per level a queue of voxels, linked through `following`
     last = np.full(first.size, -1)
@@ -139,7 +150,9 @@ def _flood(labels, levels, offsets):
 
 
 @numba.njit(cache=True)
-def _push(voxel, level, first, last, following):
+def _push(
+    voxel: int, level: int, first: NDArray[np.int64], last: NDArray[np.int64], following: NDArray[np.int64]
+) -> int:
     """Append a voxel to the queue of its level, which is returned."""
     if first[level] < 0:
         first[level] = voxel

@@ -7,25 +7,38 @@ context of one voxel or more, that block sees the whole border of the two, and n
 More context does not find more edges; it lets scores see more of the neurites.
 """
 
+from collections.abc import Callable, Sequence
 from operator import itemgetter
+from typing import Any
 
 import cc3d
 import fastremap
 import numba
 import numpy as np
 import waterz
+from numpy.typing import ArrayLike, NDArray
 
-from lsdseg.engine.post.affinities import MUTEX
-from lsdseg.engine.post.agglomerate import QUEUE_BINS, float_affinities, scoring_function, silence
+from lsdseg.engine.offsets import Offset, is_direct
+from lsdseg.engine.post.affinities import float_affinities, voxel_pairs
+from lsdseg.engine.post.agglomerate import QUEUE_BINS, scoring_function, silence
 from lsdseg.engine.post.fragments import extract_fragments
-from lsdseg.engine.post.mutex import is_direct, voxel_pairs
 
 LARGEST_ID = 2**63 - 1  # databases know no unsigned integers
 
+# The columns u, v and score, as `score_edges` returns them.
+Edges = tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.float32]]
+
 
 def fragments_of_block(
-    affinities, *, context, block, voxels_in_block, mask=None, extract=extract_fragments, **settings
-):
+    affinities: ArrayLike,
+    *,
+    context: Sequence[Any],
+    block: int,
+    voxels_in_block: int,
+    mask: ArrayLike | None = None,
+    extract: Callable[..., NDArray[np.uint64]] = extract_fragments,
+    **settings: Any,
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.float64]]:
     """Fragments of one block, numbered so that no other block uses the same ids.
 
     They are extracted with context and cropped to the block. A fragment whose pieces hang together in the context
@@ -55,7 +68,7 @@ def fragments_of_block(
         raise ValueError(f"block {block} of {voxels_in_block} voxels: its fragment ids would not fit into 63 bits")
     grown = extract(affinities, mask=mask, **settings)
     widths = [np.broadcast_to(width, 2) for width in context]
-    inner = grown[tuple(slice(before, size - after) for (before, after), size in zip(widths, grown.shape, strict=True))]
+    inner = grown[tuple(slice(w[0], size - w[1]) for w, size in zip(widths, grown.shape, strict=True))]
     if not 0 < inner.size <= voxels_in_block:
         raise ValueError(
             f"a context of {context} leaves {inner.size} of {grown.shape} voxels; it must be 1..{voxels_in_block}"
@@ -66,21 +79,21 @@ def fragments_of_block(
     return np.append(np.uint64(0), ids)[pieces], ids, centers
 
 
-def edges_of_block(affinities, fragments, merge_function, first_id, last_id, offsets=None):
+def edges_of_block(edges: Edges, first_id: int, last_id: int) -> Edges:
     """The edges that belong to a block: those whose smaller id ``u`` is in first_id..last_id.
 
-    Arguments and results as for `score_edges`, on the block with a context of one voxel or more; for the merge function
-    ``mutex`` as for `score_mutex_edges`, with a context as large as the largest offset.
+    Args:
+        edges: those of the block with its context, from `score_edges` or `score_mutex_edges`. The context is one voxel
+            or more, and as large as the largest offset.
+        first_id: the first id that the block's fragments can have.
+        last_id: the last one.
     """
-    if merge_function == MUTEX:
-        u, v, scores = score_mutex_edges(affinities, fragments, offsets)
-    else:
-        u, v, scores = score_edges(affinities, fragments, merge_function)
+    u, v, scores = edges
     own = (u >= first_id) & (u <= last_id)
     return u[own], v[own], scores[own]
 
 
-def score_edges(affinities, fragments, merge_function):
+def score_edges(affinities: ArrayLike, fragments: ArrayLike, merge_function: str) -> Edges:
     """Score every pair of fragments that share a face of a voxel by the threshold at which their regions merge.
 
     Regions merge in the order in which `agglomerate` merges them, and a score is that of the merge that brings the two
@@ -121,7 +134,7 @@ def score_edges(affinities, fragments, merge_function):
     return ids[u], ids[v], scores
 
 
-def score_mutex_edges(affinities, fragments, offsets):
+def score_mutex_edges(affinities: ArrayLike, fragments: ArrayLike, offsets: Sequence[Offset]) -> Edges:
     """Score every pair of fragments that share a face of a voxel by one minus the mean affinity between them.
 
     The mean is over all pairs of a voxel of the one and a voxel of the other that any offset connects: two neurites
@@ -138,13 +151,13 @@ def score_mutex_edges(affinities, fragments, offsets):
     Raises:
         ValueError: affinities of another type or range, or of another shape than the fragments.
     """
-    affinities = float_affinities(affinities, channels=len(offsets))
-    numbers, ids = _number(fragments)
-    numbers = numbers.astype(np.int64)
+    floats = float_affinities(affinities, channels=len(offsets))
+    unsigned, ids = _number(fragments)
+    numbers = unsigned.astype(np.int64)
     faces = [_contacts(numbers, offset, len(ids)) for offset in offsets if is_direct(offset)]
     edges = np.unique(np.concatenate([keys for keys, _ in faces]))
     sums, counts = np.zeros(len(edges)), np.zeros(len(edges))
-    for channel, offset in zip(affinities, offsets, strict=True):
+    for channel, offset in zip(floats, offsets, strict=True):
         keys, voxels = _contacts(numbers, offset, len(ids))
         index = np.searchsorted(edges, keys)
         touching = np.append(edges, -1)[index] == keys
@@ -154,7 +167,7 @@ def score_mutex_edges(affinities, fragments, offsets):
     return ids[u], ids[v], (1 - sums / counts).astype(np.float32)
 
 
-def _contacts(numbers, offset, count):
+def _contacts(numbers: NDArray[np.int64], offset: Offset, count: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Voxels whose partner at an offset is of another fragment: the key of the edge, and an index of the voxels.
 
     The key of the numbers u < v is u * count + v (int64).
@@ -168,7 +181,7 @@ def _contacts(numbers, offset, count):
     return np.minimum(first, second) * count + np.maximum(first, second), voxels
 
 
-def _number(fragments):
+def _number(fragments: ArrayLike) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """Fragments numbered 1..n in the order of their ids (uint64, C order), and the id of every number; 0 stays 0.
 
     An order that depends on the ids only, because waterz breaks ties by it.
@@ -182,14 +195,23 @@ def _number(fragments):
     return table[numbers], sorted_ids
 
 
-def _columns(rows, first, second, score):
+def _columns(
+    rows: list[dict[str, Any]], first: str, second: str, score: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     """Two int64 columns and a float32 one of waterz' list of dicts, without a Python loop."""
     table = np.fromiter(map(itemgetter(first, second, score), rows), "i8, i8, f4", len(rows))
     return table["f0"].copy(), table["f1"].copy(), table["f2"].copy()
 
 
 @numba.njit(cache=True)
-def _threshold_of_merge(u, v, a, b, scores, node_count):
+def _threshold_of_merge(
+    u: NDArray[np.int64],
+    v: NDArray[np.int64],
+    a: NDArray[np.int64],
+    b: NDArray[np.int64],
+    scores: NDArray[np.float32],
+    node_count: int,
+) -> NDArray[np.float32]:
     """Score of the merge (a, b) that connects each pair (u, v), NaN if none does.
 
     The merge forest is a union-find by size without path compression, each node marked with the merge that gave it a

@@ -7,14 +7,18 @@ while the second branch of a fork, which it costs, is one split.
 """
 
 from itertools import pairwise
+from typing import Any
 
 import fastremap
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from lsdseg.engine.post.fragments import renumbered
 
-def link_sections(segments, share):
+
+def link_sections(segments: ArrayLike, share: float) -> NDArray[np.uint64]:
     """Give the segments of a stack that belong together one id.
 
     Args:
@@ -38,10 +42,10 @@ def link_sections(segments, share):
     links = coo_array((np.ones(linked.sum()), (below[linked], above[linked])), shape=(count, count))
     _, objects = connected_components(links, directed=False)
     objects = np.append(0, objects[1:] + 1)  # background, which nothing is linked to, stays 0
-    return fastremap.renumber(objects[numbers].astype(np.uint64), preserve_zero=True)[0].astype(np.uint64, copy=False)
+    return renumbered(objects[numbers].astype(np.uint64))
 
 
-def _overlaps(numbers):
+def _overlaps(numbers: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Pairs of segments in neighbouring sections that overlap, and by how many voxels (all int64)."""
     count = np.int64(numbers.max(initial=0)) + 1
     keys, sizes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
@@ -54,7 +58,9 @@ def _overlaps(numbers):
     return below, above, np.concatenate(sizes)
 
 
-def _largest(segments, partners, overlaps):
+def _largest(
+    segments: NDArray[np.int64], partners: NDArray[np.int64], overlaps: NDArray[np.int64]
+) -> NDArray[np.bool_]:
     """Whether each pair is its segment's largest overlap; of equal ones, that with the smallest partner (bool)."""
     order = np.lexsort((partners, -overlaps, segments))
     _, first = np.unique(segments[order], return_index=True)

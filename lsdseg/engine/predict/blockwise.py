@@ -1,116 +1,126 @@
 """Prediction block by block on many workers: one tile of the network is one block, one GPU or core group one worker.
 
-Tiles do not depend on each other (see `lsdseg.engine.predict.tiles`), and chunks on disk divide a tile, so workers
-never touch the same file. What `predicter.py` gives, this gives too.
+Tiles do not depend on each other (see `tiles.py`), and chunks on disk divide a tile, so workers never touch the same
+file. What `predicter.py` gives, this gives too.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
+import daisy
 import numpy as np
 from funlib.geometry import Coordinate, Roi
+from numpy.typing import NDArray
+from yacs.config import CfgNode
 
 from lsdseg.data_utils.checks import check_raw
-from lsdseg.data_utils.layout import block_markers, output_path, prediction_name, sample_name, volumes_in
+from lsdseg.data_utils.layout import prediction_name
 from lsdseg.data_utils.masks import open_mask, read_mask
-from lsdseg.data_utils.volumes import is_stored, list_arrays, open_array, source_defaults, voxels_of
-from lsdseg.engine.blocks.run import BlockTask, run_blocks
+from lsdseg.data_utils.volumes import is_stored, list_arrays, open_array, voxels_of
+from lsdseg.engine.blocks.run import run_blocks
+from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.engine.network import load_weights
 from lsdseg.engine.predict.predict import create_predictions, name_predictions, prediction_channels, write_tile
 from lsdseg.engine.predict.tiles import TilePredictor, tile_voxels
+from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.engine.sections import along_zyx
+from lsdseg.files import PARTIAL
+
+# The keys that a prediction depends on, beside those of the network, which go with its weights.
+SETTINGS = ("TRAIN.CHECKPOINT", "TRAIN.CHECKPOINT_AC", "DATA.AFFS_DTYPE")
+MASK_SETTINGS = ("INS_SEGMENT.MASK_FILE", "INS_SEGMENT.MASK_DATASET")
 
 
-def predict_blockwise(cfg, skip_empty: bool = False) -> None:
+def predict_blockwise(cfg: CfgNode, skip_empty: bool = False) -> None:
     """Predict every zarr in the test folder on SYSTEM.NUM_WORKERS workers.
 
     Args:
+        cfg: the config.
         skip_empty: leave out blocks outside INS_SEGMENT.MASK_FILE and blocks without any stored chunk of raw.
 
     Raises:
         UserError: before anything is written, if a volume or the checkpoint cannot be used; later, if blocks fail.
     """
-    samples = volumes_in(cfg, "test")
-    outputs = [output_path(cfg, sample) for sample in samples]
+    samples = samples_of(cfg)
     names = {prediction_name(kind) for kind in prediction_channels(cfg)}
-    partial = {f"{name}.partial" for name in names}
+    partial = {f"{name}{PARTIAL}" for name in names}
     load_weights(cfg)
     if skip_empty:
         open_mask(cfg.INS_SEGMENT)
     for sample in samples:
-        check_raw(sample, cfg)
-    for sample, output in zip(samples, outputs, strict=True):
-        task = _predict_task(cfg, sample, output)
-        existing = set(list_arrays(output))
-        begun = task.markers.is_dir()  # if not, partial arrays are not from here: type and chunks may be others
+        check_raw(sample.volume, cfg)
+    for sample in samples:
+        step = _predict_step(sample)
+        existing = set(list_arrays(sample.output))
+        begun = step.markers.is_dir()  # if not, partial arrays are not from here: type and chunks may be others
         if names <= existing and not begun and not cfg.DATA.DROP_DS_MONGOTABLE:
-            print(f"{output} is predicted already; DATA.DROP_DS_MONGOTABLE True predicts it anew")
+            print(f"{sample.output} is predicted already; DATA.DROP_DS_MONGOTABLE True predicts it anew")
             continue
         if cfg.DATA.DROP_DS_MONGOTABLE or not (begun and (partial <= existing or names <= existing)):
-            create_predictions(cfg, output, open_array(sample, cfg.DATA.RAW, **source_defaults(cfg)))
+            create_predictions(sample)
         if skip_empty:
-            task.skip = _blocks_to_skip(cfg, sample, task)
-            task.settings |= {f"INS_SEGMENT.{key}": cfg.INS_SEGMENT[key] for key in ("MASK_FILE", "MASK_DATASET")}
-        run_blocks(cfg, task)
-        if partial <= set(list_arrays(output)):
-            name_predictions(cfg, output)
-        print(f"{', '.join(sorted(names))} in {output}")
+            step.skip = _blocks_to_skip(sample, step)
+            step.settings |= _values(cfg, MASK_SETTINGS)
+        run_blocks(cfg, step)
+        if partial <= set(list_arrays(sample.output)):
+            name_predictions(sample)
+        print(f"{', '.join(sorted(names))} in {sample.output}")
 
 
-def open_predict_worker(cfg, arguments):
-    """What a worker does with a block: the network is loaded once, then tile after tile is predicted."""
-    raw = open_array(arguments["sample"], cfg.DATA.RAW, **source_defaults(cfg))
+def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:
+    """Open what a worker needs; returns what it does with each block: the network is loaded once, then tiles follow."""
+    sample = Sample.of_arguments(cfg, arguments)
+    raw, tile = sample.raw, tuple(arguments["tile"])
     predictor = TilePredictor(cfg)
     arrays = {
-        kind: open_array(arguments["output"], f"{prediction_name(kind)}.partial", "r+")
-        for kind in prediction_channels(cfg)
+        kind: open_array(sample.output, f"{prediction_name(kind)}{PARTIAL}", "r+") for kind in prediction_channels(cfg)
     }
-    tile = tuple(arguments["tile"])
 
-    def process(block):
+    def process(block: daisy.Block) -> None:
         begin = tuple((block.write_roi.begin - raw.roi.begin) / raw.voxel_size)
         write_tile(cfg, arrays, predictor(raw, begin, tile), begin, raw.shape)
 
     return process
 
 
-def _predict_task(cfg, sample: Path, output: Path) -> BlockTask:
-    raw = open_array(sample, cfg.DATA.RAW, **source_defaults(cfg))
+def _predict_step(sample: Sample) -> BlockStep:
+    cfg, raw = sample.cfg, sample.raw
     tile = Coordinate(tile_voxels(cfg, raw.shape))
     context = Coordinate(along_zyx(cfg.MODEL.CONTEXT, 0)) * raw.voxel_size
     write_roi = Roi(raw.roi.begin, tile * raw.voxel_size)
-    return BlockTask(
+    return BlockStep(
         name="predict",
-        sample=sample_name(output),
+        sample=sample.name,
         total_roi=raw.roi.grow(context, context),
         read_roi=write_roi.grow(context, context),
         write_roi=write_roi,
-        open_worker=f"{__name__}:open_predict_worker",
-        arguments={"sample": str(sample.absolute()), "output": str(output.absolute()), "tile": list(tile)},
-        markers=block_markers(output, "predict"),
-        settings={
-            "TRAIN.CHECKPOINT": cfg.TRAIN.CHECKPOINT,
-            "TRAIN.CHECKPOINT_AC": cfg.TRAIN.CHECKPOINT_AC,
-            "DATA.AFFS_DTYPE": cfg.DATA.AFFS_DTYPE,
-        },
+        open_worker=f"{__name__}:open_worker",
+        arguments=sample.arguments | {"tile": list(tile)},
+        markers=sample.markers("predict"),
+        settings=_values(cfg, SETTINGS),
         gpu=True,
     )
 
 
-def _blocks_to_skip(cfg, sample: Path, task: BlockTask) -> np.ndarray:
+def _values(cfg: CfgNode, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The values of keys SECTION.NAME."""
+    return {key: cfg[key.partition(".")[0]][key.partition(".")[2]] for key in keys}
+
+
+def _blocks_to_skip(sample: Sample, step: BlockStep) -> NDArray[np.bool_]:
     """Which blocks need no prediction, and says why; looks at file names and at the mask, not at raw's voxels."""
-    raw, mask = open_array(sample, cfg.DATA.RAW, **source_defaults(cfg)), open_mask(cfg.INS_SEGMENT)
-    block = task.write_roi.shape
-    grid = tuple(-(-size // step) for size, step in zip(raw.roi.shape, block, strict=True))
+    raw, mask, block = sample.raw, sample.mask, step.write_roi.shape
+    grid = tuple(-(-size // width) for size, width in zip(raw.roi.shape, block, strict=True))
     empty, outside = np.zeros(grid, bool), np.zeros(grid, bool)
     for index in np.ndindex(*grid):
         roi = Roi(raw.roi.begin + Coordinate(index) * block, block).intersect(raw.roi)
-        empty[index] = not is_stored(sample, cfg.DATA.RAW, voxels_of(raw, roi))
+        empty[index] = not is_stored(sample.volume, sample.cfg.DATA.RAW, voxels_of(raw, roi))
         inside = read_mask(mask, roi, raw.voxel_size)
         outside[index] = inside is not None and not inside.any()
     print(
-        f"{sample.name}: of {empty.size} blocks {np.count_nonzero(empty)} are skipped because raw has no chunk there, "
-        f"{np.count_nonzero(outside & ~empty)} more because they lie outside the mask"
+        f"{sample.volume.name}: of {empty.size} blocks {np.count_nonzero(empty)} are skipped because raw has no chunk "
+        f"there, {np.count_nonzero(outside & ~empty)} more because they lie outside the mask"
     )
     return empty | outside

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +16,12 @@ from typing import NamedTuple
 import gunpowder as gp
 import numpy as np
 
-from lsdseg.config.model_types import label_keys
+from lsdseg.config.implementations import resolve
+from lsdseg.config.model_types import LABELS, TASKS, label_keys
 from lsdseg.data_utils.volumes import open_array, source_defaults
 from lsdseg.engine.intensity import network_scale_shift, unit_factor
-from lsdseg.engine.sections import affinity_offsets, along_zyx
+from lsdseg.engine.sections import along_zyx
 from lsdseg.engine.training.nodes import (
-    AddLocalShapeDescriptors,
     Binarize,
     CompactLabels,
     DefectAugment,
@@ -31,21 +31,12 @@ from lsdseg.engine.training.nodes import (
     SeedSamples,
     lsd_context,
 )
+from lsdseg.engine.training.targets import Target
 
 RAW = gp.ArrayKey("RAW")
-LABELS = gp.ArrayKey("LABELS")
-LABELS_MASK = gp.ArrayKey("LABELS_MASK")
-LSDS = gp.ArrayKey("LSDS")
-LSDS_WEIGHTS = gp.ArrayKey("LSDS_WEIGHTS")
-AFFS = gp.ArrayKey("AFFS")
-AFFS_MASK = gp.ArrayKey("AFFS_MASK")
-AFFS_WEIGHTS = gp.ArrayKey("AFFS_WEIGHTS")
-MITO = gp.ArrayKey("MITO")
-MITO_MASK = gp.ArrayKey("MITO_MASK")
-MITO_WEIGHTS = gp.ArrayKey("MITO_WEIGHTS")
-
 # Key of DATA that names labels -> keys of the labels and of their mask.
-LABEL_ARRAYS = {"NEURON_LABELS": (LABELS, LABELS_MASK), "MITO_LABELS": (MITO, MITO_MASK)}
+LABEL_ARRAYS = {key: (gp.ArrayKey(key), gp.ArrayKey(f"{key}_MASK")) for key in LABELS}
+NEURONS, NEURONS_MASK = LABEL_ARRAYS["NEURON_LABELS"]
 # Keys of MODEL that may hold a list of two, for two passes of elastic augmentation.
 PER_PASS = ("PROB_ELASTIC", "CONTROL_POINT_SPACING", "JITTER_SIGMA", "PROB_SLIP", "PROB_SHIFT", "MAX_MISALIGN")
 
@@ -75,22 +66,23 @@ def training_batches(cfg, volumes: list[Path], tasks: tuple[str, ...], first_sam
         first_sample, step: number of the first patch, and from each to the next (see `SeedSamples`).
     """
     voxel_size = open_array(volumes[0], cfg.DATA.RAW, **source_defaults(cfg)).voxel_size
+    targets = {task: resolve(TASKS[task].target)(cfg, *LABEL_ARRAYS[TASKS[task].labels]) for task in tasks}
     shapes = {RAW: gp.Coordinate(along_zyx(cfg.MODEL.RAW_SHAPE, 1))}
-    for key in (LABELS, *(key for task in tasks for key in TARGETS[task][:2])):
+    for key in (NEURONS, *(key for target in targets.values() for key in (target.values, target.weights))):
         shapes[key] = gp.Coordinate(along_zyx(cfg.MODEL.OUTPUT_SHAPE, 1))
     request = gp.BatchRequest()
     for key, shape in shapes.items():
         request.add(key, shape * voxel_size)
 
-    pipeline = _pipeline(cfg, volumes, tasks, request) + SeedSamples(cfg.TRAIN.SEED, first_sample, step)
+    pipeline = _pipeline(cfg, volumes, targets, request) + SeedSamples(cfg.TRAIN.SEED, first_sample, step)
     pipeline += gp.Stack(cfg.TRAIN.BATCH_SIZE)
     if cfg.SYSTEM.NUM_WORKERS:
         pipeline += gp.PreCache(cache_size=cfg.SYSTEM.CACHE_SIZE, num_workers=cfg.SYSTEM.NUM_WORKERS)
     with gp.build(pipeline) as provider:
-        yield _batches(provider, request, tasks, sections=cfg.DATA.DIM_2D)
+        yield _batches(provider, request, targets, sections=cfg.DATA.DIM_2D)
 
 
-def _batches(provider, request, tasks, sections: bool) -> Iterator[TrainingBatch]:
+def _batches(provider, request, targets: dict[str, Target], sections: bool) -> Iterator[TrainingBatch]:
     def data(batch, key, axes: int) -> np.ndarray:
         """With the given number of axes: a channel axis is added, and in 2D the axis z goes."""
         array = batch[key].data[..., 0, :, :] if sections else batch[key].data
@@ -101,13 +93,13 @@ def _batches(provider, request, tasks, sections: bool) -> Iterator[TrainingBatch
         batch = provider.request_batch(request)
         yield TrainingBatch(
             raw=data(batch, RAW, axes),
-            labels=data(batch, LABELS, axes - 1),
-            targets={task: data(batch, TARGETS[task].values, axes).astype(np.float32) for task in tasks},
-            weights={task: data(batch, TARGETS[task].weights, axes) for task in tasks},
+            labels=data(batch, NEURONS, axes - 1),
+            targets={task: data(batch, target.values, axes).astype(np.float32) for task, target in targets.items()},
+            weights={task: data(batch, target.weights, axes) for task, target in targets.items()},
         )
 
 
-def _pipeline(cfg, volumes: list[Path], tasks: tuple[str, ...], request: gp.BatchRequest):
+def _pipeline(cfg, volumes: list[Path], targets: dict[str, Target], request: gp.BatchRequest):
     model = cfg.MODEL
     sources = tuple(_source(cfg, path, request) for path in volumes)
     pipeline = sources + gp.RandomProvider([_labelled_size(cfg, path) for path in volumes])
@@ -131,44 +123,11 @@ def _pipeline(cfg, volumes: list[Path], tasks: tuple[str, ...], request: gp.Batc
             pipeline += _defect_augment(cfg)
 
     if model.GROWBOUNDARY_STEPS:
-        pipeline += GrowBoundary(LABELS, model.GROWBOUNDARY_STEPS, only_xy=cfg.DATA.DIM_2D or not cfg.DATA.FIB)
-    for task in tasks:
-        for node in TARGETS[task].nodes(cfg):
+        pipeline += GrowBoundary(NEURONS, model.GROWBOUNDARY_STEPS, only_xy=cfg.DATA.DIM_2D or not cfg.DATA.FIB)
+    for target in targets.values():
+        for node in target.nodes:
             pipeline += node
     return pipeline + gp.IntensityScaleShift(RAW, *network_scale_shift(cfg))
-
-
-def _lsd_nodes(cfg) -> list[gp.BatchFilter]:
-    sigma, downsample, sections = cfg.MODEL.LSD_SIGMA, cfg.MODEL.LSD_DOWNSAMPLE, cfg.DATA.DIM_2D
-    options = {"sigma": sigma, "downsample": downsample, "sections": sections}
-    return [AddLocalShapeDescriptors(LABELS, LABELS_MASK, LSDS, LSDS_WEIGHTS, **options)]
-
-
-def _affinity_nodes(cfg) -> list[gp.BatchFilter]:
-    offsets = affinity_offsets(cfg)
-    return [
-        gp.AddAffinities(offsets, LABELS, AFFS, labels_mask=LABELS_MASK, affinities_mask=AFFS_MASK),
-        gp.BalanceLabels(AFFS, AFFS_WEIGHTS, mask=AFFS_MASK),
-    ]
-
-
-def _mito_nodes(cfg) -> list[gp.BatchFilter]:
-    return [Binarize(MITO), gp.BalanceLabels(MITO, MITO_WEIGHTS, mask=MITO_MASK)]
-
-
-class Target(NamedTuple):
-    """A task's target, the weights of its entries, and what makes the two from labels by a config."""
-
-    values: gp.ArrayKey
-    weights: gp.ArrayKey
-    nodes: Callable[..., list[gp.BatchFilter]]
-
-
-TARGETS = {
-    "lsds": Target(LSDS, LSDS_WEIGHTS, _lsd_nodes),
-    "affs": Target(AFFS, AFFS_WEIGHTS, _affinity_nodes),
-    "mito": Target(MITO, MITO_WEIGHTS, _mito_nodes),
-}
 
 
 def _source(cfg, path: Path, request: gp.BatchRequest):
@@ -193,14 +152,14 @@ def _source(cfg, path: Path, request: gp.BatchRequest):
     source = arrays + gp.MergeProvider()
     source += gp.Normalize(RAW, factor=unit_factor(data[RAW].dtype))
     source += gp.Pad(RAW, margin, mode="reflect")
-    reachable = data[LABELS].roi.grow(margin, margin)
+    reachable = data[NEURONS].roi.grow(margin, margin)
     for key in label_keys(cfg):
         labels, mask = LABEL_ARRAYS[key]
         # Weights are multiplied with the mask.
         source += Binarize(mask)
         source += PadLabels(mask, reachable)
         source += PadLabels(labels, reachable)
-    return source + LabelledLocation(LABELS_MASK, data[LABELS_MASK].roi)
+    return source + LabelledLocation(NEURONS_MASK, data[NEURONS_MASK].roi)
 
 
 def _labelled_size(cfg, path: Path) -> int:

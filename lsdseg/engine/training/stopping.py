@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from lsdseg.engine.signals import handled
+from lsdseg.engine.signals import signal_handlers
 
 
 class _Stopped(BaseException):
@@ -64,5 +64,5 @@ class Stop:
 def stop_on_signal() -> Iterator[Stop]:
     """Context manager that gives a `Stop`, which takes SIGINT and SIGTERM until its end."""
     stop = Stop()
-    with handled(stop, signal.SIGINT, signal.SIGTERM):
+    with signal_handlers(stop, signal.SIGINT, signal.SIGTERM):
         yield stop

@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lsdseg.config.model_types import task_channels
+from lsdseg.config.model_types import affinity_offsets, task_channels
 from lsdseg.data_utils.checks import check_training_volume
 from lsdseg.data_utils.labels import is_labelled
 from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.data_utils.volumes import has_array, open_array, read, source_defaults
 from lsdseg.engine.evaluate.metrics import count_overlaps, scores
-from lsdseg.engine.post.affinities import channels_for
+from lsdseg.engine.post.methods import method_of
 from lsdseg.engine.post.whole import check_settings, segmentations
 from lsdseg.engine.predict.tiles import TilePredictor
-from lsdseg.engine.sections import affinity_offsets, ids_by_section, scored_by_section
+from lsdseg.engine.sections import ids_by_section, scored_by_section
 from lsdseg.errors import UserError
 from lsdseg.models.checkpoint import read_checkpoint
 
@@ -86,7 +86,7 @@ class Validation:
             target = affinities[:, *where]
             predicted = predictor(self.raw, [b + t for b, t in zip(self.begin, tile, strict=True)], shape)["affs"]
             target[:] = predicted[:, *(slice(size) for size in target.shape[1:])]
-        affinities = channels_for(cfg.INS_SEGMENT.METHOD, affinities, self.offsets)
+        affinities = method_of(cfg.INS_SEGMENT).channels(affinities, self.offsets)
         found = []
         for name, segmentation, attributes in segmentations(affinities, self.offsets, cfg.INS_SEGMENT):
             if name != FRAGMENTS:

@@ -1,0 +1,84 @@
+"""A step on one sample, block by block: what is to be done, and how it went."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from funlib.geometry import Roi
+from numpy.typing import NDArray
+
+from lsdseg.data_utils.layout import log_folder
+
+
+@dataclass
+class BlockStep:
+    """What is to be done with every block of a volume. ROIs are in nm, z, y, x.
+
+    Attributes:
+        name: the step; logs go to daisy_logs/SAMPLE_NAME/.
+        sample: name of the sample that it works on.
+        total_roi: everything that is read: the volume, grown by the context.
+        read_roi: what the first block reads, its context included.
+        write_roi: what the first block writes. Blocks at the end are cut off.
+        open_worker: "module:function", called once in every worker as function(cfg, arguments); what it returns is
+            called with each `daisy.Block`. A block may be done twice, or be broken off and done again, so doing it must
+            replace what is there. A UserError ends the whole run.
+        arguments: for open_worker; what JSON can hold, paths absolute.
+        markers: folder that records which blocks are done; it belongs beside the outputs that it describes.
+        settings: {key: value} of all settings on which the result depends; finished blocks are only good for these.
+        gpu: workers use a GPU.
+        timeout: seconds after which a block counts as stuck and its worker is replaced.
+        skip: bool array over the grid of blocks, True for those that need not be done. None: do all.
+    """
+
+    name: str
+    sample: str
+    total_roi: Roi
+    read_roi: Roi
+    write_roi: Roi
+    open_worker: str
+    arguments: dict[str, Any]
+    markers: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+    gpu: bool = False
+    timeout: float = 3600.0
+    skip: NDArray[np.bool_] | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where config, arguments and logs go: daisy_logs/SAMPLE_NAME below the current directory."""
+        return log_folder(self.sample, self.name)
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.sample}"
+
+
+@dataclass
+class Summary:
+    """How a run went.
+
+    Attributes:
+        blocks: how many there are.
+        done: how many this run did.
+        skipped: how many were done before, or are masked.
+        failed: how many failed for good.
+        seconds_per_block: mean time of a block.
+        peak_memory: of the worker that took most, in bytes.
+    """
+
+    blocks: int
+    done: int
+    skipped: int
+    failed: int
+    seconds_per_block: float = 0.0
+    peak_memory: int = 0
+
+    def __str__(self) -> str:
+        titles = ("blocks", "done", "skipped", "failed", "s per block", "peak memory of a worker")
+        memory = f"{self.peak_memory / 1e9:.2f} GB"
+        values = (self.blocks, self.done, self.skipped, self.failed, f"{self.seconds_per_block:.2f}", memory)
+        return "\n".join(
+            "".join(f"{cell:>{len(title) + 3}}" for cell, title in zip(row, titles, strict=True))
+            for row in (titles, values)
+        )

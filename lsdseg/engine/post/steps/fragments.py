@@ -1,0 +1,139 @@
+"""Step 1: affinities to fragments, and to the nodes of the region adjacency graph."""
+
+from collections.abc import Callable
+from typing import Any
+
+import daisy
+import numpy as np
+from yacs.config import CfgNode
+
+from lsdseg.data_utils.layout import FRAGMENTS
+from lsdseg.data_utils.masks import open_mask, read_mask
+from lsdseg.data_utils.volumes import list_arrays, open_array, read, voxels_of
+from lsdseg.engine.blocks.markers import blocks_left, discard_markers
+from lsdseg.engine.blocks.run import run_blocks
+from lsdseg.engine.blocks.step import BlockStep
+from lsdseg.engine.post.graph import fragments_of_block
+from lsdseg.engine.post.methods import method_of
+from lsdseg.engine.post.steps.grid import block_step, create_labels
+from lsdseg.engine.sample import Sample, samples_of
+from lsdseg.errors import UserError
+from lsdseg.rag import open_store
+
+# The keys of INS_SEGMENT that fragments depend on.
+SETTINGS = (
+    "METHOD",
+    "MUTEX_BIAS",
+    "FRAGMENTS_IN_XY",
+    "BACKGROUND_MASK",
+    "EPSILON_AGGLOMERATE",
+    "FILTER_FRAGMENTS",
+    "MASK_FILE",
+    "MASK_DATASET",
+)
+
+
+def extract_fragments_blockwise(cfg: CfgNode) -> None:
+    """Write `volumes/fragments` and the nodes of the region adjacency graph of every sample.
+
+    Raises:
+        UserError: before anything is written, if affinities are missing or a setting cannot be used; later, if blocks
+            fail.
+    """
+    open_mask(cfg.INS_SEGMENT)  # refused before anything is written if it cannot be
+    for sample in samples_of(cfg):
+        check_block_settings(sample)
+        step = fragments_step(sample)
+        if cfg.DATA.DROP_DS_MONGOTABLE:
+            discard_markers(step.markers)
+        if FRAGMENTS in list_arrays(sample.output) and step.markers.is_dir():
+            store = open_store(cfg, sample.output, "r+")
+        else:
+            discard_markers(step.markers)
+            store = open_store(cfg, sample.output, "w")
+            create_labels(sample, FRAGMENTS, {})
+        run_blocks(cfg, step)
+        store.finish()
+        print(f"{FRAGMENTS} in {sample.output}, nodes in {store}")
+
+
+def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:
+    """Open what a worker needs; returns what it does with each block."""
+    sample = Sample.of_arguments(cfg, arguments)
+    affinities, fragments = sample.affinities, open_array(sample.output, FRAGMENTS, "r+")
+    store = open_store(cfg, sample.output, "r+")
+    settings, method = cfg.INS_SEGMENT, method_of(cfg.INS_SEGMENT)
+    voxel_size = affinities.voxel_size
+
+    def extract(channels: Any, mask: Any) -> Any:
+        return method.fragments(channels, settings, sample.offsets, mask)
+
+    def process(block: daisy.Block) -> None:
+        number = block.block_id[1]
+        read_roi, write_roi = (roi.intersect(affinities.roi) for roi in (block.read_roi, block.write_roi))
+        before, after = (write_roi.begin - read_roi.begin) / voxel_size, (read_roi.end - write_roi.end) / voxel_size
+        predicted = read(affinities, (slice(None), *voxels_of(affinities, read_roi)))
+        try:
+            labels, ids, centers = fragments_of_block(
+                method.channels(predicted, sample.offsets),
+                context=list(zip(before, after, strict=True)),
+                block=number,
+                voxels_in_block=int(np.prod(settings.BLOCK_SIZE)),
+                mask=read_mask(sample.mask, read_roi, voxel_size),
+                extract=extract,
+            )
+        except ValueError as error:
+            raise UserError(f"affinities in {sample.output}, {read_roi}: {error}") from error
+        where = voxels_of(fragments, write_roi)
+        if len(ids) or read(fragments, where).any():
+            fragments[where] = labels
+        world = np.rint(np.array(write_roi.begin) + (centers + 0.5) * np.array(voxel_size)).astype(np.int64)
+        store.write_nodes(number, ids, world)
+
+    return process
+
+
+def fragments_step(sample: Sample) -> BlockStep:
+    """The step on a sample."""
+    settings = {f"INS_SEGMENT.{key}": sample.cfg.INS_SEGMENT[key] for key in SETTINGS}
+    return block_step(sample, "fragments", f"{__name__}:open_worker", settings=settings)
+
+
+def require_fragments(sample: Sample) -> None:
+    """Check that this step is done.
+
+    Raises:
+        UserError: it is not, or not with these settings.
+    """
+    if FRAGMENTS not in list_arrays(sample.output):
+        raise UserError(
+            f"no {FRAGMENTS} in {sample.output}: run 02_extract_fragments_blockwise.py with the same config first"
+        )
+    if left := blocks_left(fragments_step(sample)):
+        raise UserError(
+            f"{left} blocks of {sample.output} have no fragments: run 02_extract_fragments_blockwise.py first"
+        )
+
+
+def check_block_settings(sample: Sample) -> None:
+    """Check that the method can be used on a sample's affinities, and that its blocks see far enough.
+
+    Raises:
+        UserError: it cannot, or they do not.
+    """
+    settings = sample.cfg.INS_SEGMENT
+    method_of(settings).check(settings, sample.offsets)
+    if settings.LINK_SECTIONS is not None:
+        raise UserError("INS_SEGMENT.LINK_SECTIONS is for instance_segmenter.py: leave it None for blockwise scripts")
+    reach = method_of(settings).reach(sample.offsets)
+    for axis, block, context, least in zip("zyx", settings.BLOCK_SIZE, settings.CONTEXT, reach, strict=True):
+        if context > block:
+            raise UserError(
+                f"INS_SEGMENT.CONTEXT {tuple(settings.CONTEXT)} is larger than BLOCK_SIZE {tuple(settings.BLOCK_SIZE)} "
+                f"along {axis}: make it smaller"
+            )
+        if context < least:
+            raise UserError(
+                f"INS_SEGMENT.CONTEXT is {tuple(settings.CONTEXT)}: it has to be {least} or more along {axis}, "
+                "as far as the affinities reach"
+            )

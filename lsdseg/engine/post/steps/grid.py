@@ -1,0 +1,74 @@
+"""What the steps have in common: a grid of blocks of INS_SEGMENT.BLOCK_SIZE voxels, and labels stored along it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from funlib.geometry import Coordinate, Roi
+
+from lsdseg.data_utils.volumes import chunk_shape, create_array
+from lsdseg.engine.blocks.step import BlockStep
+from lsdseg.engine.sample import Sample
+from lsdseg.files import room_on_disk
+
+# Chunks of labels are at most this wide: what a viewer loads for one screen.
+LARGEST_CHUNK = 64
+
+
+def block_step(
+    sample: Sample,
+    name: str,
+    open_worker: str,
+    *,
+    arguments: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+    context: Sequence[int] | None = None,
+) -> BlockStep:
+    """A step over the blocks of a sample.
+
+    Args:
+        sample: what is worked on.
+        name: of the step.
+        open_worker: "module:function", see `BlockStep`.
+        arguments: for open_worker, beside those of the sample.
+        settings: what the result depends on, see `BlockStep`.
+        context: voxels along z, y, x that a block reads on every side; INS_SEGMENT.CONTEXT if None.
+
+    Raises:
+        UserError: there are no affinities, whose voxels the blocks divide.
+    """
+    volume, blocks = sample.affinities, sample.cfg.INS_SEGMENT
+    margin = Coordinate(blocks.CONTEXT if context is None else context) * volume.voxel_size
+    write_roi = Roi(volume.roi.begin, Coordinate(blocks.BLOCK_SIZE) * volume.voxel_size)
+    return BlockStep(
+        name=name,
+        sample=sample.name,
+        total_roi=volume.roi.grow(margin, margin),
+        read_roi=write_roi.grow(margin, margin),
+        write_roi=write_roi,
+        open_worker=open_worker,
+        arguments=sample.arguments | (arguments or {}),
+        markers=sample.markers(name),
+        settings=settings or {},
+    )
+
+
+def create_labels(sample: Sample, dataset: str, attributes: dict[str, Any]) -> None:
+    """Create an empty label volume (uint64) on the voxels of the affinities, whose chunks no two blocks share.
+
+    Raises:
+        UserError: there is no room on disk.
+    """
+    volume = sample.affinities
+    shape = volume.shape[-3:]
+    with room_on_disk(sample.output):
+        create_array(
+            sample.output,
+            dataset,
+            shape,
+            voxel_size=volume.voxel_size,
+            offset=volume.offset,
+            dtype=np.uint64,
+            chunk_shape=chunk_shape(sample.cfg.INS_SEGMENT.BLOCK_SIZE, shape, LARGEST_CHUNK),
+            attributes=attributes,
+        )

@@ -1,0 +1,78 @@
+"""Step 4: fragments to the final segmentation, through a look-up table."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import daisy
+import numpy as np
+from numpy.typing import NDArray
+from yacs.config import CfgNode
+
+from lsdseg.data_utils.layout import FRAGMENTS, final_segmentation_name, lut_path
+from lsdseg.data_utils.volumes import list_arrays, open_array, read, voxels_of
+from lsdseg.engine.blocks.markers import discard_markers
+from lsdseg.engine.blocks.run import run_blocks
+from lsdseg.engine.blocks.step import BlockStep
+from lsdseg.engine.post.methods import method_that_scores
+from lsdseg.engine.post.steps.fragments import require_fragments
+from lsdseg.engine.post.steps.grid import block_step, create_labels
+from lsdseg.engine.post.tables import load_lut, relabel
+from lsdseg.engine.sample import Sample, samples_of
+from lsdseg.errors import UserError
+
+
+def extract_segmentation(cfg: CfgNode, merge_function: str, threshold: float) -> None:
+    """Write `volumes/final_segmentation_MERGE_FUNCTION_070` of every sample from its look-up table.
+
+    Raises:
+        UserError: the look-up table is missing, or was made from other fragments.
+    """
+    for sample in samples_of(cfg):
+        require_fragments(sample)
+        path = lut_path(sample.output, merge_function, threshold)
+        name = final_segmentation_name(merge_function, threshold)
+        step = _relabel_step(sample, name, path)
+        if cfg.DATA.DROP_DS_MONGOTABLE or name not in list_arrays(sample.output):
+            discard_markers(step.markers)
+            method = method_that_scores(merge_function).name
+            create_labels(sample, name, {"method": method, "merge_function": merge_function, "threshold": threshold})
+        run_blocks(cfg, step)
+        print(f"{name} in {sample.output}")
+
+
+def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:
+    """Open what a worker needs; returns what it does with each block."""
+    sample = Sample.of_arguments(cfg, arguments)
+    fragments = open_array(sample.output, FRAGMENTS)
+    segmentation = open_array(sample.output, arguments["segmentation"], "r+")
+    lut = load_lut(arguments["lut"])
+
+    def process(block: daisy.Block) -> None:
+        where = voxels_of(fragments, block.write_roi.intersect(fragments.roi))
+        try:
+            segmentation[where] = relabel(read(fragments, where), lut)
+        except ValueError as error:
+            raise UserError(f"{arguments['lut']}: {error}; run 03 and 04 again") from error
+
+    return process
+
+
+def _relabel_step(sample: Sample, segmentation: str, lut: Path) -> BlockStep:
+    return block_step(
+        sample,
+        segmentation.removeprefix("volumes/final_"),
+        f"{__name__}:open_worker",
+        arguments={"lut": str(lut.absolute()), "segmentation": segmentation},
+        settings={f"the content of {lut.name}": _digest(load_lut(lut))},
+        context=(0, 0, 0),
+    )
+
+
+def _digest(lut: NDArray[np.uint64]) -> str:
+    """Short hash of a look-up table's content, read piece by piece."""
+    digest = hashlib.blake2b(digest_size=8)
+    for start in range(0, lut.shape[1], 2**20):
+        digest.update(np.ascontiguousarray(lut[:, start : start + 2**20]))
+    return digest.hexdigest()

@@ -1,0 +1,40 @@
+"""Step 3: the region adjacency graph to look-up tables (LUTs) from fragments to segments, one for each threshold."""
+
+from pathlib import Path
+
+import numpy as np
+from yacs.config import CfgNode
+
+from lsdseg.data_utils.layout import lut_path
+from lsdseg.engine.post.steps.edges import require_edges
+from lsdseg.engine.post.steps.fragments import require_fragments
+from lsdseg.engine.post.tables import connected_segments, save_lut
+from lsdseg.engine.sample import samples_of
+from lsdseg.files import room_on_disk
+from lsdseg.rag import open_store
+
+
+def find_segments(cfg: CfgNode, merge_function: str, threshold: float | None) -> list[Path]:
+    """Write the look-up table of every sample for one threshold, or for every INS_SEGMENT.THRESHOLDS.
+
+    Returns:
+        The files, see `lut_path`.
+
+    Raises:
+        UserError: agglomeration was not run with that merge function.
+    """
+    thresholds = cfg.INS_SEGMENT.THRESHOLDS if threshold is None else [threshold]
+    paths = []
+    for sample in samples_of(cfg):
+        require_fragments(sample)
+        require_edges(sample, merge_function)
+        store = open_store(cfg, sample.output, "r")
+        node_ids = np.sort(np.concatenate([np.empty(0, np.uint64), *store.node_ids()]))
+        print(f"{sample.output.name}: {len(node_ids)} fragments, {len(thresholds)} thresholds", flush=True)
+        for value, lut in connected_segments(node_ids, store.edges(merge_function), thresholds).items():
+            path = lut_path(sample.output, merge_function, value)
+            with room_on_disk(path, lut.nbytes):
+                save_lut(path, lut)
+            print(f"{len(np.unique(lut[1]))} segments at {value:.2f} in {path}")
+            paths.append(path)
+    return paths

@@ -1,0 +1,111 @@
+"""A sample: one volume of the test folder and all that is made of it, opened once and passed on."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+from funlib.persistence import Array
+from yacs.config import CfgNode
+
+from lsdseg.data_utils.layout import block_markers, output_path, prediction_name, sample_name, volumes_in
+from lsdseg.data_utils.masks import open_mask
+from lsdseg.data_utils.volumes import has_array, open_array, source_defaults
+from lsdseg.engine.offsets import DIRECT_NEIGHBORS, Offset, offsets_of
+from lsdseg.errors import UserError
+
+AFFINITIES = prediction_name("affs")
+
+
+class Sample:
+    """A volume and its output zarr.
+
+    Arrays are opened when they are first asked for, and raise UserError if they cannot be used.
+
+    Attributes:
+        cfg: the config.
+        volume: the zarr that the user provides.
+        output: the zarr that prediction and segmentation write; see `output_path`.
+        name: the sample's name in logs, tables and collections.
+    """
+
+    def __init__(self, cfg: CfgNode, volume: Path | str, output: Path | str | None = None):
+        self.cfg = cfg
+        self.volume = Path(volume)
+        self.output = output_path(cfg, volume) if output is None else Path(output)
+        self.name = sample_name(self.output)
+
+    @classmethod
+    def of_arguments(cls, cfg: CfgNode, arguments: dict[str, str]) -> Sample:
+        """The sample whose `arguments` a worker was given."""
+        return cls(cfg, arguments["volume"], arguments["output"])
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """What workers need to open the sample; what JSON can hold."""
+        return {"volume": str(self.volume.absolute()), "output": str(self.output.absolute())}
+
+    def markers(self, step: str) -> Path:
+        """Folder that records which blocks of a step are done."""
+        return block_markers(self.output, step)
+
+    @cached_property
+    def raw(self) -> Array:
+        """Raw, (z, y, x)."""
+        return open_array(self.volume, self.cfg.DATA.RAW, **source_defaults(self.cfg))
+
+    @cached_property
+    def ground_truth(self) -> Array | None:
+        """Neuron labels, (z, y, x), None if the volume has none."""
+        return self._optional(self.cfg.DATA.NEURON_LABELS)
+
+    @cached_property
+    def ground_truth_mask(self) -> Array | None:
+        """Mask of the neuron labels, (z, y, x), None if the volume has none."""
+        return self._optional(self.cfg.DATA.NEURON_LABELS_MASK)
+
+    @cached_property
+    def mask(self) -> Array | None:
+        """INS_SEGMENT.MASK_FILE, None if there is none."""
+        return open_mask(self.cfg.INS_SEGMENT)
+
+    @cached_property
+    def affinities(self) -> Array:
+        """Predicted affinities, (c, z, y, x).
+
+        Raises:
+            UserError: there are none, or they cannot be segmented: not one offset for each channel, or no neighbor in y
+                or x.
+        """
+        try:
+            array = open_array(self.output, AFFINITIES)
+        except UserError as error:
+            raise UserError(f"{error}; run predicter.py first") from error
+        offsets = offsets_of(array)
+        where = f"{AFFINITIES} in {self.output} has the offsets {[list(offset) for offset in offsets]}"
+        if any(len(offset) != 3 for offset in offsets) or len(array.shape) != 4 or len(offsets) != array.shape[0]:
+            raise UserError(
+                f"{where} and the shape {array.shape}: its attribute offsets needs z, y, x for every channel"
+            )
+        if not set(DIRECT_NEIGHBORS[1:]) <= set(offsets):
+            raise UserError(f"{where}: predict affinities with the neighbors [0, -1, 0] and [0, 0, -1] among them")
+        return array
+
+    @cached_property
+    def offsets(self) -> list[Offset]:
+        """Offset (z, y, x) in voxels of each channel of the affinities."""
+        return offsets_of(self.affinities)
+
+    def _optional(self, dataset: str) -> Array | None:
+        if not has_array(self.volume, dataset):
+            return None
+        return open_array(self.volume, dataset, **source_defaults(self.cfg))
+
+
+def samples_of(cfg: CfgNode) -> list[Sample]:
+    """The sample of every volume in the test folder.
+
+    Raises:
+        UserError: there is no volume, or TRAIN.CHECKPOINT is not set.
+    """
+    return [Sample(cfg, volume) for volume in volumes_in(cfg, "test")]
