@@ -11,7 +11,7 @@ from lsdseg.config.loader import load_config
 from lsdseg.data_utils import preprocess as preprocess_module
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK
 from lsdseg.data_utils.preprocess import preprocess
-from lsdseg.data_utils.volumes import blocks, list_arrays, open_array, read, write_array
+from lsdseg.data_utils.volumes import list_arrays, open_array, read, slabs, write_array
 from lsdseg.errors import UserError
 
 RAW = "volumes/raw"
@@ -50,7 +50,7 @@ def section(path, name):
 
 @pytest.mark.parametrize("block_bytes", [1, 2**28])
 def test_every_section_becomes_a_dataset_at_its_place(home, monkeypatch, block_bytes):
-    monkeypatch.setattr(preprocess_module, "blocks", partial(blocks, max_bytes=block_bytes))
+    monkeypatch.setattr(preprocess_module, "slabs", partial(slabs, max_bytes=block_bytes))
     preprocess(config(home, "PREPROCESS.EXPORT_2D_FROM_3D", True))
     exported = folder(home, "FLY", "2d", "train") / "a.zarr"
     assert list_arrays(exported) == sorted(f"{name}/{z}" for name in (RAW, LABELS, LABELS_MASK) for z in range(9))
@@ -106,7 +106,7 @@ def two_data_sets(home):
 
 
 def test_grey_values_become_those_of_the_other_data_set(home, two_data_sets, monkeypatch):
-    monkeypatch.setattr(preprocess_module, "blocks", partial(blocks, max_bytes=1))
+    monkeypatch.setattr(preprocess_module, "slabs", partial(slabs, max_bytes=1))
     copied = ["PREPROCESS.DATASETS_TO_COPY", [LABELS]]
     preprocess(config(home, "PREPROCESS.HISTOGRAM_MATCH", ["FLY", "MOUSE"], *copied))
     for split, name, source in [("train", "a", RAW_DATA), ("test", "b", RAW_DATA[:3] // 2)]:

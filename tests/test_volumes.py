@@ -11,12 +11,12 @@ from funlib.geometry import Coordinate, Roi
 from funlib.persistence import open_ds
 
 from lsdseg.data_utils.volumes import (
-    blocks,
     create_array,
     list_arrays,
     open_array,
     read,
     rename_array,
+    slabs,
     source_defaults,
     write_array,
 )
@@ -219,15 +219,15 @@ def test_whole_nanometers_are_checked_before_anything_is_replaced(tmp_path, data
 
 
 @pytest.mark.parametrize("max_bytes", [1, 2**14, 2**17, 2**30])
-def test_blocks_cover_the_array_once_within_memory(tmp_path, max_bytes):
+def test_slabs_cover_the_array_once_within_memory(tmp_path, max_bytes):
     array = create_array(tmp_path / "a.zarr", "x", (2, 33, 40, 50), dtype=np.uint64, chunk_shape=(2, 8, 8, 16), **GRID)
     count = np.zeros(array.shape, int)
-    for block in blocks(array, max_bytes):
-        count[block] += 1
-        assert count[block].size * 8 <= max(max_bytes, 2 * 8 * 8 * 16 * 8)
-        assert all(along.start % chunk == 0 for along, chunk in zip(block, array.chunk_shape, strict=True))
+    for slab in slabs(array, max_bytes):
+        count[slab] += 1
+        assert count[slab].size * 8 <= max(max_bytes, 2 * 8 * 8 * 16 * 8)
+        assert all(along.start % chunk == 0 for along, chunk in zip(slab, array.chunk_shape, strict=True))
     assert (count == 1).all()
-    assert len(blocks(array, 2**30)) == 1
+    assert len(slabs(array, 2**30)) == 1
 
 
 def test_too_little_room_is_noticed_before_writing(tmp_path):

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from lsdseg.config.model_types import label_keys
-from lsdseg.data_utils.labels import is_labelled
-from lsdseg.data_utils.volumes import blocks, has_array, list_arrays, open_array, read, source_defaults
+from lsdseg.data_utils.labels import is_labeled
+from lsdseg.data_utils.volumes import has_array, list_arrays, open_array, read, slabs, source_defaults
 from lsdseg.errors import UserError
 
 
@@ -63,7 +63,7 @@ def check_training_volume(path: Path | str, cfg: CfgNode) -> None:
                 f"{', '.join(list_arrays(path))}: name the labels in DATA, or choose another TRAIN.MODEL_TYPE"
             )
         labels = _checked_labels(path, dataset, cfg, raw)
-        _check_labelled(path, dataset, mask, cfg, labels)
+        _check_labeled(path, dataset, mask, cfg, labels)
     _check_values(raw, f"{cfg.DATA.RAW} in {path}")
 
 
@@ -111,11 +111,11 @@ def _checked_labels(path, dataset, cfg, raw: Array) -> Array:
     return labels
 
 
-def _check_labelled(path, dataset, mask_dataset, cfg, labels: Array) -> None:
+def _check_labeled(path, dataset, mask_dataset, cfg, labels: Array) -> None:
     """Labels mask: on the labels, with at least one voxel; a missing one would be made from the labels."""
     where = f"{mask_dataset} in {path}"
     if not has_array(path, mask_dataset):
-        if not _any(is_labelled(read(labels, block)) for block in blocks(labels)):
+        if not _any(is_labeled(read(labels, slab)) for slab in slabs(labels)):
             raise UserError(f"{dataset} in {path} has no labelled voxel: leave the volume out")
         return
     mask = open_array(path, mask_dataset, **source_defaults(cfg))
@@ -124,7 +124,7 @@ def _check_labelled(path, dataset, mask_dataset, cfg, labels: Array) -> None:
             f"{where} has shape {mask.shape} at {tuple(mask.offset)} nm, other than {dataset} "
             f"with {labels.shape} at {tuple(labels.offset)}: correct it, or delete it and it is made anew"
         )
-    if not _any(read(mask, block) for block in blocks(mask)):
+    if not _any(read(mask, slab) for slab in slabs(mask)):
         raise UserError(f"{where} is zero everywhere: correct it, or delete it and it is made anew")
 
 
@@ -135,13 +135,13 @@ def _any(arrays: Iterable[np.ndarray]) -> bool:
 def _check_values(raw: Array, where: str) -> None:
     if raw.dtype == np.uint8:
         return
-    for block in tqdm(blocks(raw), desc=f"checking {where}", unit="block", delay=2, leave=False):
-        values = read(raw, block)
+    for slab in tqdm(slabs(raw), desc=f"checking {where}", unit="slab", delay=2, leave=False):
+        values = read(raw, slab)
         good = (values >= 0) & (values <= 1)  # NaN is neither
         if good.all():
             continue
         inside = np.unravel_index(good.argmin(), good.shape)
-        voxel = tuple(int(i) + along.start for i, along in zip(inside, block, strict=True))
+        voxel = tuple(int(i) + along.start for i, along in zip(inside, slab, strict=True))
         if np.isfinite(values[inside]):
             raise UserError(
                 f"{where} is {raw.dtype} and {values[inside]} at voxel {voxel}, outside 0..1: bring it to 0..1 "

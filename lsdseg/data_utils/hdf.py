@@ -20,7 +20,7 @@ from tqdm import tqdm
 from lsdseg.data_utils.labels import create_labels_mask
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW
 from lsdseg.data_utils.placement import voxel_grid
-from lsdseg.data_utils.volumes import blocks, create_array
+from lsdseg.data_utils.volumes import create_array, slabs
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk, write_whole_folder
 
@@ -101,9 +101,9 @@ def hdf_to_zarr(
                     dtype=part.dtype,
                     attributes=json.loads(json.dumps(dict(part.dataset.attrs), default=_plain)),
                 )
-                for block in blocks(array):
-                    data = part.read(block)
-                    array[block] = data.astype(part.dtype, copy=False)
+                for slab in slabs(array):
+                    data = part.read(slab)
+                    array[slab] = data.astype(part.dtype, copy=False)
                     bar.update(data.size)
             names = [part.name for part in parts]
             if LABELS in names and LABELS_MASK not in names:

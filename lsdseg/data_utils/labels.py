@@ -10,15 +10,15 @@ import numpy as np
 from tqdm import tqdm
 
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK
-from lsdseg.data_utils.volumes import blocks, create_array, has_array, open_array, read, rename_array
+from lsdseg.data_utils.volumes import create_array, has_array, open_array, read, rename_array, slabs
 from lsdseg.files import room_on_disk
 
-FIRST_UNLABELLED = np.uint64(2**64 - 3)
+FIRST_UNLABELED = np.uint64(2**64 - 3)
 
 
-def is_labelled(labels: np.ndarray) -> np.ndarray:
+def is_labeled(labels: np.ndarray) -> np.ndarray:
     """Bool, shape of labels (any integers): whether a voxel has been labelled, background included."""
-    return labels < FIRST_UNLABELLED
+    return labels < FIRST_UNLABELED
 
 
 def create_labels_mask(
@@ -42,7 +42,7 @@ def create_labels_mask(
             dtype=np.uint8,
             chunk_shape=labels.chunk_shape,
         )
-        for block in tqdm(blocks(labels), desc="labels mask", unit="block", delay=2):
-            mask[block] = is_labelled(read(labels, block)).astype(np.uint8)
+        for slab in tqdm(slabs(labels), desc="labels mask", unit="slab", delay=2):
+            mask[slab] = is_labeled(read(labels, slab)).astype(np.uint8)
         rename_array(path, f"{mask_dataset}.partial", mask_dataset)
     return True

@@ -11,9 +11,9 @@ from funlib.persistence import Array
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from lsdseg.data_utils.labels import is_labelled
+from lsdseg.data_utils.labels import is_labeled
 from lsdseg.data_utils.layout import SPLITS, data_folder, volumes_in
-from lsdseg.data_utils.volumes import blocks, create_array, list_arrays, open_array, read, source_defaults
+from lsdseg.data_utils.volumes import create_array, list_arrays, open_array, read, slabs, source_defaults
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk, write_whole_folder
 
@@ -70,23 +70,23 @@ def match_histograms(cfg: CfgNode, source: str, target: str) -> None:
     sources = _volumes(cfg, source)
     copied = _arrays_to_copy(cfg, sources)
     raw, reference = (
-        {path: _open_grey_values(path, cfg) for _, path in volumes} for volumes in (sources, _volumes(cfg, target))
+        {path: _open_gray_values(path, cfg) for _, path in volumes} for volumes in (sources, _volumes(cfg, target))
     )
-    wanted = sum(map(grey_value_counts, reference.values()))
+    wanted = sum(map(gray_value_counts, reference.values()))
     for split, path in sources:
         matched = data_folder(_with_data(cfg, DIM_2D=False, BRAIN_VOL=f"{source}_matched"), split) / path.name
-        table = matching_values(grey_value_counts(raw[path]), wanted)
+        table = matching_values(gray_value_counts(raw[path]), wanted)
         with room_on_disk(matched), write_whole_folder(matched) as zarr:
-            _write_volume(zarr, cfg.DATA.RAW, raw[path], lambda block, table=table: table[block])
+            _write_volume(zarr, cfg.DATA.RAW, raw[path], lambda slab, table=table: table[slab])
             for name in copied[path].keys() - {cfg.DATA.RAW}:
                 _write_volume(zarr, name, copied[path][name])
         print(f"{matched}: {path.name} with the grey values of {target}")
 
 
-def grey_value_counts(raw: Array) -> np.ndarray:
+def gray_value_counts(raw: Array) -> np.ndarray:
     """How often each of the 256 values of a uint8 array occurs."""
-    parts = tqdm(blocks(raw), desc="grey values", unit="block", delay=2)
-    return sum(np.bincount(read(raw, block).ravel(), minlength=256) for block in parts)
+    parts = tqdm(slabs(raw), desc="grey values", unit="slab", delay=2)
+    return sum(np.bincount(read(raw, slab).ravel(), minlength=256) for slab in parts)
 
 
 def matching_values(counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -127,7 +127,7 @@ def _open_volume(path: Path, dataset: str, cfg: CfgNode) -> Array:
     return array
 
 
-def _open_grey_values(path: Path, cfg: CfgNode) -> Array:
+def _open_gray_values(path: Path, cfg: CfgNode) -> Array:
     raw = _open_volume(path, cfg.DATA.RAW, cfg)
     if raw.dtype != np.uint8:
         raise UserError(f"{cfg.DATA.RAW} in {path} is {raw.dtype}: store it as uint8 to match its grey values")
@@ -165,7 +165,7 @@ def _arrays_to_copy(cfg: CfgNode, sources: list[tuple[str, Path]]) -> dict[Path,
 
 
 def _mask(labels: np.ndarray) -> np.ndarray:
-    return is_labelled(labels).astype(np.uint8)
+    return is_labeled(labels).astype(np.uint8)
 
 
 def _write_sections(zarr: Path, name: str, array: Array, raw: Array, convert=np.asarray) -> None:
@@ -177,13 +177,13 @@ def _write_sections(zarr: Path, name: str, array: Array, raw: Array, convert=np.
     }
     sections = [create_array(zarr, f"{name}/{z}", array.shape[1:], **placement) for z in range(raw.shape[0])]
     first = (array.offset[0] - raw.offset[0]) // raw.voxel_size[0]
-    for block in tqdm(blocks(array), desc=f"{name} of {zarr.stem}", unit="block", delay=2):
-        for z, values in enumerate(convert(read(array, block)), start=first + block[0].start):
-            sections[z][block[1:]] = values
+    for slab in tqdm(slabs(array), desc=f"{name} of {zarr.stem}", unit="slab", delay=2):
+        for z, values in enumerate(convert(read(array, slab)), start=first + slab[0].start):
+            sections[z][slab[1:]] = values
 
 
 def _write_volume(zarr: Path, name: str, array: Array, convert=np.asarray) -> None:
     placement = {"voxel_size": array.voxel_size, "offset": array.offset, "dtype": array.dtype}
     written = create_array(zarr, name, array.shape, attributes=dict(array.attrs), **placement)
-    for block in tqdm(blocks(array), desc=f"{name} of {zarr.stem}", unit="block", delay=2):
-        written[block] = convert(read(array, block))
+    for slab in tqdm(slabs(array), desc=f"{name} of {zarr.stem}", unit="slab", delay=2):
+        written[slab] = convert(read(array, slab))

@@ -14,7 +14,7 @@ from funlib.persistence import Array
 from scipy.sparse import csr_array
 from tqdm import tqdm
 
-from lsdseg.data_utils.volumes import blocks, create_array, read
+from lsdseg.data_utils.volumes import create_array, read, slabs
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk, write_whole_folder
 
@@ -58,19 +58,19 @@ def rescale(
             dtype=source.dtype,
             attributes=dict(source.attrs),
         )
-        covered = blocks(array, int(BLOCK_BYTES * min(1, 1 / math.prod(step))))
-        for block in tqdm(covered, desc=f"{dataset} at {tuple(voxel_size)} nm", unit="block"):
+        covered = slabs(array, int(BLOCK_BYTES * min(1, 1 / math.prod(step))))
+        for slab in tqdm(covered, desc=f"{dataset} at {tuple(voxel_size)} nm", unit="slab"):
             # Centres of the block's voxels in voxels of the source, whose first one reaches from 0 to 1.
             centers = [
                 ((np.arange(along.start, along.stop) + 0.5) * new + shift) / old
                 for along, new, shift, old in zip(
-                    block, voxel_size, begin - source.offset, source.voxel_size, strict=True
+                    slab, voxel_size, begin - source.offset, source.voxel_size, strict=True
                 )
             ]
             if labels or same_voxels:
-                array[block] = _nearest(source, centers)
+                array[slab] = _nearest(source, centers)
             else:
-                array[block] = _interpolated(source, centers, step)
+                array[slab] = _interpolated(source, centers, step)
 
 
 def interpolation_weights(centers: np.ndarray, size: int, width: float) -> csr_array:

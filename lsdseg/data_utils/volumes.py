@@ -219,7 +219,7 @@ def is_stored(path: Path | str, dataset: str, voxels: Sequence[slice]) -> bool:
     )
 
 
-def blocks(array: Array, max_bytes: int = 2**28) -> list[tuple[slice, ...]]:
+def slabs(array: Array, max_bytes: int = 2**28) -> list[tuple[slice, ...]]:
     """Slices that cover the array, aligned with its chunks, of at most max_bytes (but at least one chunk)."""
     step = list(array.chunk_shape)
     for axis in reversed(range(array.dims)):

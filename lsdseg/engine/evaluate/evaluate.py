@@ -14,9 +14,9 @@ from funlib.geometry import Coordinate, Roi
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from lsdseg.data_utils.labels import is_labelled
+from lsdseg.data_utils.labels import is_labeled
 from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, scores_path
-from lsdseg.data_utils.volumes import blocks, list_arrays, open_array, read, voxels_of
+from lsdseg.data_utils.volumes import list_arrays, open_array, read, slabs, voxels_of
 from lsdseg.engine.evaluate.metrics import count_overlaps, scores
 from lsdseg.engine.sample import samples_of
 from lsdseg.engine.sections import ids_by_section, scored_by_section
@@ -134,13 +134,13 @@ def overlaps(segmentation, ground_truth, mask=None, *, by_section=False, max_byt
             raise ValueError(f"offsets {segmentation.offset} and {array.offset} nm differ by part of a voxel")
         roi = roi.intersect(array.roi)
     segment_numbers, object_numbers = {}, {}
-    for block in tqdm(blocks(segmentation, max_bytes), description, unit="block", leave=False, delay=2):
-        begin = segmentation.offset + Coordinate(s.start for s in block) * voxel_size
-        part = Roi(begin, Coordinate(s.stop - s.start for s in block) * voxel_size).intersect(roi)
+    for slab in tqdm(slabs(segmentation, max_bytes), description, unit="slab", leave=False, delay=2):
+        begin = segmentation.offset + Coordinate(s.start for s in slab) * voxel_size
+        part = Roi(begin, Coordinate(s.stop - s.start for s in slab) * voxel_size).intersect(roi)
         if part.empty:
             continue
         labels, truth, *masks = (read(array, voxels_of(array, part)) for array in arrays)
-        known = (truth != 0) & is_labelled(truth) & (masks[0] != 0 if masks else True)
+        known = (truth != 0) & is_labeled(truth) & (masks[0] != 0 if masks else True)
         if by_section:
             section = (part.begin[0] - roi.begin[0]) // voxel_size[0]
             labels = ids_by_section(labels, section, segment_numbers)

@@ -12,7 +12,7 @@ import fastremap
 import gunpowder as gp
 import numpy as np
 
-from lsdseg.data_utils.labels import is_labelled
+from lsdseg.data_utils.labels import is_labeled
 from lsdseg.engine.training.lsd import local_shape_descriptors
 
 
@@ -111,7 +111,7 @@ class CompactLabels(Relabel):
     dtype = np.uint32
 
     def new_labels(self, labels):
-        return fastremap.renumber(np.where(is_labelled(labels), labels, 0), preserve_zero=True)[0]
+        return fastremap.renumber(np.where(is_labeled(labels), labels, 0), preserve_zero=True)[0]
 
 
 class Binarize(Relabel):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lsdseg.config.model_types import affinity_offsets, task_channels
 from lsdseg.data_utils.checks import check_training_volume
-from lsdseg.data_utils.labels import is_labelled
+from lsdseg.data_utils.labels import is_labeled
 from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.data_utils.volumes import has_array, open_array, read, source_defaults
 from lsdseg.engine.evaluate.metrics import count_overlaps, scores
@@ -106,7 +106,7 @@ class Validation:
         inside = tuple((size - s) // 2 for size, s in zip(labels.shape, shape, strict=True))
         where = tuple(slice(b, b + s) for b, s in zip(inside, shape, strict=True))
         truth = read(labels, where).astype(np.uint64)
-        known = (truth != 0) & is_labelled(truth)
+        known = (truth != 0) & is_labeled(truth)
         if has_array(self.path, cfg.DATA.NEURON_LABELS_MASK):
             known &= read(open_array(self.path, cfg.DATA.NEURON_LABELS_MASK, **defaults), where) > 0
         if scored_by_section(cfg):
