@@ -9,11 +9,11 @@ from pathlib import Path
 
 from lsdseg.cli import call_script
 from lsdseg.config.loader import load_config
-from lsdseg.data_utils.layout import data_folder, scores_path
+from lsdseg.data_utils.layout import PREDICT_CONFIG, data_folder, scores_path
 from lsdseg.data_utils.phantom import write_phantom
 from lsdseg.engine.evaluate.figure import draw_sample
 from lsdseg.engine.sample import samples_of
-from lsdseg.engine.training.train import PREDICT_CONFIG, seed_everything
+from lsdseg.engine.training.train import seed_everything
 from lsdseg.models import build_model
 from lsdseg.models.checkpoint import save_untrained
 

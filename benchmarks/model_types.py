@@ -16,9 +16,8 @@ from pathlib import Path
 from lsdseg.cli import call_script, run_script
 from lsdseg.config.loader import load_config
 from lsdseg.config.model_types import MODEL_TYPES
-from lsdseg.data_utils.layout import output_path, scores_path, volumes_in
+from lsdseg.data_utils.layout import PREDICT_CONFIG, output_path, scores_path, volumes_in
 from lsdseg.data_utils.volumes import has_array
-from lsdseg.engine.training.train import PREDICT_CONFIG
 from lsdseg.models.checkpoint import checkpoint_path
 
 SETTINGS_2D = {"DATA.DIM_2D": True, "INS_SEGMENT.LINK_SECTIONS": 0.5}

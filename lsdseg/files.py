@@ -29,7 +29,7 @@ def write_whole(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
-    with os_errors_explained(path):
+    with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
@@ -53,7 +53,7 @@ def write_whole_folder(path: Path | str) -> Iterator[Path]:
 
 
 @contextmanager
-def os_errors_explained(path: Path | str) -> Iterator[None]:
+def explain_os_errors(path: Path | str) -> Iterator[None]:
     """Raise a UserError in place of any OSError in the body: `path` cannot be written."""
     try:
         yield

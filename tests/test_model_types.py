@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lsdseg.config.loader import load_config
 from lsdseg.config.model_types import MODEL_TYPES, task_channels
 from lsdseg.data_utils.labels import create_labels_mask
-from lsdseg.data_utils.layout import data_folder, output_path, volumes_in
+from lsdseg.data_utils.layout import PREDICT_CONFIG, data_folder, output_path, volumes_in
 from lsdseg.data_utils.phantom import write_phantom
 from lsdseg.data_utils.preprocess import export_sections
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
@@ -27,7 +27,7 @@ from lsdseg.engine.predict.tiles import TilePredictor
 from lsdseg.engine.training.pipeline import training_batches
 from lsdseg.engine.training.ranks import Ranks
 from lsdseg.engine.training.step import Trainer
-from lsdseg.engine.training.train import PREDICT_CONFIG, train
+from lsdseg.engine.training.train import train
 from lsdseg.errors import UserError
 from lsdseg.models import build_model
 from lsdseg.models.checkpoint import checkpoint_path, load_checkpoint, save_untrained

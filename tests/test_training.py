@@ -14,7 +14,7 @@ import torch
 
 from lsdseg.config.loader import load_config
 from lsdseg.config.model_types import task_channels
-from lsdseg.data_utils.layout import data_folder
+from lsdseg.data_utils.layout import PREDICT_CONFIG, data_folder
 from lsdseg.data_utils.phantom import write_phantom
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
 from lsdseg.engine.predict.predict import predict
@@ -22,7 +22,7 @@ from lsdseg.engine.training.lsd import local_shape_descriptors
 from lsdseg.engine.training.nodes import CompactLabels, GrowBoundary, lsd_context
 from lsdseg.engine.training.pipeline import training_batches
 from lsdseg.engine.training.step import learning_rate
-from lsdseg.engine.training.train import PREDICT_CONFIG, train
+from lsdseg.engine.training.train import train
 from lsdseg.errors import UserError
 from lsdseg.models.checkpoint import checkpoint_path, checkpoints_in, latest_checkpoint
 

@@ -14,11 +14,11 @@ from test_training import home as home
 from test_training import volume as volume
 
 from lsdseg.config.loader import load_config
-from lsdseg.data_utils.layout import data_folder
+from lsdseg.data_utils.layout import PREDICT_CONFIG, data_folder
 from lsdseg.data_utils.volumes import open_array
-from lsdseg.engine.device import explained
+from lsdseg.engine.device import explain_device_errors
 from lsdseg.engine.predict.predict import predict
-from lsdseg.engine.training.train import PREDICT_CONFIG, train
+from lsdseg.engine.training.train import train
 from lsdseg.errors import UserError
 from lsdseg.models import build_model
 from lsdseg.models.checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint, read_checkpoint
@@ -109,9 +109,9 @@ def test_a_network_that_cannot_be_compiled_says_what_to_do(home):
 
 
 def test_too_little_memory_says_what_to_do():
-    with pytest.raises(UserError, match="make it smaller"), explained("make it smaller"):
+    with pytest.raises(UserError, match="make it smaller"), explain_device_errors("make it smaller"):
         torch.empty(2**60, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="shape"), explained("make it smaller"):
+    with pytest.raises(RuntimeError, match="shape"), explain_device_errors("make it smaller"):
         torch.ones(2) @ torch.ones(3, 2)
 
 

@@ -23,6 +23,9 @@ SPLITS = ("train", "test")
 _NAMES = get_cfg_defaults().DATA
 RAW, LABELS, LABELS_MASK = _NAMES.RAW, _NAMES.NEURON_LABELS, _NAMES.NEURON_LABELS_MASK
 
+# Beside the checkpoints of a run: the config to predict with them.
+PREDICT_CONFIG = "config_predict.yaml"
+
 # Datasets of an output zarr.
 FRAGMENTS = "volumes/fragments"
 SEGMENTATIONS = re.compile(r"volumes/(final_)?segmentation_(.*\d|mutex)")

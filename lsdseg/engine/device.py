@@ -36,7 +36,7 @@ def resolve_device(cfg, busy_cores: int = 0, local_rank: int = 0, local_size: in
 
 
 @contextmanager
-def explained(less_memory: str):
+def explain_device_errors(less_memory: str):
     """Run a network, and say what to do where memory does not suffice for it, or where torch.compile fails.
 
     Args:

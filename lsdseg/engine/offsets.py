@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from funlib.persistence import Array
 
-Offset = tuple[int, int, int]
+Offset = tuple[int, ...]  # z, y, x
 
 # The channels that waterz takes, in its order.
 DIRECT_NEIGHBORS: list[Offset] = [(-1, 0, 0), (0, -1, 0), (0, 0, -1)]

@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 
 from lsdseg.data_utils.layout import rag_folder
 from lsdseg.errors import UserError
-from lsdseg.files import PARTIAL, os_errors_explained, write_whole
+from lsdseg.files import PARTIAL, explain_os_errors, write_whole
 from lsdseg.rag.store import (
     AGGLOMERATED,
     NODES,
@@ -71,7 +71,7 @@ class ParquetStore(RagStore):
         path = self._path(table, block)
         rows = len(next(iter(columns.values())))
         if not rows:
-            with os_errors_explained(self._folder / table):
+            with explain_os_errors(self._folder / table):
                 (self._folder / table).mkdir(parents=True, exist_ok=True)
                 path.unlink(missing_ok=True)
             return
@@ -116,7 +116,7 @@ class ParquetStore(RagStore):
         return [folder.name for folder in self._folder.glob("*") if is_table(folder.name)]
 
     def _drop(self, table: str) -> None:
-        with os_errors_explained(self._folder / table):
+        with explain_os_errors(self._folder / table):
             if (self._folder / table).exists():
                 shutil.rmtree(self._folder / table)
 

@@ -63,6 +63,22 @@ def _add(tables):
     return pairs[starts], np.add.reduceat(counts, starts) if len(starts) else counts
 
 
+def evaluate(segmentation, ground_truth):
+    """Score a segmentation that is in memory.
+
+    Args:
+        segmentation: unsigned ids, any shape.
+        ground_truth: unsigned ids, the same shape; voxels where it is 0 are left out.
+
+    Returns:
+        The dict of `scores`.
+
+    Raises:
+        ValueError: the ground truth is 0 everywhere.
+    """
+    return scores(*count_overlaps([(segmentation, ground_truth)]))
+
+
 def scores(pairs, counts):
     """Variation of information and adapted Rand error of a contingency table, as `count_overlaps` makes it.
 

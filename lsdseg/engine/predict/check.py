@@ -29,10 +29,10 @@ def check_before_segmenting(path: Path, output: Path, cfg) -> None:
             f"{where} has voxel size {own} nm, and these weights are for isotropic volumes: make its voxels "
             "cubes with data_utils/rescale.py if they nearly are, else train a network on data like it (trainer.py)"
         )
-    as_it_is = cfg.clone()
-    as_it_is.defrost()
-    as_it_is.MODEL.VOXEL_SIZE = own
-    check_raw(path, as_it_is)
+    own_size = cfg.clone()
+    own_size.defrost()
+    own_size.MODEL.VOXEL_SIZE = own
+    check_raw(path, own_size)
     if output.exists():
         raise UserError(f"{output} exists: delete it, or name another output")
     resolve_device(cfg)

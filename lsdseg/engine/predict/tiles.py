@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from funlib.persistence import Array
 from torch import nn
+from tqdm import tqdm
 
 from lsdseg.config.network_shapes import total_factor
 from lsdseg.data_utils.volumes import read
-from lsdseg.engine.device import Precision, explained, resolve_device
+from lsdseg.engine.device import Precision, explain_device_errors, resolve_device
 from lsdseg.engine.intensity import network_intensity
 from lsdseg.engine.network import load_weights
 from lsdseg.engine.sections import along_zyx
@@ -66,7 +67,7 @@ class TilePredictor:
         shape_in = [s + 2 * c for s, c in zip(shape, self.context, strict=True)]
         block = torch.from_numpy(network_intensity(read_mirrored(raw, begin_in, shape_in), self.cfg))
         batch = block[:, None] if self.cfg.DATA.DIM_2D else block[None, None]
-        with explained("make GROW_INPUT of the network's section smaller"), self.precision.autocast():
+        with explain_device_errors("make GROW_INPUT of the network's section smaller"), self.precision.autocast():
             outputs = self.model(self.precision.place(batch))
         results = {}
         for task, output in outputs._asdict().items():
@@ -74,6 +75,29 @@ class TilePredictor:
             if self.keeps_size:
                 volume = volume[:, *(slice(c, c + s) for c, s in zip(self.context, shape, strict=True))]
             results[task] = volume.float().cpu().numpy()
+        return results
+
+    def region(self, raw: Array, begin: Sequence[int], shape: Sequence[int]) -> dict[str, np.ndarray]:
+        """Predict a box of a volume that fits in memory, tile by tile.
+
+        Args:
+            raw: (z, y, x) array.
+            begin: first voxel of the box in `raw`.
+            shape: voxels of the box.
+
+        Returns:
+            task -> (channels, *shape) float32 in 0..1.
+
+        Raises:
+            UserError: too little memory.
+        """
+        results: dict[str, np.ndarray] = {}
+        for first, tile in tqdm(list(self.tiles(shape)), desc="predicting", unit="tile", delay=10, leave=False):
+            inside = tuple(slice(f, min(f + t, size)) for f, t, size in zip(first, tile, shape, strict=True))
+            predicted = self(raw, [b + f for b, f in zip(begin, first, strict=True)], tile)
+            for task, values in predicted.items():
+                whole = results.setdefault(task, np.empty((len(values), *shape), np.float32))
+                whole[:, *inside] = values[:, *(slice(s.stop - s.start) for s in inside)]
         return results
 
     def tiles(self, volume_shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

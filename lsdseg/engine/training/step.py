@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lsdseg.config.model_types import TASKS
-from lsdseg.engine.device import Precision, explained
+from lsdseg.engine.device import Precision, explain_device_errors
 from lsdseg.engine.network import from_raw
 from lsdseg.engine.training.pipeline import TrainingBatch
 from lsdseg.engine.training.ranks import Ranks
@@ -81,7 +81,7 @@ class Trainer:
         """What predicts from raw data with the weights that a checkpoint of now would have, trained or averaged."""
         return from_raw(self.cfg, self.averaged.module if self.averaged else self.network)
 
-    @explained("make INPUT_SHAPE or NUM_FMAPS of the network's section, or TRAIN.BATCH_SIZE, smaller")
+    @explain_device_errors("make INPUT_SHAPE or NUM_FMAPS of the network's section, or TRAIN.BATCH_SIZE, smaller")
     def step(self, batches: list[TrainingBatch], iteration: int) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
         """Train on batches, whose gradients are added up over all of them and over all ranks.
 

@@ -23,7 +23,7 @@ from lsdseg.config.loader import derived_config, dump_config
 from lsdseg.config.model_types import MODEL_TYPES
 from lsdseg.data_utils.checks import check_training_volumes, label_datasets
 from lsdseg.data_utils.labels import create_labels_mask
-from lsdseg.data_utils.layout import volumes_in
+from lsdseg.data_utils.layout import PREDICT_CONFIG, volumes_in
 from lsdseg.data_utils.volumes import source_defaults
 from lsdseg.engine.device import Precision, resolve_device
 from lsdseg.engine.network import first_config
@@ -36,8 +36,6 @@ from lsdseg.engine.training.validate import Validation
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk
 from lsdseg.models.checkpoint import checkpoint_path, checkpoints_in, latest_checkpoint
-
-PREDICT_CONFIG = "config_predict.yaml"
 
 
 def train(cfg) -> None:

@@ -80,12 +80,7 @@ class Validation:
     def _score(self, trainer) -> dict[str, float]:
         cfg, labels = self.cfg, self.labels
         predictor = TilePredictor(cfg, trainer.predicting, trainer.precision)
-        affinities = np.empty((task_channels(cfg)["affs"], *labels.shape), np.float32)
-        for tile, shape in predictor.tiles(labels.shape):
-            where = tuple(slice(t, t + s) for t, s in zip(tile, shape, strict=True))
-            target = affinities[:, *where]
-            predicted = predictor(self.raw, [b + t for b, t in zip(self.begin, tile, strict=True)], shape)["affs"]
-            target[:] = predicted[:, *(slice(size) for size in target.shape[1:])]
+        affinities = predictor.region(self.raw, self.begin, labels.shape)["affs"]
         affinities = method_of(cfg.INS_SEGMENT).channels(affinities, self.offsets)
         found = []
         for name, segmentation, attributes in segmentations(affinities, self.offsets, cfg.INS_SEGMENT):

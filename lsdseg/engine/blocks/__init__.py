@@ -1,0 +1,1 @@
+"""Running blocks on workers: `run.py` runs a `BlockStep`; see there."""

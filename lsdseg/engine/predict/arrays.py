@@ -1,0 +1,82 @@
+"""Prediction of a numpy array: what `predicter.py` does, without folders and config files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from funlib.persistence import Array
+from numpy.typing import NDArray
+from yacs.config import CfgNode
+
+from lsdseg.config.loader import load_config
+from lsdseg.config.network_shapes import nearest_input_shapes
+from lsdseg.data_utils.layout import PREDICT_CONFIG
+from lsdseg.engine.predict.tiles import TilePredictor
+from lsdseg.errors import UserError
+from lsdseg.models.checkpoint import read_checkpoint
+
+# Voxels of input that tiles are cut for, as nearly as the network can take it, where no config says it.
+INPUT_SIZE = 128
+
+
+def predict(raw: NDArray[Any], checkpoint: Path | str, cfg: CfgNode | None = None) -> dict[str, NDArray[np.float32]]:
+    """Predict a volume with trained weights, tile by tile.
+
+    Args:
+        raw: (z, y, x), uint8, or floating point in 0..1, with voxels of the size that the network was trained on.
+        checkpoint: a file model_checkpoint_N.
+        cfg: a loaded config. By default, that which training left beside the checkpoint, else one that is made from the
+            settings in the checkpoint itself.
+
+    Returns:
+        What the network predicts, by the names of its tasks ("affs", "lsds", "mito"): (channels, z, y, x) in 0..1, with
+        raw's z, y, x.
+
+    Raises:
+        ValueError: raw has another shape, type or range.
+        UserError: the checkpoint cannot be used, or it is too old to hold the network's settings and there is no cfg.
+    """
+    if raw.ndim != 3 or (raw.dtype != np.uint8 and raw.dtype.kind != "f"):
+        raise ValueError(f"raw must be (z, y, x), uint8 or floating point, not {raw.shape}, {raw.dtype}")
+    if raw.dtype.kind == "f" and not (raw.min() >= 0 and raw.max() <= 1):
+        raise ValueError("floating point raw must lie in 0..1, without NaN")
+    cfg = config_of(checkpoint) if cfg is None else cfg
+    predictor = TilePredictor(cfg)
+    voxel_size = (*(1,) * (3 - len(cfg.MODEL.VOXEL_SIZE)), *cfg.MODEL.VOXEL_SIZE)
+    return predictor.region(Array(raw, (0, 0, 0), voxel_size), (0, 0, 0), raw.shape)
+
+
+def config_of(checkpoint: Path | str) -> CfgNode:
+    """The config to predict with a checkpoint.
+
+    Args:
+        checkpoint: a file model_checkpoint_N.
+
+    Returns:
+        `config_predict.yaml` beside the file if there is one; else the defaults, with the network's settings as the
+        checkpoint holds them.
+
+    Raises:
+        UserError: there is no such file, or it holds no settings.
+    """
+    checkpoint = Path(checkpoint).absolute()
+    overrides = ["TRAIN.CHECKPOINT", str(checkpoint)]
+    beside = checkpoint.with_name(PREDICT_CONFIG)
+    if beside.is_file():
+        return load_config(beside, overrides)
+    settings = dict(read_checkpoint(checkpoint).get("network_settings", {}))
+    if not settings:
+        raise UserError(f"{checkpoint} does not hold the settings of its network: give a config (cfg)")
+    section = next(key.partition(".")[0] for key in settings if key.startswith("MODEL_"))
+    network = {key.partition(".")[2]: value for key, value in settings.items() if key.startswith(f"{section}.")}
+    shapes = [network[key] for key in ("DOWNSAMPLE_FACTORS", "KERNEL_SIZE_DOWN", "KERNEL_SIZE_UP", "PAD_CONV")]
+    dims = len(shapes[0][0])
+    (input_shape, _), *_ = nearest_input_shapes((INPUT_SIZE,) * dims, *shapes)
+    settings[f"{section}.INPUT_SHAPE"] = input_shape
+    if dims == 2:  # what a network of sections is built from are the keys with the suffix
+        model_type = settings.pop("TRAIN.MODEL_TYPE")
+        settings = {f"{key}_2D": value for key, value in settings.items()} | {"TRAIN.MODEL_TYPE": model_type}
+    settings |= {"DATA.FIB": int(section == "MODEL_ISO"), "DATA.DIM_2D": dims == 2}
+    return load_config(None, [*overrides, *(part for item in settings.items() for part in item)])
