@@ -95,7 +95,8 @@ def _schedule(cfg: CfgNode, step: BlockStep, workers: int, total: int) -> tuple[
             raise
         raise cannot_write(step.markers, OSError(errno.ENOSPC, "No space left on device")) from error
     state = states[step.name]
-    costs = server.last_tracking_summary["per_task"][step.name]
+    resources: Any = server.last_tracking_summary
+    costs = resources["per_task"][step.name]
     summary = Summary(
         blocks=total,
         done=state.completed_count - state.skipped_count,

@@ -26,7 +26,7 @@ def float_affinities(affinities: ArrayLike, channels: int = 3) -> NDArray[np.flo
     if array.ndim != 4 or array.shape[0] != channels:
         raise ValueError(f"affinities must have the shape ({channels}, z, y, x), not {array.shape}")
     if array.dtype == np.uint8:
-        return np.multiply(array, np.float32(1 / 255), dtype=np.float32)
+        return np.asarray(array * np.float32(1 / 255), np.float32)
     if array.dtype.kind != "f":
         raise ValueError(f"affinities must be uint8 or floating point, not {array.dtype}")
     if array.size and not (array.min() >= 0 and array.max() <= 1):

@@ -81,7 +81,7 @@ def agglomerate(
     for threshold in ascending:
         with silence():
             segmentation = next(segmentations)
-        yield threshold, segmentation.copy()
+        yield threshold, np.array(segmentation)
 
 
 @contextmanager

@@ -1,8 +1,7 @@
 """Fragments (supervoxels) from affinities: a watershed on the distance to the nearest boundary.
 
-Squared distances in voxels are whole numbers, so the watershed's queue is an array of buckets instead of a
-heap. That makes it linear in the number of voxels, and more than twice as fast as scikit-image's and
-mahotas's.
+Squared distances in voxels are whole numbers, so buckets take the place of a heap in the watershed. That makes it
+linear in the number of voxels, and more than twice as fast as those of scikit-image and mahotas.
 
 On the boundary there is no distance. Its voxels are flooded in the order of their affinity, so that two neurites
 meet where the membrane between them is surest, wherever in its width that is.
@@ -45,7 +44,7 @@ def extract_fragments(
     Args:
         affinities: (3, z, y, x), channels z, y, x; uint8 in 0..255 or floating point in 0..1.
         fragments_in_xy: keep every fragment within one section; only the y and x affinities count then.
-        background_mask: leave the boundary voxels 0; otherwise fragments flood them, too, and touch.
+        background_mask: leave boundary voxels 0; otherwise fragments flood them and touch.
         mask: (z, y, x); fragments are made where it is not 0.
         filter_fragments: drop the fragments whose mean affinity is lower.
         epsilon_agglomerate: merge fragments up to this threshold, with the 25th percentile; 0 does not.
@@ -79,7 +78,7 @@ def renumbered(labels: NDArray[Any]) -> NDArray[np.uint64]:
 
 
 def drop_weak(fragments: NDArray[np.uint64], mean_affinity: NDArray[np.float32], least: float) -> None:
-    """Set the fragments to 0, in place, whose mean of ``mean_affinity`` over their voxels is below ``least``."""
+    """Set fragments to 0, in place, if their mean of ``mean_affinity`` is below ``least``."""
     if least > 0:
         sizes = np.maximum(np.bincount(fragments.ravel()), 1)
         sums = np.bincount(fragments.ravel(), weights=mean_affinity.ravel())
@@ -106,7 +105,7 @@ def find_seeds(distances: NDArray[np.int32], in_xy: bool = False) -> NDArray[np.
 
 
 def flood_levels(distances: NDArray[np.int32], mean_affinity: NDArray[np.float32]) -> NDArray[np.int32]:
-    """In which order to flood (int32, high levels first): by squared distance; then the boundary, by affinity."""
+    """Levels (int32) that are flooded from high to low: by squared distance, and then the boundary by affinity."""
     boundary = np.rint(mean_affinity * AFFINITY_LEVELS).astype(np.int32)
     return np.where(distances > 0, distances + np.int32(AFFINITY_LEVELS), boundary)
 
@@ -123,7 +122,7 @@ def flood(
     _, height, width = labels.shape
     offsets = np.array([-height * width, -width, -1, 1, width, height * width])
     _flood(labels.ravel(), np.pad(levels, 1).ravel(), offsets[1:-1] if in_xy else offsets)
-    return np.maximum(labels[1:-1, 1:-1, 1:-1], 0)
+    return np.asarray(np.maximum(labels[1:-1, 1:-1, 1:-1], 0), np.int32)
 
 
 @numba.njit(cache=True)

@@ -1,10 +1,10 @@
 """Fragments and scored edges of one block: arrays in, arrays out.
 
-A fragment is one 6-connected body within one block, its ids are one range per block, and an edge belongs to the block
-of its smaller id. That makes the edges of a volume complete and free of duplicates: where two fragments touch, two
-voxels share a face, so both lie in the block of the smaller id or in the layer one voxel thick around it. With a
-context of one voxel or more, that block sees the whole border of the two, and no other block may write their edge.
-More context does not find more edges; it lets scores see more of the neurites.
+A fragment is one 6-connected body within one block, each block has its own range of ids, and an edge belongs to the
+block of its smaller id. So the edges of a volume are complete, and none is written twice: where two fragments touch,
+two voxels share a face, and both lie in the block of the smaller id or in the layer of voxels around it. With a context
+of one voxel, that block sees the whole border of the two. More context finds no more edges; it lets scores see more of
+the neurites.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,17 +39,17 @@ def fragments_of_block(
     extract: Callable[..., NDArray[np.uint64]] = extract_fragments,
     **settings: Any,
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.float64]]:
-    """Fragments of one block, numbered so that no other block uses the same ids.
+    """Extract the fragments of one block, and give them ids that no other block uses.
 
-    They are extracted with context and cropped to the block. A fragment whose pieces hang together in the context
-    only becomes one fragment per piece, since one id must not stand for two bodies.
+    They are extracted with context and cropped to the block. Where the pieces of a fragment are connected only through
+    the context, each becomes a fragment of its own, since one id must not stand for two bodies.
 
     Args:
         affinities: (c, z, y, x), the block and its context, channels as ``extract`` takes them.
         context: voxels around the block along z, y, x; a pair (before, after) for an axis along which they differ,
             as they do where the volume ends.
         block: the block's number, from 0.
-        voxels_in_block: the same for every block: this one has ids block * voxels_in_block + 1..n.
+        voxels_in_block: the same for goody block: this one has ids block * voxels_in_block + 1..n.
         mask: (z, y, x) like the affinities; fragments are made where it is not 0.
         extract: what makes the fragments, `extract_fragments` or `mutex_watershed`.
         settings: further arguments of ``extract``.
@@ -57,7 +57,7 @@ def fragments_of_block(
     Returns:
         fragments: uint64 (z, y, x) without context, 0 is background.
         ids: uint64 (n,), those in ``fragments``, ascending.
-        centers: float64 (n, 3), the fragments' centres of mass in voxels: 0 is the middle of the block's first voxel.
+        centers: float64 (n, 3), the fragments' centers of mass in voxels: 0 is the middle of the block's first voxel.
 
     Raises:
         ValueError: affinities of another type or range, no room for the block inside the context, more voxels than
@@ -96,10 +96,10 @@ def edges_of_block(edges: Edges, first_id: int, last_id: int) -> Edges:
 def score_edges(affinities: ArrayLike, fragments: ArrayLike, merge_function: str) -> Edges:
     """Score every pair of fragments that share a face of a voxel by the threshold at which their regions merge.
 
-    Regions merge in the order in which `agglomerate` merges them, and a score is that of the merge that brings the two
-    fragments into one region, or that of an earlier merge if that was higher: so the components of the edges up to a
-    threshold are the regions at that threshold. With the histogram merge functions they equal `agglomerate`'s exactly.
-    ``mean`` is finer than the 256 bins by which waterz orders merges: exact at multiples of 1/256, else within the bin.
+    Regions merge in the order in which `agglomerate` merges them. An edge's score is that of the merge that brings its
+    two fragments into one region, or of an earlier merge if that scored higher. So the components of the edges up to a
+    threshold are the regions at that threshold. With the histogram merge functions they equal those of `agglomerate`.
+    ``mean`` is finer than the 256 bins by which waterz orders merges: it is exact at multiples of 1/256.
 
     Args:
         affinities: (3, z, y, x), channels z, y, x; uint8 in 0..255 or floating point in 0..1.
@@ -107,8 +107,9 @@ def score_edges(affinities: ArrayLike, fragments: ArrayLike, merge_function: str
         merge_function: a name that `scoring_function` knows.
 
     Returns:
-        u, v: uint64 (m,), u < v, sorted by u, then v; each pair once.
-        scores: float32 (m,) in 0..1; NaN where the two are apart after every merge with a score below 1.
+        u: uint64 (m,), the smaller id of each pair; pairs are sorted by u, then v, and each occurs once.
+        v: uint64 (m,), the larger id.
+        scores: float32 (m,) in 0..1; NaN where the two are still apart after every merge with a score below 1.
 
     Raises:
         UserError: unknown merge function.
@@ -137,8 +138,8 @@ def score_edges(affinities: ArrayLike, fragments: ArrayLike, merge_function: str
 def score_mutex_edges(affinities: ArrayLike, fragments: ArrayLike, offsets: Sequence[Offset]) -> Edges:
     """Score every pair of fragments that share a face of a voxel by one minus the mean affinity between them.
 
-    The mean is over all pairs of a voxel of the one and a voxel of the other that any offset connects: two neurites
-    that touch where the membrane is faint are told apart by the long-range affinities across it.
+    The mean is over all pairs of voxels, one in each fragment, that any offset connects. Where two neurites touch at a
+    faint membrane, the long-range affinities across it tell them apart.
 
     Args:
         affinities: (c, z, y, x), uint8 in 0..255 or floating point in 0..1.
@@ -146,7 +147,7 @@ def score_mutex_edges(affinities: ArrayLike, fragments: ArrayLike, offsets: Sequ
         offsets: (z, y, x) of each channel. Fragments touch along those of direct neighbors only.
 
     Returns:
-        u, v, scores: as `score_edges`.
+        The columns u, v and scores, as `score_edges`.
 
     Raises:
         ValueError: affinities of another type or range, or of another shape than the fragments.

@@ -1,9 +1,9 @@
-"""Linking segments of neighbouring sections into 3D objects by overlap.
+"""Link segments of neighboring sections into 3D objects, by overlap.
 
-Two segments are linked if each is the other's largest overlap and the smaller one is covered well. The share of the
-smaller one lets a neurite that tapers go on, where overlap divided by union would end it. Mutual choice keeps a small
-neurite, all of which lies over a large one, from joining it: along a stack, one such link merges two neurites for good,
-while the second branch of a fork, which it costs, is one split.
+Two segments are linked if each is the other's largest overlap and most of the smaller one is covered. Taking the share
+of the smaller one lets a tapering neurite continue, where intersection over union would end it. The choice must be
+mutual because a small neurite can lie entirely over a large one: one such link merges the two for the whole stack. The
+price is the second branch of a fork, which is one split.
 """
 
 from itertools import pairwise
@@ -19,7 +19,7 @@ from lsdseg.engine.post.fragments import renumbered
 
 
 def link_sections(segments: ArrayLike, share: float) -> NDArray[np.uint64]:
-    """Give the segments of a stack that belong together one id.
+    """Give one id to the segments of a stack that belong together.
 
     Args:
         segments: (z, y, x), unsigned ids, 0 is background; each within one section.
@@ -46,7 +46,7 @@ def link_sections(segments: ArrayLike, share: float) -> NDArray[np.uint64]:
 
 
 def _overlaps(numbers: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Pairs of segments in neighbouring sections that overlap, and by how many voxels (all int64)."""
+    """Pairs of segments in neighboring sections that overlap, and by how many voxels (all int64)."""
     count = np.int64(numbers.max(initial=0)) + 1
     keys, sizes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for section, following in pairwise(numbers):

@@ -1,8 +1,9 @@
-"""Mutex watershed: affinities that attract and affinities that repel, in one pass from the surest to the least sure.
+"""Mutex watershed: some affinities attract and others repel, and the surest are heard first.
 
-An affinity plus its bias is a weight: above 0 it attracts, below 0 it repels. Each pair of voxels in turn is joined or
-kept apart for ever, unless an earlier one has decided otherwise. So one long-range affinity that sees two neurites
-outweighs a gap in the membrane between them, without any threshold. Wolf et al., ECCV 2018.
+An affinity plus its bias is a weight: above 0 it attracts, below 0 it repels. From the largest weight to the smallest,
+each joins its two voxels or keeps them apart for good, unless an earlier one has decided otherwise. So one long-range
+affinity that sees two neurites outweighs a gap in the membrane between them, without any threshold. Wolf et al., ECCV
+2018.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from lsdseg.engine.post.fragments import BOUNDARY, drop_weak, flood, flood_level
 from lsdseg.errors import UserError
 
 DEFAULT_BIASES = (-0.4, -0.5)  # direct, long range; of affinities that are equally sure, direct ones go first
-SPECK = 10  # voxels: what is smaller was cut off by noise, and goes to the fragment around it
+SPECK = 10  # voxels: smaller segments are noise, and go to the fragment around them
 
 
 def edge_biases(offsets: Sequence[Offset], biases: Sequence[float] | None = None) -> list[float]:

@@ -1,24 +1,31 @@
 """Look-up tables (LUTs) from fragments to segments.
 
-An edge says at which thresholds its two fragments are one segment, and nothing else about it is needed. So there is one
-union-find per threshold, edges pass by once in any order, and none is kept.
+An edge says at which thresholds its two fragments are one segment, and nothing else about it is needed. So each
+threshold has a union-find, edges stream through all of them once, in any order, and none is kept.
 """
 
 import os
 import struct
 import zipfile
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
+from lsdseg.engine.post.graph import Edges
 from lsdseg.errors import UserError
 from lsdseg.files import write_whole
 
 KEY = "fragment_segment_lut"
 
 
-def connected_segments(node_ids, edge_batches, thresholds):
+def connected_segments(
+    node_ids: ArrayLike, edge_batches: Iterable[Edges], thresholds: Sequence[float]
+) -> dict[float, NDArray[np.uint64]]:
     """Segments at every threshold: the connected components of the edges with a score up to it.
 
     Memory is proportional to nodes times thresholds, whatever the number of edges. Scores and thresholds are compared
@@ -35,29 +42,29 @@ def connected_segments(node_ids, edge_batches, thresholds):
     Raises:
         ValueError: ``node_ids`` that do not ascend, or edges between fragments that are not among them.
     """
-    node_ids = np.asarray(node_ids, np.uint64)
-    if (node_ids[1:] <= node_ids[:-1]).any():
+    ids = np.asarray(node_ids, np.uint64)
+    if (ids[1:] <= ids[:-1]).any():
         raise ValueError("node ids must ascend, without duplicates")
-    thresholds = sorted(thresholds)
-    levels = np.asarray(thresholds, np.float32)
-    nodes = np.arange(len(node_ids), dtype=np.int32 if len(node_ids) < 2**31 else np.int64)
-    parents = np.tile(nodes, (len(thresholds), 1))
-    runs = _runs(node_ids)
+    ascending = sorted(thresholds)
+    levels = np.asarray(ascending, np.float32)
+    nodes = np.arange(len(ids), dtype=np.int32 if len(ids) < 2**31 else np.int64)
+    parents = np.tile(nodes, (len(ascending), 1))
+    runs = _runs(ids)
     unknown = 0
     for u, v, scores in edge_batches:
-        u, unknown_u = _translate(u, node_ids, nodes, runs)
-        v, unknown_v = _translate(v, node_ids, nodes, runs)
+        from_node, unknown_u = _translate(u, ids, nodes, runs)
+        to_node, unknown_v = _translate(v, ids, nodes, runs)
         unknown += unknown_u + unknown_v
         if not unknown:
-            _join(parents, u, v, np.searchsorted(levels, scores))
+            _join(parents, from_node, to_node, np.searchsorted(levels, scores))
     if unknown:
-        raise ValueError(f"{unknown} ends of edges are at fragments that are not among the {len(node_ids)} nodes")
+        raise ValueError(f"{unknown} ends of edges are at fragments that are not among the {len(ids)} nodes")
     for parent in parents:
         _point_to_roots(parent)
-    return {t: np.stack([node_ids, node_ids[roots]]) for t, roots in zip(thresholds, parents, strict=True)}
+    return {t: np.stack([ids, ids[roots]]) for t, roots in zip(ascending, parents, strict=True)}
 
 
-def relabel(fragments, lut):
+def relabel(fragments: ArrayLike, lut: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Segments of fragments; 0 stays 0.
 
     Only the rows of the LUT from the smallest to the largest id are read, so it may be larger than memory. Fast where
@@ -73,27 +80,28 @@ def relabel(fragments, lut):
     Raises:
         ValueError: ids that are not in the LUT, so it was made from other fragments.
     """
-    fragments = np.asarray(fragments, np.uint64)
-    last = fragments.max(initial=0)
-    first = fragments.min(initial=last, where=fragments > 0)
+    voxels = np.asarray(fragments, np.uint64)
+    last = voxels.max(initial=0)
+    first = voxels.min(initial=last, where=voxels > 0)
     rows = lut[:, bisect_left(lut[0], first) : bisect_right(lut[0], last)]
     ids, segments = np.insert(rows, 0, 0, axis=1)
-    result, unknown = _translate(fragments.ravel(), ids, segments, _runs(ids))
+    result, unknown = _translate(voxels.ravel(), ids, segments, _runs(ids))
     if unknown:
         raise ValueError(f"{unknown} voxels are of fragments that are not in the LUT: it was made from other fragments")
-    return result.reshape(fragments.shape)
+    return result.reshape(voxels.shape)
 
 
-def save_lut(path, lut):
+def save_lut(path: Path | str, lut: NDArray[np.uint64]) -> None:
     """Write a LUT, uint64 (2, n), as an .npz file; it has its name only when it is complete.
 
     Not compressed, so that `load_lut` can map it.
     """
+    arrays: dict[str, Any] = {KEY: lut}
     with write_whole(path) as partial, open(partial, "wb") as file:
-        np.savez(file, **{KEY: lut})
+        np.savez(file, **arrays)
 
 
-def load_lut(path):
+def load_lut(path: Path | str) -> NDArray[np.uint64]:
     """A LUT, uint64 (2, n), from an .npz file: mapped, not read, unless it was compressed by someone else.
 
     Raises:
@@ -103,7 +111,7 @@ def load_lut(path):
         with open(path, "rb") as file:
             entry = zipfile.ZipFile(file).getinfo(f"{KEY}.npy")
             if entry.compress_type != zipfile.ZIP_STORED:
-                return np.load(path)[KEY]
+                return np.asarray(np.load(path)[KEY])
             file.seek(entry.header_offset + 26)  # there, a header of 30 bytes ends with the lengths of two more fields
             file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
             np.lib.format.read_magic(file)
@@ -115,12 +123,14 @@ def load_lut(path):
         raise UserError(f"{path} is not a look-up table; run 04_find_segments_full.py again") from error
 
 
-def _runs(ids):
+def _runs(ids: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Rows (int64) at which runs of consecutive ids start; few of them make looking up fast."""
     return np.flatnonzero(np.append(True, ids[1:] != ids[:-1] + np.uint64(1))[: len(ids)])
 
 
-def _translate(values, ids, targets, runs):
+def _translate(
+    values: NDArray[np.uint64], ids: NDArray[np.uint64], targets: NDArray[Any], runs: NDArray[np.int64]
+) -> tuple[NDArray[Any], int]:
     """Targets of values that are looked up in ascending ids, and how many values are not there (their target is 0)."""
     result = np.zeros(len(values), targets.dtype)  # numpy's memory comes in huge pages, twice as fast here as numba's
     values = np.ascontiguousarray(values, np.uint64)
@@ -128,7 +138,14 @@ def _translate(values, ids, targets, runs):
 
 
 @numba.njit(cache=True)
-def _fill(result, values, ids, targets, starts, start_ids):
+def _fill(
+    result: NDArray[Any],
+    values: NDArray[np.uint64],
+    ids: NDArray[np.uint64],
+    targets: NDArray[Any],
+    starts: NDArray[np.int64],
+    start_ids: NDArray[np.uint64],
+) -> int:
     """The loop of `_translate`, given the row and the id with which each run starts; returns the count."""
     unknown = 0
     start, first, length = 0, np.uint64(0), np.uint64(0)  # the run of the value before, often that of the next
@@ -149,7 +166,7 @@ def _fill(result, values, ids, targets, starts, start_ids):
 
 
 @numba.njit(cache=True)
-def _join(parents, u, v, levels):
+def _join(parents: NDArray[Any], u: NDArray[Any], v: NDArray[Any], levels: NDArray[np.int64]) -> None:
     """Join u[i] and v[i] in the forests ``parents[levels[i]:]``; every root is the smallest node of its tree.
 
     What a forest has joined, all later ones have too, so the first that knows the pair ends the work on an edge.
@@ -164,7 +181,7 @@ def _join(parents, u, v, levels):
 
 
 @numba.njit(cache=True)
-def _root(parent, node):
+def _root(parent: NDArray[Any], node: int) -> int:
     """Root of a node, halving the path to it."""
     while parent[node] != node:
         parent[node] = parent[parent[node]]
@@ -173,7 +190,7 @@ def _root(parent, node):
 
 
 @numba.njit(cache=True)
-def _point_to_roots(parent):
+def _point_to_roots(parent: NDArray[Any]) -> None:
     """Let every node point to its root, which is smaller and so already does."""
     for node in range(parent.size):
         parent[node] = parent[parent[node]]

@@ -74,5 +74,5 @@ def _digest(lut: NDArray[np.uint64]) -> str:
     """Short hash of a look-up table's content, read piece by piece."""
     digest = hashlib.blake2b(digest_size=8)
     for start in range(0, lut.shape[1], 2**20):
-        digest.update(np.ascontiguousarray(lut[:, start : start + 2**20]))
+        digest.update(np.ascontiguousarray(lut[:, start : start + 2**20]).data)
     return digest.hexdigest()
