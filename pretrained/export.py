@@ -1,9 +1,12 @@
-"""Make weights that ship from a checkpoint: python pretrained/export.py -c CKPT_FOLDER/config_predict.yaml --to FOLDER
+"""Export weights to ship: python pretrained/export.py -c CKPT_FOLDER/config_predict.yaml --to FOLDER
 
-Two thirds of a checkpoint are the optimizer's state, which predicting does not need.
+Two thirds of a checkpoint are the state of the optimizer, which prediction does not need.
 """
 
+import argparse
 from pathlib import Path
+
+from yacs.config import CfgNode
 
 from lsdseg.cli import run_script
 from lsdseg.errors import UserError
@@ -11,14 +14,18 @@ from lsdseg.models import build_model
 from lsdseg.models.checkpoint import load_checkpoint, network_settings, write_state
 
 
-def export(cfg, folder: Path | str) -> Path:
-    """Write the weights of TRAIN.CHECKPOINT with their `network_settings`, under the same file name, to a folder.
+def export(cfg: CfgNode, folder: Path | str) -> Path:
+    """Write the weights of TRAIN.CHECKPOINT and their `network_settings` to a folder, under the same file name.
+
+    Args:
+        cfg: the config of the network, with TRAIN.CHECKPOINT.
+        folder: where to write the file.
 
     Returns:
-        The file, which `load_checkpoint` takes.
+        The file, which `load_checkpoint` can read.
 
     Raises:
-        UserError: the checkpoint cannot be used, is that of another network, or would be replaced.
+        UserError: the checkpoint cannot be used or belongs to another network, or the new file would replace it.
     """
     checkpoint = Path(cfg.TRAIN.CHECKPOINT)
     model = build_model(cfg)
@@ -34,8 +41,8 @@ def export(cfg, folder: Path | str) -> Path:
     return target
 
 
-def main(cfg, args) -> None:
-    """Export, and say what came out."""
+def main(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Export the weights and print the file and its size."""
     written = export(cfg, args.to)
     print(f"{written}: {written.stat().st_size / 1e6:.1f} MB")
 
@@ -46,5 +53,7 @@ if __name__ == "__main__":
         description="Write TRAIN.CHECKPOINT without the optimizer's state.",
         example="python pretrained/export.py -c run/config_predict.yaml --to pretrained/fib25_mtlsd",
         default_config=None,
-        add_arguments=lambda parser: parser.add_argument("--to", metavar="FOLDER", required=True, help="where to"),
+        add_arguments=lambda parser: parser.add_argument(
+            "--to", metavar="FOLDER", required=True, help="the folder to write the weights to"
+        ),
     )

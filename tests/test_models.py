@@ -49,7 +49,7 @@ def test_a_published_checkpoint_has_the_tensors_of_the_default_network():
 
 
 def reference_forward(weights: dict, x: torch.Tensor, factors, crop_factors):
-    """The published architecture once more, straight from tensor names, as an oracle."""
+    """Compute what the published architecture gives, straight from tensor names, as an oracle."""
 
     def conv_pass(x, name, activation=functional.relu):
         for layer in (0, 2):
@@ -170,7 +170,7 @@ class Malicious:
 def test_a_checkpoint_with_pickled_code_is_refused_and_not_run(cfg, tmp_path):
     path, target = tmp_path / "model_checkpoint_1", tmp_path / "executed"
     torch.save({"model_state_dict": Malicious(target)}, path)
-    with pytest.raises(UserError, match=r"model_checkpoint_1 holds pickled code"):
+    with pytest.raises(UserError, match=r"model_checkpoint_1 contains pickled code"):
         load_checkpoint(path, build_model(cfg), cfg)
     assert not target.exists()
 

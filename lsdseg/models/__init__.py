@@ -1,4 +1,4 @@
-"""Networks, losses and checkpoints. Nothing here knows a file layout or a data set."""
+"""Networks, losses and checkpoints. Nothing here depends on a file layout or a data set."""
 
 from lsdseg.models.autocontext import AutoContext
 from lsdseg.models.multitask import build_model

@@ -1,11 +1,13 @@
-"""One U-Net, one 1x1x1 convolution per task: what every model type has in common."""
+"""What all model types have in common: one U-Net, and one 1x1x1 convolution per task."""
 
 from __future__ import annotations
 
 from collections import namedtuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from lsdseg.config.model_types import TASKS, input_channels, task_channels
 from lsdseg.models.unet import ConvPass, UNet
@@ -15,40 +17,47 @@ class MultiTaskUNet(nn.Module):
     """A U-Net with one sigmoid head per task.
 
     Args:
-        unet: the network under the heads.
-        num_fmaps_out: feature maps that it gives.
+        unet: the network below the heads.
+        num_fmaps_out: number of feature maps that it returns.
         channels: task -> number of channels, in output order.
 
-    `forward` takes (batch, in_channels, *spatial) and returns a named tuple with a field per task, each
-    (batch, channels, *smaller spatial) in 0..1.
+    Attributes:
+        tasks: names of the tasks in output order.
+        output_type: the named tuple that `forward` returns, with one field per task.
     """
 
-    def __init__(self, unet: UNet, num_fmaps_out: int, channels: dict[str, int]):
+    def __init__(self, unet: UNet, num_fmaps_out: int, channels: dict[str, int]) -> None:
         super().__init__()
         self.unet = unet
-        dims = unet.l_conv[0].conv_pass[0].weight.ndim - 2
         for task, count in channels.items():
-            head = ConvPass(num_fmaps_out, count, [(1,) * dims], activation=nn.Sigmoid)
+            head = ConvPass(num_fmaps_out, count, [(1,) * unet.dims], activation=nn.Sigmoid)
             self.add_module(TASKS[task].head, head)
-        self.output_type = namedtuple("Outputs", channels)
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks in output order."""
-        return self.output_type._fields
+        self.tasks = tuple(channels)
+        self.output_type = _named_tuple(self.tasks)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Predict all tasks.
+
+        Args:
+            x: float (batch, in_channels, *spatial).
+
+        Returns:
+            A named tuple with a field per task, each float32 (batch, channels, *smaller spatial) with values in 0..1.
+        """
         features = self.unet(x)
-        # Near 0 and 1, where most affinities are, reduced precision has too few digits for the sigmoid.
+        # Most affinities are close to 0 or 1, where reduced precision has too few digits for the sigmoid.
         with torch.autocast(x.device.type, enabled=False):
             features = features.float()
-            return self.output_type(*(getattr(self, TASKS[task].head)(features) for task in self.tasks))
+            outputs: tuple[Tensor, ...] = self.output_type(
+                *(getattr(self, TASKS[task].head)(features) for task in self.tasks)
+            )
+        return outputs
 
 
-def build_model(cfg) -> MultiTaskUNet:
-    """The network of the configured model type, with random weights, on the CPU.
+def build_model(cfg: CfgNode) -> MultiTaskUNet:
+    """Build the network of the configured model type, with random weights, on the CPU.
 
-    For auto-context types that is the second network; see `lsdseg.models.autocontext`.
+    For auto-context types this is the second network; see `lsdseg.models.autocontext`.
     """
     model = cfg.MODEL
     unet = UNet(
@@ -62,3 +71,7 @@ def build_model(cfg) -> MultiTaskUNet:
         padding=model.PAD_CONV,
     )
     return MultiTaskUNet(unet, model.NUM_FMAPS_OUT, task_channels(cfg))
+
+
+def _named_tuple(fields: tuple[str, ...]) -> Any:
+    return namedtuple("Outputs", fields)
