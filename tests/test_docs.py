@@ -1,0 +1,68 @@
+"""What the documentation shows runs as it stands."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def namespace(tmp_path_factory):
+    """All names that the examples of docs/python.md leave."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "pretrained").symlink_to(CHECKOUT / "pretrained")
+    examples = re.findall(r"```python\n(.*?)```", (CHECKOUT / "docs" / "python.md").read_text(), re.DOTALL)
+    names = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec("\n".join(examples), names)
+    return names
+
+
+def test_python_examples_predict_and_segment(namespace):
+    raw, labels = namespace["raw"], namespace["labels"]
+    assert namespace["affinities"].shape == (9, *raw.shape)
+    assert namespace["lsds"].shape == namespace["target"].shape == (10, *raw.shape)
+    assert namespace["by_mutex"].shape == labels.shape
+    assert list(namespace["segmentations"]) == [0.4, 0.5, 0.6]
+    assert 0 <= namespace["scores"]["voi_sum"] < 5
+
+
+def test_python_examples_read_the_graph(namespace):
+    ids, u, scores = namespace["ids"], namespace["u"], namespace["merge_scores"]
+    assert sorted(namespace["nodes"]["id"]) == ids.tolist()
+    assert list(namespace["nodes"]) == ["id", "center_z", "center_y", "center_x"]
+    assert len(namespace["weak"]) == np.count_nonzero(scores > np.float32(0.4))
+    assert namespace["batch_u"].tolist() == u.tolist()
+    _, groups = np.unique(namespace["segmentations"][0.4], return_inverse=True)
+    _, from_graph = np.unique(namespace["at_04"], return_inverse=True)
+    assert len(set(zip(groups.ravel().tolist(), from_graph.ravel().tolist(), strict=True))) == groups.max() + 1
+
+
+def test_import_does_not_clash_with_packages_of_others(tmp_path):
+    """Notebooks have their own `config` and `models` beside them."""
+    for name in ("config", "models"):
+        (tmp_path / f"{name}.py").write_text("mine = True\n")
+    code = "import config, models, lsdseg; lsdseg.load_config(); print(config.mine, models.mine, lsdseg.agglomerate)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("True True <function agglomerate")
+
+
+def test_every_function_fits_on_a_screen():
+    """No function of the suite is longer than 60 lines."""
+    import ast
+
+    too_long = []
+    folders = [CHECKOUT / part for part in ("lsdseg", "data_utils", "config", "pretrained")]
+    files = [file for folder in folders for file in folder.rglob("*.py")]
+    for file in [*files, *CHECKOUT.glob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 >= 60:
+                too_long.append(f"{file.relative_to(CHECKOUT)}: {node.name}")
+    assert not too_long
