@@ -310,7 +310,7 @@ def test_foreign_and_truncated_files_are_refused(tmp_path):
         ParquetStore(tmp_path / "sample.rag", VOXELS)
 
 
-def test_a_graph_without_settings_can_only_be_read(tmp_path):
+def test_a_graph_without_a_record_can_only_be_read(tmp_path):
     ParquetStore(tmp_path / "sample.rag", VOXELS, "r+").write_nodes(0, *make_nodes(0))
     (tmp_path / "sample.rag" / "settings.json").unlink()
     assert len(ParquetStore(tmp_path / "sample.rag", VOXELS).read_nodes(1, VOXELS)[0]) == 20
@@ -582,7 +582,7 @@ def test_libraries_of_a_store_are_imported_when_it_is_opened(tmp_path):
 class ToyStore(RagStore):
     """Blocks of tables in memory: all that a store has to implement."""
 
-    saved = {}  # URI -> {table: {block: columns}}, and the settings under "settings"
+    saved = {}  # URI -> {table: {block: columns}}, and the record under "record"
 
     def __init__(self, uri, voxels, mode):
         self._uri = uri
@@ -609,16 +609,16 @@ class ToyStore(RagStore):
         return ({name: block[name] for name in names} for block in self._tree.get(table, {}).values())
 
     def _tables(self):
-        return [name for name in self._tree if name != "settings"]
+        return [name for name in self._tree if name != "record"]
 
     def _drop(self, table):
         self._tree.pop(table, None)
 
-    def _read_settings(self):
-        return self._tree.get("settings")
+    def _read_record(self):
+        return self._tree.get("record")
 
-    def _write_settings(self):
-        self._tree["settings"] = self._settings
+    def _write_record(self, record):
+        self._tree["record"] = record
 
 
 def open_toy(uri, cfg, output, mode):

@@ -34,7 +34,7 @@ from lsdseg.rag.store import (
     Columns,
     Mode,
     RagStore,
-    Settings,
+    Record,
     columns_of,
     is_table,
     voxels_in_block,
@@ -157,12 +157,12 @@ class MongoStore(RagStore):
         self._with_retries(self._collection(table).drop)
         self._indexed.discard(table)
 
-    def _read_settings(self) -> Settings | None:
+    def _read_record(self) -> Record | None:
         return self._with_retries(lambda: self._collection("meta").find_one({"_id": "settings"}, {"_id": False}))
 
-    def _write_settings(self) -> None:
+    def _write_record(self, record: Record) -> None:
         meta = self._collection("meta")
-        self._with_retries(lambda: meta.replace_one({"_id": "settings"}, self._settings, upsert=True))
+        self._with_retries(lambda: meta.replace_one({"_id": "settings"}, record, upsert=True))
 
     def _collection(self, name: str) -> Collection[Document]:
         return self._database[f"{self._sample}_{name}"]

@@ -25,7 +25,7 @@ from lsdseg.rag.store import (
     Columns,
     Mode,
     RagStore,
-    Settings,
+    Record,
     columns_of,
     is_table,
     voxels_in_block,
@@ -33,7 +33,7 @@ from lsdseg.rag.store import (
 
 # Streamed batches have at least this many rows, except for the last one: the files of single blocks may be small.
 BATCH = 1_000_000
-SETTINGS = "settings.json"
+RECORD = "settings.json"
 
 
 def open_parquet(uri: str, cfg: CfgNode, output: Path, mode: Mode) -> "ParquetStore":
@@ -120,21 +120,21 @@ class ParquetStore(RagStore):
             if (self._folder / table).exists():
                 shutil.rmtree(self._folder / table)
 
-    def _read_settings(self) -> Settings | None:
-        path = self._folder / SETTINGS
+    def _read_record(self) -> Record | None:
+        path = self._folder / RECORD
         try:
-            settings: Settings = json.loads(path.read_text())
+            record: Record = json.loads(path.read_text())
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{path} cannot be read ({error}): delete {self} and rerun the scripts from 02 on"
             ) from None
-        return settings
+        return record
 
-    def _write_settings(self) -> None:
-        with write_whole(self._folder / SETTINGS) as partial:
-            partial.write_text(json.dumps(self._settings))
+    def _write_record(self, record: Record) -> None:
+        with write_whole(self._folder / RECORD) as partial:
+            partial.write_text(json.dumps(record))
 
     def _path(self, table: str, block: int) -> Path:
         return self._folder / table / str(block // 10**6) / str(block // 1000) / f"{block}.parquet"

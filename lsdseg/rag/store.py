@@ -1,7 +1,8 @@
 """The base class of all region adjacency graph (RAG) stores.
 
-A graph is a few tables of numbers that are written block by block. A store only has to replace the rows of a block,
-read the rows of an id range, stream a table and drop a table. `RagStore` builds everything else on these operations.
+A graph is a few tables of numbers: one of nodes, and one of edges per merge function. They are written block by block.
+A store only has to replace the rows of a block, read the rows of an id range, stream a table and drop a table.
+`RagStore` builds everything else on these operations.
 
 Fragment ids are `block * voxels_in_block + local id`, with local ids from 1 to voxels_in_block. The fragments of a
 block therefore form one id range, and an edge (u < v) belongs to the block of u. Each row is written by exactly one
@@ -12,14 +13,14 @@ To add a store, write a module beside this one and add one entry to `lsdseg.rag.
 
     _replace, _read, _stream        the rows of a table
     _tables, _drop                  the tables
-    _read_settings, _write_settings what the graph was made with
+    _read_record, _write_record     what the graph was made with
     finish                          work that is left until the last block is done
     __repr__                        where the graph is, for messages; without credentials
 
 Three rules hold for all of them. Many processes read and write different blocks at once. A process may be killed at
-any moment, and another one then writes the block again: no row of the first attempt may remain. Files or servers that
-cannot be used raise a UserError. `RagStore.__init__` already looks for tables and settings, so the subclass connects
-before it calls it. `lsdseg.rag.parquet` is the shorter example, `ToyStore` in tests/test_rag.py the shortest.
+any moment, and another one then writes the block again: no row of the first attempt may remain. If a file or server
+cannot be used, raise a UserError. `RagStore.__init__` already reads tables and record, so connect before you call it.
+For an example, see `lsdseg.rag.parquet`, or `ToyStore` in tests/test_rag.py, which has nothing but these methods.
 """
 
 import math
@@ -45,7 +46,7 @@ EDGE_COLUMNS: dict[str, type[np.generic]] = {"u": np.uint64, "v": np.uint64, "me
 AGGLOMERATED = "agglomerated"  # another column of stored edges: True, the score is known
 
 Mode = Literal["r", "r+", "w"]
-Settings = dict[str, int | str]
+Record = dict[str, int | str]
 Columns = dict[str, NDArray[Any]]
 Ids = NDArray[np.uint64]
 Nodes = tuple[Ids, NDArray[np.int64]]
@@ -77,34 +78,32 @@ class RagStore(ABC):
         mode: "r" opens a graph that exists. "r+" also writes, and creates the graph if there is none. "w" drops an
             existing graph and creates a new one.
         voxels_in_block: number of voxels in a block; see the docstring of this module.
-        settings: what else must be the same whenever the graph is opened. The store keeps it with the graph.
+        more: what else must be the same whenever the graph is opened. The store keeps it with the graph.
 
     Raises:
-        UserError: there is no graph to read, or it was made with other settings.
+        UserError: there is no graph to read, or its record says that it was made with other values.
     """
 
-    def __init__(self, mode: Mode, voxels_in_block: int, **settings: str) -> None:
+    def __init__(self, mode: Mode, voxels_in_block: int, **more: str) -> None:
         self._voxels_in_block = voxels_in_block
-        self._settings: Settings = {"voxels_in_block": voxels_in_block, **settings}
+        self._record: Record = {"voxels_in_block": voxels_in_block, **more}
         if mode == "w":
             self.drop()
-        # Look for tables first: whoever creates a graph writes the settings before the first table.
+        # Look for tables first: whoever creates a graph writes the record before the first table.
         exists = bool(self._tables())
-        recorded = self._read_settings()
+        recorded = self._read_record()
         if not exists and mode == "r":
             raise UserError(f"there is no graph {self}: run 02_extract_fragments_blockwise.py first")
         if not exists:
-            self._write_settings()
+            self._write_record(self._record)
         elif recorded is None and mode != "r":
             raise UserError(
                 f"the graph {self} was written by other scripts, so it is read-only: "
                 "set DATA.DROP_DS_MONGOTABLE True to drop it and start over"
             )
-        elif recorded is not None and recorded != self._settings:
+        elif recorded is not None and recorded != self._record:
             changes = [
-                f"{key} {recorded.get(key)}, now {new}"
-                for key, new in self._settings.items()
-                if recorded.get(key) != new
+                f"{key} {recorded.get(key)}, now {new}" for key, new in self._record.items() if recorded.get(key) != new
             ]
             raise UserError(
                 f"the graph {self} was made with {'; '.join(changes)}: go back to that INS_SEGMENT.BLOCK_SIZE or "
@@ -191,7 +190,7 @@ class RagStore(ABC):
         for merge_function in self.merge_functions():
             self.drop_edges(merge_function)
         self._drop(NODES)
-        self._write_settings()
+        self._write_record(self._record)
 
     def drop_edges(self, merge_function: str) -> None:
         """Remove the edges of one merge function."""
@@ -253,12 +252,12 @@ class RagStore(ABC):
         """Remove a table if it exists."""
 
     @abstractmethod
-    def _read_settings(self) -> Settings | None:
-        """Return the settings that are kept with the graph, None if there are none."""
+    def _read_record(self) -> Record | None:
+        """Return the record that is kept with the graph, None if there is none."""
 
     @abstractmethod
-    def _write_settings(self) -> None:
-        """Keep `self._settings` with the graph."""
+    def _write_record(self, record: Record) -> None:
+        """Keep a record with the graph. It replaces the earlier one, and is kept when tables are dropped."""
 
 
 def _edges(columns: Columns) -> Edges:
