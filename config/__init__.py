@@ -1,1 +1,1 @@
-"""Config files: one per data set, each with only what differs from the defaults."""
+"""Config files, one per data set. Each holds only what differs from the defaults."""

@@ -1,4 +1,4 @@
-"""The defaults of every key. They are explained in lsdseg/config/defaults.py, where the code reads them."""
+"""The defaults of all keys, for config files that start from them. lsdseg/config/defaults.py explains each key."""
 
 from lsdseg.config.defaults import get_cfg_defaults
 

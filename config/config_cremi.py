@@ -1,4 +1,4 @@
-"""CREMI: adult fly brain, serial sections, 40 x 4 x 4 nm (cremi.org). Only what differs from config.py."""
+"""CREMI: adult fly brain, serial sections, 40 x 4 x 4 nm (cremi.org). Holds only what differs from the defaults."""
 
 from yacs.config import CfgNode
 
@@ -15,7 +15,7 @@ _C.TRAIN = CfgNode()
 _C.TRAIN.EPOCHS = 300_000
 _C.TRAIN.SAVE_EVERY = 5000
 
-# The defaults of MODEL_ANISO were made for this data; these two are repeated as what one changes first.
+# The defaults of MODEL_ANISO are made for this data. These two are repeated because you will change them first.
 _C.MODEL_ANISO = CfgNode()
 _C.MODEL_ANISO.VOXEL_SIZE = (40, 4, 4)
 _C.MODEL_ANISO.INPUT_SHAPE = (132, 268, 268)

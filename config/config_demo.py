@@ -1,6 +1,6 @@
-"""The phantom of `make demo`: a network that learns to see its neurites in minutes on two CPU cores.
+"""The phantom of `make demo`: a network that learns to find its neurites in minutes on two CPU cores.
 
-Only what differs from config.py.
+Holds only what differs from the defaults.
 """
 
 from yacs.config import CfgNode
@@ -8,7 +8,7 @@ from yacs.config import CfgNode
 _C = CfgNode()
 
 _C.SYSTEM = CfgNode()
-# One core makes batches, the other one trains.
+# One core makes batches, the other trains.
 _C.SYSTEM.NUM_WORKERS = 1
 _C.SYSTEM.CACHE_SIZE = 10
 
@@ -33,14 +33,14 @@ _C.MODEL_ISO.FMAP_INC_FACTOR = 2
 _C.MODEL_ISO.DOWNSAMPLE_FACTORS = [[2, 2, 2], [2, 2, 2]]
 _C.MODEL_ISO.KERNEL_SIZE_DOWN = None
 _C.MODEL_ISO.KERNEL_SIZE_UP = None
-# Every voxel of a small patch is supervised.
+# With "same" padding, every voxel of a small patch is supervised.
 _C.MODEL_ISO.PAD_CONV = "same"
 _C.MODEL_ISO.INPUT_SHAPE = (48, 48, 48)
 _C.MODEL_ISO.GROW_INPUT = (8, 8, 8)
-# With DATA.DIM_2D True.
+# For DATA.DIM_2D True.
 _C.MODEL_ISO.DOWNSAMPLE_FACTORS_2D = [[2, 2], [2, 2], [2, 2]]
 _C.MODEL_ISO.INPUT_SHAPE_2D = (96, 96)
-# Mirroring and transposing are enough for phantoms that all look alike.
+# Phantoms all look alike, so mirroring and transposing are enough.
 _C.MODEL_ISO.PROB_ELASTIC = 0.0
 
 _C.INS_SEGMENT = CfgNode()

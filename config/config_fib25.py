@@ -1,6 +1,7 @@
-"""FIB-25: fly medulla, FIB-SEM, 10 x 10 x 10 nm, with a recipe for an hour on two CPU cores.
+"""FIB-25: fly medulla, FIB-SEM, 10 x 10 x 10 nm. The recipe takes an hour on two CPU cores.
 
-Only what differs from config.py. On a GPU, widen the network, take larger patches and train longer; see README.md.
+Holds only what differs from the defaults. On a GPU, use a wider network and larger patches, and train longer; see
+README.md.
 """
 
 from yacs.config import CfgNode
@@ -8,7 +9,7 @@ from yacs.config import CfgNode
 _C = CfgNode()
 
 _C.SYSTEM = CfgNode()
-# One core makes batches, the other one trains.
+# One core makes batches, the other trains.
 _C.SYSTEM.NUM_WORKERS = 1
 _C.SYSTEM.CACHE_SIZE = 10
 
@@ -17,7 +18,7 @@ _C.DATA.DATA_DIR_PATH = "data"
 _C.DATA.BRAIN_VOL = "FIB25"
 
 _C.TRAIN = CfgNode()
-# Nine channels, so that one network serves both methods of segmentation.
+# Nine channels, so that one network serves both segmentation methods.
 _C.TRAIN.NEIGHBORHOOD = "LR_NEIGHBORHOOD"
 _C.TRAIN.NEIGHBORHOOD_2D = "LR_NEIGHBORHOOD"
 _C.TRAIN.EPOCHS = 4000
@@ -33,14 +34,14 @@ _C.MODEL_ISO.NUM_FMAPS = 16
 _C.MODEL_ISO.NUM_FMAPS_OUT = 16
 _C.MODEL_ISO.FMAP_INC_FACTOR = 2
 _C.MODEL_ISO.DOWNSAMPLE_FACTORS = [[2, 2, 2], [2, 2, 2], [2, 2, 2]]
-# All 64^3 voxels of a patch are supervised; a valid network would need 152^3 voxels of input for as many.
+# All 64^3 voxels of a patch are supervised. With "valid" padding that would take an input of 152^3 voxels.
 _C.MODEL_ISO.PAD_CONV = "same"
 _C.MODEL_ISO.INPUT_SHAPE = (64, 64, 64)
 _C.MODEL_ISO.GROW_INPUT = (40, 40, 40)
-# With DATA.DIM_2D True.
+# For DATA.DIM_2D True.
 _C.MODEL_ISO.DOWNSAMPLE_FACTORS_2D = [[2, 2], [2, 2], [2, 2]]
 _C.MODEL_ISO.INPUT_SHAPE_2D = (128, 128)
-# The sections are well aligned, and mirroring and transposing alone give 48 views of a patch.
+# The sections are well aligned, and mirroring and transposing alone give 48 views of each patch.
 _C.MODEL_ISO.PROB_ELASTIC = 0.15
 _C.MODEL_ISO.JITTER_SIGMA = (2, 2, 2)
 _C.MODEL_ISO.PROB_SLIP = 0.0
@@ -52,7 +53,7 @@ _C.MODEL_ISO.INTENSITYAUG_SHIFT_MIN = -0.1
 _C.MODEL_ISO.INTENSITYAUG_SHIFT_MAX = 0.1
 
 _C.INS_SEGMENT = CfgNode()
-# The 75th percentile of the affinities between two fragments was the best of several on held-out sections, and
-# fragments that were merged before it sees them only cost it evidence.
+# Of several merge functions, the 75th percentile of the affinities between two fragments scored best on held-out
+# sections. Merging fragments before that only takes evidence from it.
 _C.INS_SEGMENT.MERGE_FUNCTION = "hist_quant_75"
 _C.INS_SEGMENT.EPSILON_AGGLOMERATE = 0.0

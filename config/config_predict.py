@@ -1,8 +1,8 @@
-"""What to set to predict and segment; the rest is as in config.py.
+"""What to set to predict and segment with a checkpoint that comes without a config.
 
-Training leaves a complete predict config beside each checkpoint, with the network that it trained: take that
-with `-c` where you have it. This file is for checkpoints that come without one, and the network must be
-described below as it was for training.
+Training writes a complete config, `config_predict.yaml`, beside its checkpoints: pass that with `-c` if you have it.
+Otherwise use this file, and describe the network below exactly as it was in training. Holds only what differs from the
+defaults.
 """
 
 from yacs.config import CfgNode
@@ -13,13 +13,13 @@ _C.SYSTEM = CfgNode()
 _C.SYSTEM.NUM_WORKERS = 5
 
 _C.DATA = CfgNode()
-# Predict every zarr in HOME/DATA_DIR_PATH/BRAIN_VOL/data_3d/test; results go to HOME/lsd_outputs.
+# Every zarr in HOME/DATA_DIR_PATH/BRAIN_VOL/data_3d/test is predicted. Results go to HOME/lsd_outputs.
 _C.DATA.BRAIN_VOL = "HEMI"
-# 1 for isotropic data and MODEL_ISO, 0 for anisotropic data and MODEL_ANISO.
+# 1: isotropic data, uses MODEL_ISO. 0: anisotropic data, uses MODEL_ANISO.
 _C.DATA.FIB = 1
 
 _C.TRAIN = CfgNode()
-# The weights, such as /data/lsd_checkpoints/MTLSD_3D/HEMI/run/model_checkpoint_300000, and their model type.
+# The weights, e.g. /data/lsd_checkpoints/MTLSD_3D/HEMI/run/model_checkpoint_300000, and their model type.
 _C.TRAIN.CHECKPOINT = ""
 _C.TRAIN.MODEL_TYPE = "MTLSD"
 

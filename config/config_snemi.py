@@ -1,6 +1,6 @@
 """SNEMI3D: mouse cortex, serial sections, 29 x 6 x 6 nm (zenodo.org/records/7142003).
 
-Only what differs from config.py.
+Holds only what differs from the defaults.
 """
 
 from yacs.config import CfgNode
@@ -18,7 +18,7 @@ _C.TRAIN = CfgNode()
 _C.TRAIN.EPOCHS = 200_000
 _C.TRAIN.SAVE_EVERY = 5000
 
-# 3x3x3 kernels everywhere, and 2 as last factor: voxels are less anisotropic than in CREMI.
+# Voxels are less anisotropic than in CREMI: all kernels are 3x3x3, and the last factor is 2.
 _C.MODEL_ANISO = CfgNode()
 _C.MODEL_ANISO.VOXEL_SIZE = (29, 6, 6)
 _C.MODEL_ANISO.DOWNSAMPLE_FACTORS = [[1, 2, 2], [2, 2, 2], [2, 2, 2]]

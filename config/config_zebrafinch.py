@@ -1,4 +1,4 @@
-"""Zebra finch basal ganglia, serial block-face, 20 x 9 x 9 nm. Only what differs from config.py."""
+"""Zebra finch: basal ganglia, serial block-face, 20 x 9 x 9 nm. Holds only what differs from the defaults."""
 
 from yacs.config import CfgNode
 

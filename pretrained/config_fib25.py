@@ -1,6 +1,6 @@
 """Predict and segment with the weights in this folder: FIB-SEM, 10 x 10 x 10 nm.
 
-The recipe that they were trained with, and only what differs from it. README.md beside this file says what they are.
+This is the config that they were trained with, with two changes. README.md in this folder describes the weights.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from lsdseg.config.loader import read_config_file
 HERE = Path(__file__).resolve().parent
 
 _C = CfgNode(read_config_file(HERE.parent / "config" / "config_fib25.py"))
-# Absolute, because relative paths in a config count from the current directory.
+# Absolute, because relative paths in a config start at the current directory.
 _C.TRAIN.CHECKPOINT = str(HERE / "fib25_mtlsd" / "model_checkpoint_6000")
-# In the middle of the thresholds that scored best on held-out sections.
+# The middle of the thresholds that scored best on held-out sections.
 _C.INS_SEGMENT.THRESHOLDS = [0.5]

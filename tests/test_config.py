@@ -13,7 +13,7 @@ from lsdseg.cli import run_script
 from lsdseg.config.defaults import get_cfg_defaults
 from lsdseg.config.loader import CHECKOUT, dump_config, load_config
 from lsdseg.config.network_shapes import input_shape_for, nearest_input_shapes, output_shape
-from lsdseg.config.rules import RULES
+from lsdseg.config.rules import RULES, canonical
 from lsdseg.errors import UserError
 
 CONFIG_FILES = sorted(p.name for p in (CHECKOUT / "config").glob("config*.py"))
@@ -208,8 +208,15 @@ def test_defaults_are_the_published_ones():
 
 def test_defaults_and_rules_name_the_same_keys():
     defaults = {f"{section}.{name}" for section, keys in get_cfg_defaults().items() for name in keys}
-    assert defaults <= set(RULES)
-    assert {key for key in RULES if not key.endswith("_2D")} <= defaults
+    rules = {key for key in RULES if not key.endswith("_2D") or key in defaults}
+    assert not defaults - rules, f"add a rule to RULES in lsdseg/config/rules.py for {sorted(defaults - rules)}"
+    assert not rules - defaults, f"add a default to lsdseg/config/defaults.py for {sorted(rules - defaults)}"
+
+
+def test_every_default_is_allowed_by_its_rule():
+    for section, keys in get_cfg_defaults().items():
+        for name, value in keys.items():
+            canonical(f"{section}.{name}", value)
 
 
 def test_later_sources_win():
@@ -299,6 +306,16 @@ def test_relative_paths_become_absolute(tmp_path):
     assert flat.MODEL.LOG_DIR.endswith("lsd_logs/MTLSD_2D/HEMI/wide")
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["DATA.OUTFILE", "TRAIN.CHECKPOINT_AC", "TRAIN.VALIDATION_VOLUME", "INS_SEGMENT.MASK_FILE"]
+    + [f"MODEL_ANISO.{name}" for name in ("LOG_DIR", "CKPT_FOLDER", "OUTPUT_DIR", "DEFECT_AUGMENT")],
+)
+def test_every_path_is_made_absolute(tmp_path, key):
+    section, name = key.split(".")
+    assert load_config(None, [key, "some/where"])[section][name] == str(tmp_path / "some/where")
+
+
 def test_logs_and_snapshots_go_by_the_name_of_the_checkpoints_folder():
     model = load_config(None, ["MODEL_ISO.CKPT_FOLDER", "/runs/wide", "DATA.HOME", "/data"]).MODEL
     assert (model.CKPT_FOLDER, model.LOG_DIR) == ("/runs/wide", "/data/lsd_logs/MTLSD_3D/HEMI/wide")
@@ -363,7 +380,7 @@ def test_all_shapes_of_an_auto_context_model_have_one_middle():
         (["TRAIN.INITIAL_LR", "nan"], ["TRAIN.INITIAL_LR", "above 0"]),
         (["TRAIN.LR_BETAS", (0.95, 1.0)], ["TRAIN.LR_BETAS is (0.95, 1.0)", "from 0 to below 1"]),
         (["TRAIN.EMA", 1], ["TRAIN.EMA is 1", "from 0 to below 1"]),
-        (["MODEL_ANISO.IN_CHANNELS", 3], ["MODEL_ANISO.IN_CHANNELS is 3", "1, as raw has one channel"]),
+        (["MODEL_ANISO.IN_CHANNELS", 3], ["MODEL_ANISO.IN_CHANNELS is 3", "1, because raw has one channel"]),
         (["TRAIN.EPOCHS", float("inf")], ["TRAIN.EPOCHS", "whole number"]),
         (["TRAIN.EPOCHS", None], ["TRAIN.EPOCHS is None", "whole number"]),
         (["TRAIN.MODEL_TYPE", "MTLDS"], ["TRAIN.MODEL_TYPE is 'MTLDS'", "MTLSD, LSD, AFF"]),

@@ -1,13 +1,13 @@
-"""Merge the defaults, a file, `./experiment.yaml` and the command line; only then check and resolve.
+"""Load a config: merge the defaults, a config file, `./experiment.yaml` and the command line, then check and resolve.
 
-Nothing is derived before all sources are merged, so that `DATA.HOME /data` alone moves every folder. Later
-sources win: `config.py`, the file, `./experiment.yaml`, `KEY VALUE` pairs. The result is frozen.
+Later sources override earlier ones. Nothing is derived before all sources are merged, so `DATA.HOME /data` alone moves
+every folder. The result is frozen.
 """
 
 import difflib
-import os
 import re
 import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,74 +31,68 @@ from lsdseg.files import write_whole
 CHECKOUT = Path(__file__).resolve().parents[2]
 EXPERIMENT = "experiment.yaml"
 SECTIONS = tuple(dict.fromkeys(key.partition(".")[0] for key in RULES))
-# The section that loading derives; it is no setting, so files may hold it and it is not written to them.
+MODEL_SECTIONS = ("MODEL_ISO", "MODEL_ANISO")
+# Loading derives this section. Files may hold it, but it is ignored, and it is not written to them.
 DERIVED_SECTION = "MODEL"
-PATH_KEYS = (
-    "DATA.HOME",
-    "DATA.OUTFILE",
-    "TRAIN.CHECKPOINT",
-    "TRAIN.CHECKPOINT_AC",
-    "TRAIN.VALIDATION_VOLUME",
-    "INS_SEGMENT.MASK_FILE",
-) + tuple(
-    f"{section}.{name}{suffix}"
-    for section in ("MODEL_ISO", "MODEL_ANISO")
-    for name in ("LOG_DIR", "CKPT_FOLDER", "OUTPUT_DIR", "DEFECT_AUGMENT")
-    for suffix in ("", "_2D")
-)
-# Voxels by which tiles grow for prediction where the network can take it.
+# Keys of MODEL_* for the folders of a run, and the folders of HOME that these lie in by default.
+RUN_FOLDERS = {"LOG_DIR": "lsd_logs", "CKPT_FOLDER": "lsd_checkpoints", "OUTPUT_DIR": "lsd_snapshots"}
+# Keys of MODEL_* that describe the network, in the order of the arguments of `network_shapes`.
+NETWORK = ("DOWNSAMPLE_FACTORS", "KERNEL_SIZE_DOWN", "KERNEL_SIZE_UP", "PAD_CONV")
+# Default of GROW_INPUT, if the network can take it.
 GROW_INPUT = 36
+# Where settings come from, for messages, and (key, value) pairs.
+Source = tuple[str, Iterable[tuple[str, Any]]]
 
 
-def load_config(path: str | Path | None = None, overrides=()) -> CfgNode:
-    """The validated, resolved and frozen config.
+def load_config(path: str | Path | None = None, overrides: Sequence[Any] = ()) -> CfgNode:
+    """Return the checked, resolved and frozen config.
 
     Args:
-        path: a `.py` file (executed; its `cfg`, `_C` or `get_cfg_defaults()` counts) or a `.yaml` file. A
-            relative path is looked for below the current directory, then below the checkout; a bare name also
-            in the checkout's `config/`.
+        path: a `.py` file (it is executed, and must define `cfg`, `_C` or `get_cfg_defaults()`) or a `.yaml` file.
+            A relative path is looked up in the current directory, then in the checkout; a bare name also in the
+            checkout's `config/`. None: no file.
         overrides: KEY, VALUE, KEY, VALUE ...
 
     Returns:
-        The sections of `config.config`, and `MODEL`: MODEL_ISO or MODEL_ANISO by DATA.FIB, with every kernel
-        spelled out, RAW_SHAPE, the voxels of raw that a training patch needs, and CONTEXT, those that a tile of the
-        prediction needs on every side of its output. In 2D the values of the `_2D` keys stand in `MODEL` and in
-        `TRAIN.NEIGHBORHOOD` under the plain names, too.
+        The sections of `lsdseg.config.defaults`, and a section `MODEL`: MODEL_ISO or MODEL_ANISO, as DATA.FIB says,
+        with every kernel written out. `MODEL.RAW_SHAPE` is the size in voxels of the raw data that a training patch
+        needs. `MODEL.CONTEXT` is the context in voxels that a tile needs on each side of its output in prediction. In
+        2D, the keys of `MODEL` and `TRAIN.NEIGHBORHOOD` hold the values of the keys with the suffix `_2D`.
 
     Raises:
-        UserError: no such file, an error in it, an unknown key, or a value that is not allowed.
+        UserError: there is no such file, it contains an error, a key is unknown, or a value is not allowed.
     """
-    sources = [("config/config.py", _entries(get_cfg_defaults()))]
+    sources: list[Source] = [("config/config.py", _entries(get_cfg_defaults()))]
     files = [] if path is None else [find_config(path)]
     files += [Path(EXPERIMENT)] if Path(EXPERIMENT).is_file() else []
     sources += [(str(file), _entries(read_config_file(file))) for file in files]
     sources += [("command line", _pairs(overrides))]
-    return _merged(sources)
+    return _merge(sources)
 
 
-def derived_config(cfg: CfgNode, settings: dict[str, Any]) -> CfgNode:
-    """A loaded config with other settings (key -> value); what they decide is worked out anew.
+def derived_config(cfg: CfgNode, settings: Mapping[str, Any]) -> CfgNode:
+    """Return a loaded config with other settings (key -> value). What depends on them is derived again.
 
     Raises:
-        UserError: as `load_config`.
+        UserError: as for `load_config`.
     """
     resolved = ((key, value) for key, value in _entries(cfg) if key not in settings)
-    return _merged([("the config", resolved), ("derived", settings.items())])
+    return _merge([("the config", resolved), ("derived", settings.items())])
 
 
-def _merged(sources) -> CfgNode:
-    """The config from (origin, key-value pairs) of which later ones win."""
+def _merge(sources: Sequence[Source]) -> CfgNode:
+    """Merge sources, the later ones over the earlier ones, and resolve the result."""
     cfg = CfgNode({section: {} for section in SECTIONS})
-    origins = {}
+    origins: dict[str, str] = {}
     for origin, entries in sources:
         for key, value in entries:
             if key not in RULES:
-                raise UserError(f"unknown key {key} ({origin}): the nearest known one is {_nearest(key)}")
+                raise UserError(f"unknown key {key} ({origin}): did you mean {_nearest(key)}?")
             section, _, name = key.partition(".")
             try:
                 cfg[section][name] = canonical(key, value)
             except ValueError as error:
-                raise UserError(f"{key} is {value!r} ({origin}): allowed is {error}") from None
+                raise UserError(f"{key} is {value!r} ({origin}), but must be {error}") from None
             origins[key] = origin
     _resolve(cfg, origins)
     cfg.freeze()
@@ -106,18 +100,22 @@ def _merged(sources) -> CfgNode:
 
 
 def find_config(path: str | Path) -> Path:
-    """The config file that the user means; see `load_config`."""
+    """Return the config file that the user means; see `load_config`.
+
+    Raises:
+        UserError: there is no such file.
+    """
     path = Path(path).expanduser()
     places = [Path.cwd(), CHECKOUT] + ([CHECKOUT / "config"] if path.name == str(path) else [])
     for place in places:
         if (place / path).is_file():
             return place / path
-    looked = "" if path.is_absolute() else f" in {', '.join(dict.fromkeys(map(str, places)))}"
-    raise UserError(f"there is no config file {path}{looked}: check the path given with -c")
+    searched = "" if path.is_absolute() else f" in {', '.join(dict.fromkeys(map(str, places)))}"
+    raise UserError(f"there is no config file {path}{searched}: check the path after -c")
 
 
 def dump_config(cfg: CfgNode, path: str | Path) -> None:
-    """Write a loaded config as YAML that loads to an equal one, without user name and password in DATA.DB_HOST.
+    """Write a loaded config as YAML that loads to an equal config, without user name and password in DATA.DB_HOST.
 
     Raises:
         UserError: the file cannot be written.
@@ -127,29 +125,34 @@ def dump_config(cfg: CfgNode, path: str | Path) -> None:
 
 
 def config_text(cfg: CfgNode) -> str:
-    """The YAML that `dump_config` writes."""
+    """Return the YAML that `dump_config` writes."""
     tree = {section: dict(keys) for section, keys in cfg.items() if section != DERIVED_SECTION}
     tree["DATA"]["DB_HOST"] = re.sub(r"^(\w+://)?.*@", r"\1", tree["DATA"]["DB_HOST"])
-    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=110)
+    return str(yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=110))
 
 
-def read_config_file(file: Path) -> dict:
-    """The tree of sections that a config file holds."""
+def read_config_file(file: Path) -> dict[str, Any]:
+    """Return what a config file holds: section -> name -> value, unchecked.
+
+    Raises:
+        UserError: the file cannot be read or contains an error.
+    """
     if file.suffix == ".py":
         return _run_python(file)
     if file.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{file}: a config file ends in .py, .yaml or .yml")
+        raise UserError(f"{file}: the name of a config file must end in .py, .yaml or .yml")
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{file} cannot be read as YAML: {error}") from None
     if not isinstance(tree, dict | None):
-        raise UserError(f"{file} holds {tree!r:.60}: it must hold sections such as TRAIN:")
+        raise UserError(f"{file} contains {tree!r:.60}, but must contain sections such as TRAIN:")
     return tree or {}
 
 
-def _run_python(file: Path) -> dict:
-    namespace = {"__name__": file.stem, "__file__": str(file)}
+def _run_python(file: Path) -> dict[str, Any]:
+    """Execute a config file and return its settings."""
+    namespace: dict[str, Any] = {"__name__": file.stem, "__file__": str(file)}
     try:
         exec(compile(file.read_bytes(), str(file), "exec"), namespace)
         candidates = [namespace.get("cfg"), namespace.get("_C")]
@@ -163,11 +166,11 @@ def _run_python(file: Path) -> dict:
     for tree in candidates:
         if isinstance(tree, dict):
             return tree
-    raise UserError(f"{file} gives no settings: it must define cfg, _C or get_cfg_defaults()")
+    raise UserError(f"{file} contains no settings: define cfg, _C or get_cfg_defaults() in it")
 
 
-def _entries(tree: dict):
-    """The ("SECTION.NAME", value) pairs of a tree; what is no section comes out as it is, to be refused."""
+def _entries(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the ("SECTION.NAME", value) pairs of a tree. What is no section comes out unchanged, to be refused."""
     for section, keys in tree.items():
         if section == DERIVED_SECTION or (section in SECTIONS and keys in (None, {})):
             continue
@@ -177,84 +180,83 @@ def _entries(tree: dict):
             yield str(section), keys
 
 
-def _pairs(overrides) -> list[tuple[str, Any]]:
-    """The (key, value) pairs of a flat list."""
+def _pairs(overrides: Sequence[Any]) -> list[tuple[str, Any]]:
+    """Return the (key, value) pairs of a flat list."""
     keys, values = overrides[::2], overrides[1::2]
     if len(keys) > len(values):
-        # With a value forgotten in the middle, the next key sits in its place.
-        lonely = next((k for k, v in zip(keys, values, strict=False) if v in RULES), keys[-1])
-        raise UserError(f"{lonely} has no value: settings on the command line are KEY VALUE pairs")
+        # If a value is missing in the middle, the next key is in its place.
+        without_value = next((k for k, v in zip(keys, values, strict=False) if v in RULES), keys[-1])
+        raise UserError(f"{without_value} has no value: settings on the command line are KEY VALUE pairs")
     return list(zip(keys, values, strict=True))
 
 
 def _nearest(key: str) -> str:
-    """The known key that was probably meant: the same name in another section, else the most similar one."""
+    """Return the known key that was probably meant: the same name in another section, else the most similar one."""
     name = key.upper().rpartition(".")[2]
     same_name = [known for known in RULES if known.endswith(f".{name}")]
     return difflib.get_close_matches(key.upper(), same_name or RULES, n=1, cutoff=0)[0]
 
 
-def _resolve(cfg: CfgNode, origins: dict[str, str]) -> None:
-    """Fill in what is None, make paths absolute, set cfg.MODEL, and check what depends on several keys."""
+def _resolve(cfg: CfgNode, origins: Mapping[str, str]) -> None:
+    """Fill in what is None, set cfg.MODEL, and check what depends on several keys."""
     data, train, preprocess = cfg.DATA, cfg.TRAIN, cfg.PREPROCESS
-    dims = 2 if data.DIM_2D else 3
-
-    for key in PATH_KEYS:
-        section, _, name = key.partition(".")
-        if cfg[section].get(name):
-            cfg[section][name] = _absolute(cfg[section][name])
     data.OUTFILE = data.OUTFILE or f"{data.HOME}/lsd_outputs"
     data.DB_NAME = data.DB_NAME or "lsd_parallel_fragments"
-
     if preprocess.EXPORT_2D_FROM_3D is None:
         preprocess.EXPORT_2D_FROM_3D = data.DIM_2D
     preprocess.SOURCE_DATA_OFFSET = preprocess.SOURCE_DATA_OFFSET or (0, 0, 0)
     preprocess.SOURCE_DATA_RESOLUTION = preprocess.SOURCE_DATA_RESOLUTION or (8, 8, 8)
-
     if MODEL_TYPES[train.MODEL_TYPE].first and not train.CHECKPOINT_AC:
         train.LSD_EPOCHS = train.LSD_EPOCHS or train.EPOCHS
+
+    dims = 2 if data.DIM_2D else 3
+    _resolve_neighborhood(cfg, dims, origins)
+    used = "MODEL_ISO" if data.FIB else "MODEL_ANISO"
+    for section in MODEL_SECTIONS:
+        _resolve_model(cfg, section, dims, used, origins)
+    cfg.MODEL = _model_in_use(cfg[used], dims)
+    _derive_inputs(cfg.MODEL, MODEL_TYPES[train.MODEL_TYPE])
+    _check_model(cfg.MODEL, used, dims, origins)
+
+
+def _resolve_neighborhood(cfg: CfgNode, dims: int, origins: Mapping[str, str]) -> None:
+    """Write out LR_NEIGHBORHOOD, and in 2D let TRAIN.NEIGHBORHOOD hold the offsets of a section."""
+    train = cfg.TRAIN
     if train.NEIGHBORHOOD == "LR_NEIGHBORHOOD":
         train.NEIGHBORHOOD = [list(offset) for offset in train.LR_NEIGHBORHOOD]
     if train.NEIGHBORHOOD_2D == "LR_NEIGHBORHOOD":
         train.NEIGHBORHOOD_2D = [list(offset[-2:]) for offset in train.LR_NEIGHBORHOOD if offset[0] == 0]
-    if data.DIM_2D:
+    if dims == 2:
         train.NEIGHBORHOOD = [list(offset) for offset in train.NEIGHBORHOOD_2D]
     if any(len(offset) != dims for offset in train.NEIGHBORHOOD):
-        key = "TRAIN.NEIGHBORHOOD_2D" if data.DIM_2D else "TRAIN.NEIGHBORHOOD"
-        raise _refusal(key, train.NEIGHBORHOOD, origins, f"in {dims}D every offset has {dims} numbers")
-
-    used = "MODEL_ISO" if data.FIB else "MODEL_ANISO"
-    for section in ("MODEL_ISO", "MODEL_ANISO"):
-        model = cfg[section]
-        # Logs and snapshots of a run lie in folders of its checkpoints' name.
-        run = Path((data.DIM_2D and model.get("CKPT_FOLDER_2D")) or model.CKPT_FOLDER or "run").name
-        model.VOXEL_SIZE_2D = model.VOXEL_SIZE_2D or model.VOXEL_SIZE[1:]
-        model.LSDS = model.LSDS or (6 if data.DIM_2D else 10)
-        for name, folder in [
-            ("LOG_DIR", "lsd_logs"),
-            ("CKPT_FOLDER", "lsd_checkpoints"),
-            ("OUTPUT_DIR", "lsd_snapshots"),
-        ]:
-            model[name] = model[name] or f"{data.HOME}/{folder}/{train.MODEL_TYPE}_{dims}D/{data.BRAIN_VOL}/{run}"
-        for suffix, axes in (("", 3), ("_2D", 2)):
-            try:
-                _fit_network(model, section, suffix, origins)
-            except UserError:
-                if section == used and axes == dims:
-                    raise
-
-    cfg.MODEL = _model_in_use(cfg[used], dims)
-    _fit_inputs(cfg.MODEL, MODEL_TYPES[train.MODEL_TYPE])
-    _check_model(cfg.MODEL, used, dims, origins)
+        key = "TRAIN.NEIGHBORHOOD_2D" if dims == 2 else "TRAIN.NEIGHBORHOOD"
+        raise _bad_value(key, train.NEIGHBORHOOD, origins, f"in {dims}D every offset needs {dims} numbers")
 
 
-def _fit_network(model: CfgNode, section: str, suffix: str, origins: dict[str, str]) -> None:
-    """Fill in OUTPUT_SHAPE and GROW_INPUT, or check those given, by what the network does to INPUT_SHAPE."""
+def _resolve_model(cfg: CfgNode, section: str, dims: int, used: str, origins: Mapping[str, str]) -> None:
+    """Fill in what is None in MODEL_ISO or MODEL_ANISO. Shapes must fit only the network in use."""
+    model, data = cfg[section], cfg.DATA
+    # The folders for logs and snapshots of a run have the name of its folder for checkpoints.
+    run = Path((data.DIM_2D and model.get("CKPT_FOLDER_2D")) or model.CKPT_FOLDER or "run").name
+    for name, folder in RUN_FOLDERS.items():
+        model[name] = model[name] or f"{data.HOME}/{folder}/{cfg.TRAIN.MODEL_TYPE}_{dims}D/{data.BRAIN_VOL}/{run}"
+    model.VOXEL_SIZE_2D = model.VOXEL_SIZE_2D or model.VOXEL_SIZE[1:]
+    model.LSDS = model.LSDS or (6 if data.DIM_2D else 10)
+    for suffix, axes in (("", 3), ("_2D", 2)):
+        try:
+            _derive_shapes(model, section, suffix, origins)
+        except UserError:
+            if section == used and axes == dims:
+                raise
 
-    def value(name):
+
+def _derive_shapes(model: CfgNode, section: str, suffix: str, origins: Mapping[str, str]) -> None:
+    """Compute OUTPUT_SHAPE and GROW_INPUT from the network and INPUT_SHAPE, or check those that are given."""
+
+    def value(name: str) -> Any:
         return model.get(name + suffix, model[name])
 
-    network = [value(n) for n in ("DOWNSAMPLE_FACTORS", "KERNEL_SIZE_DOWN", "KERNEL_SIZE_UP", "PAD_CONV")]
+    network = [value(name) for name in NETWORK]
     shape = value("INPUT_SHAPE")
     try:
         output = output_shape(shape, *network)
@@ -263,19 +265,19 @@ def _fit_network(model: CfgNode, section: str, suffix: str, origins: dict[str, s
         key = argument.upper()
         if key == "INPUT_SHAPE":
             possible = " or ".join(f"{i} -> {o}" for i, o in nearest_input_shapes(shape, *network))
-            reason += f"; nearest possible, with the output each gives: {possible}"
+            reason += f"; the nearest possible sizes, each with its output, are {possible}"
         elif key.startswith("KERNEL"):
-            reason += "; None is two kernels of width 3 on every level"
-        raise _refusal(f"{section}.{key}{suffix}", value(key), origins, reason) from None
+            reason += "; set it to None for two kernels of width 3 on every level"
+        raise _bad_value(f"{section}.{key}{suffix}", value(key), origins, reason) from None
 
     if any((i - o) % 2 for i, o in zip(shape, output, strict=True)):
-        reason = f"INPUT_SHAPE {shape} loses an odd number of voxels, to {output}, so that the two have no common "
-        reason += "middle; change factors or kernel sizes"
-        raise _refusal(f"{section}.DOWNSAMPLE_FACTORS{suffix}", network[0], origins, reason)
+        reason = f"INPUT_SHAPE {shape} loses an odd number of voxels and gives {output}, so input and output have no "
+        reason += "common center; change factors or kernel sizes"
+        raise _bad_value(f"{section}.DOWNSAMPLE_FACTORS{suffix}", network[0], origins, reason)
     given = value("OUTPUT_SHAPE")
     if given not in (None, output):
-        reason = f"from INPUT_SHAPE {shape} the network gives {output}; set that, or None"
-        raise _refusal(f"{section}.OUTPUT_SHAPE{suffix}", given, origins, reason)
+        reason = f"with INPUT_SHAPE {shape} the network gives {output}; set it to that, or to None"
+        raise _bad_value(f"{section}.OUTPUT_SHAPE{suffix}", given, origins, reason)
     model["OUTPUT_SHAPE" + suffix] = output
 
     steps = total_factor(network[0])
@@ -283,12 +285,12 @@ def _fit_network(model: CfgNode, section: str, suffix: str, origins: dict[str, s
     if grow is None:
         model["GROW_INPUT" + suffix] = tuple(GROW_INPUT // step * step for step in steps)
     elif any(g % step for g, step in zip(grow, steps, strict=True)):
-        reason = f"the network can only grow by multiples of {steps}"
-        raise _refusal(f"{section}.GROW_INPUT{suffix}", grow, origins, reason)
+        reason = f"the network can grow only by multiples of {steps}"
+        raise _bad_value(f"{section}.GROW_INPUT{suffix}", grow, origins, reason)
 
 
 def _model_in_use(section: CfgNode, dims: int) -> CfgNode:
-    """The section as the network is built from it: 2D values under plain names, every kernel spelled out."""
+    """Return the section that the network is built from: `_2D` values override in 2D, every kernel is written out."""
     model = section.clone()
     if dims == 2:
         model.update({name.removesuffix("_2D"): model[name] for name in section if name.endswith("_2D")})
@@ -298,9 +300,9 @@ def _model_in_use(section: CfgNode, dims: int) -> CfgNode:
     return model
 
 
-def _fit_inputs(model: CfgNode, model_type: ModelType) -> None:
-    """Work out RAW_SHAPE and CONTEXT, by what one network needs, or two in a row."""
-    network = [model[n] for n in ("DOWNSAMPLE_FACTORS", "KERNEL_SIZE_DOWN", "KERNEL_SIZE_UP", "PAD_CONV")]
+def _derive_inputs(model: CfgNode, model_type: ModelType) -> None:
+    """Compute RAW_SHAPE and CONTEXT: what one network needs, or two in a row."""
+    network = [model[name] for name in NETWORK]
     model.RAW_SHAPE, model.CONTEXT = model.INPUT_SHAPE, tile_context(*network)
     if model_type.first and model.PAD_CONV == "same":
         model.CONTEXT = tuple(2 * voxels for voxels in model.CONTEXT)
@@ -310,21 +312,16 @@ def _fit_inputs(model: CfgNode, model_type: ModelType) -> None:
         model.CONTEXT = tuple((raw - output) // 2 for raw, output in sizes)
 
 
-def _check_model(model: CfgNode, section: str, dims: int, origins: dict[str, str]) -> None:
+def _check_model(model: CfgNode, section: str, dims: int, origins: Mapping[str, str]) -> None:
+    """Refuse contradictions in the section of the network in use."""
     lsds = 6 if dims == 2 else 10
-    if lsds != model.LSDS:
-        raise _refusal(f"{section}.LSDS", model.LSDS, origins, f"in {dims}D there are {lsds}")
+    if model.LSDS != lsds:
+        raise _bad_value(f"{section}.LSDS", model.LSDS, origins, f"in {dims}D there are {lsds}")
     for name in ("INTENSITYAUG_SCALE", "INTENSITYAUG_SHIFT"):
         low, high = model[f"{name}_MIN"], model[f"{name}_MAX"]
         if low > high:
-            raise _refusal(f"{section}.{name}_MIN", low, origins, f"{name}_MAX is {high} and may not be smaller")
+            raise _bad_value(f"{section}.{name}_MIN", low, origins, f"it must not be above {name}_MAX, which is {high}")
 
 
-def _refusal(key: str, value: Any, origins: dict[str, str], reason: str) -> UserError:
+def _bad_value(key: str, value: Any, origins: Mapping[str, str], reason: str) -> UserError:
     return UserError(f"{key} is {value} ({origins.get(key, 'derived')}): {reason}")
-
-
-def _absolute(path: str) -> str:
-    """The path as it is if it is absolute, else counted from the current directory; ~ is the user's home."""
-    path = os.path.expanduser(path)
-    return path if os.path.isabs(path) else os.path.abspath(path)

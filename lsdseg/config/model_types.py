@@ -1,8 +1,8 @@
-"""What each task and each model type is: one entry here, from which all else follows.
+"""Tasks and model types: each is one entry in a table here.
 
-A task is what one head of a network predicts. A model type is a U-Net with one head per task. What goes into it is raw
-data, or what another model type, trained before, predicts from raw data (auto-context: Sheridan et al., Nature Methods
-2023). Network, targets, losses, config keys and the arrays on disk follow from these tables.
+A task is what one head of a network predicts. A model type is a U-Net with one head per task. Its input is raw, or what
+another model type, trained before, predicts from raw (auto-context: Sheridan et al., Nature Methods 2023). The network,
+targets, losses, config keys and arrays on disk all follow from these tables.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from yacs.config import CfgNode
 
 @dataclass(frozen=True)
 class Labels:
-    """A kind of ground truth; its entry in LABELS is also the key of DATA that names its dataset.
+    """A kind of ground truth. Its name in LABELS is also the key of DATA that names its dataset.
 
     Attributes:
         dataset: default name of the dataset in a zarr.
-        mask: the same for its mask, 1 where labels are known; the key of DATA ends in _MASK.
+        mask: default name of its mask, which is 1 where labels are known. The key of DATA ends in _MASK.
     """
 
     dataset: str
@@ -32,26 +32,26 @@ LABELS = {
 
 
 def lsd_channels(cfg: CfgNode) -> int:
-    """Number of LSDs: 10 in 3D, 6 in 2D."""
+    """Return the number of LSDs: 10 in 3D, 6 in 2D."""
     return 6 if cfg.DATA.DIM_2D else 10
 
 
 def affinity_offsets(cfg: CfgNode) -> list[list[int]]:
-    """Offsets (z, y, x) in voxels of the affinities' channels; in 2D, z is 0."""
+    """Return the offsets (z, y, x) in voxels of the affinities, one per channel. In 2D, z is 0."""
     return [[0] * (3 - len(offset)) + list(offset) for offset in cfg.TRAIN.NEIGHBORHOOD]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one head predicts; on disk it is `volumes/pred_TASK`.
+    """What one head predicts. On disk it is the dataset `volumes/pred_TASK`.
 
     Attributes:
-        head: name of the head in the state dict (contract with published checkpoints).
-        loss_weight: key of TRAIN that weighs its loss, a weighted mean squared error.
-        channels: from a config to the number of channels.
+        head: name of the head in the state dict. Published checkpoints depend on it.
+        loss_weight: key of TRAIN for the weight of its loss, a weighted mean squared error.
+        channels: takes a config and returns the number of channels.
         target: "module:function" that makes its training target; see `lsdseg.engine.training.targets`.
-        labels: name in LABELS of the ground truth that it is trained on.
-        attributes: from a config to attributes of the array on disk, beside its placement.
+        labels: name in LABELS of the ground truth to train on.
+        attributes: takes a config and returns attributes of the array on disk, in addition to its placement.
     """
 
     head: str
@@ -83,12 +83,12 @@ TASKS = {
 
 @dataclass(frozen=True)
 class ModelType:
-    """A network and what it is trained on.
+    """What a network predicts, and from what.
 
     Attributes:
         tasks: names in TASKS, in the order in which the network returns them.
-        inputs: what the network sees, in the order of its input channels: "raw", and tasks of `first`.
-        first: the model type whose predictions go into this one. None: only raw does.
+        inputs: what goes in, in the order of the input channels: "raw", and tasks of `first`.
+        first: the model type whose predictions go into this one. None: only raw goes in.
     """
 
     tasks: tuple[str, ...]
@@ -107,17 +107,17 @@ MODEL_TYPES = {
 
 
 def task_channels(cfg: CfgNode) -> dict[str, int]:
-    """Task -> number of output channels of the configured model type, in output order."""
+    """Return task -> number of output channels of the configured model type, in output order."""
     return {task: TASKS[task].channels(cfg) for task in MODEL_TYPES[cfg.TRAIN.MODEL_TYPE].tasks}
 
 
 def label_keys(cfg: CfgNode) -> list[str]:
-    """Keys of DATA that name the labels which the configured model type is trained on; those of neurons come first."""
+    """Return the keys of DATA for the labels that the configured model type is trained on, those of neurons first."""
     tasks = MODEL_TYPES[cfg.TRAIN.MODEL_TYPE].tasks
     return list(dict.fromkeys(["NEURON_LABELS", *(TASKS[task].labels for task in tasks)]))
 
 
 def input_channels(cfg: CfgNode) -> int:
-    """Number of input channels of the configured model type's own network; raw has one."""
+    """Return the number of input channels of the configured model type's own network. Raw has one."""
     inputs = MODEL_TYPES[cfg.TRAIN.MODEL_TYPE].inputs
     return sum(1 if name == "raw" else TASKS[name].channels(cfg) for name in inputs)

@@ -1,84 +1,131 @@
-"""Which output shape the U-Net gives: plain arithmetic, so that a config is checked without torch.
+"""The output shape of the U-Net, as plain arithmetic: checking a config does not need torch.
 
-The axes of a U-Net are independent of each other, so everything here is worked out for one axis at a time.
-With valid convolutions each kernel of width k takes k - 1 voxels, max-pooling by f needs a length that f
-divides, and after every up-sampling the feature map is cropped so that shifting the input by the product of
-the down-sampling factors shifts the output by exactly as much (translation equivariance; without it, tiles
-predicted side by side do not fit together). With padding "same" nothing is lost, and only the divisibility
-remains.
+The axes of a U-Net do not depend on each other, so everything here is computed for one axis at a time. With valid
+convolutions, a kernel of width k removes k - 1 voxels, and max-pooling by f needs a length that f divides. After every
+up-sampling the feature map is cropped, so that shifting the input by the product of the down-sampling factors shifts
+the output by exactly as much. Without this translation equivariance, tiles that are predicted side by side do not fit
+together. With "same" padding no voxels are lost, and only the divisibility remains.
+
+All functions take the network as the same four arguments:
+
+    downsample_factors: one factor per axis for each of n down-samplings.
+    kernel_size_down: the kernels of the convolutions on the way down, for n + 1 levels, finest level first. None: two
+        kernels of width 3 on every level.
+    kernel_size_up: the same for the n levels on the way up.
+    padding: "valid" or "same".
+
+A network that cannot be built raises ValueError with the text "argument: reason".
 """
 
 import math
+from collections.abc import Sequence
 from itertools import count
+from typing import NamedTuple
 
 AXES = "zyx"
 
 Shape = tuple[int, ...]
-Kernels = list[list[Shape]]
+Factors = Sequence[Sequence[int]]
+Kernels = Sequence[Sequence[Sequence[int]]]
 
 
-def default_kernels(levels: int, dims: int) -> Kernels:
-    """Two convolutions 3 voxels wide on each of `levels` levels: what a kernel size of None stands for."""
+class _Axis(NamedTuple):
+    """What a network does to one axis.
+
+    Attributes:
+        factors: down-sampling factors.
+        lost_down: voxels that the convolutions of each level remove on the way down.
+        lost_up: the same on the way up.
+    """
+
+    factors: list[int]
+    lost_down: list[int]
+    lost_up: list[int]
+
+
+def default_kernels(levels: int, dims: int) -> list[list[Shape]]:
+    """Return two convolutions of width 3 for each of `levels` levels: what a kernel size of None means."""
     return [[(3,) * dims, (3,) * dims] for _ in range(levels)]
 
 
-def output_shape(input_shape, downsample_factors, kernel_size_down=None, kernel_size_up=None, padding="valid") -> Shape:
-    """Output shape in voxels of the U-Net for an input shape in voxels.
-
-    Args:
-        input_shape: voxels per axis, 2 or 3 axes.
-        downsample_factors: one factor per axis for each of n down-samplings.
-        kernel_size_down: per level (n + 1 of them, finest first) the kernel of each convolution on the way
-            down; None for two kernels of width 3.
-        kernel_size_up: the same for the n levels on the way up.
-        padding: "valid" or "same".
+def output_shape(
+    input_shape: Sequence[int],
+    downsample_factors: Factors,
+    kernel_size_down: Kernels | None = None,
+    kernel_size_up: Kernels | None = None,
+    padding: str = "valid",
+) -> Shape:
+    """Return the output shape in voxels for an input shape in voxels (2 or 3 axes).
 
     Raises:
-        ValueError: "argument: reason" if the network cannot be built or cannot take such an input.
+        ValueError: "argument: reason" if the network cannot be built or cannot take this input.
     """
     axes = _axes(len(input_shape), downsample_factors, kernel_size_down, kernel_size_up, padding)
     sizes = []
     for name, size, axis in zip(AXES[-len(input_shape) :], input_shape, axes, strict=True):
         try:
-            sizes.append(_output_size(size, *axis))
+            sizes.append(_output_size(size, axis))
         except ValueError as error:
             raise ValueError(f"input_shape: axis {name}, {error}") from None
     return tuple(sizes)
 
 
-def input_shape_for(output, downsample_factors, kernel_size_down=None, kernel_size_up=None, padding="valid") -> Shape:
-    """The smallest input shape in voxels from which the network gives at least `output`, in the middle of its own.
+def input_shape_for(
+    output: Sequence[int],
+    downsample_factors: Factors,
+    kernel_size_down: Kernels | None = None,
+    kernel_size_up: Kernels | None = None,
+    padding: str = "valid",
+) -> Shape:
+    """Return the smallest input shape in voxels for which the network's output contains `output` in its center.
 
-    Raises ValueError if the network itself cannot be built.
+    Raises:
+        ValueError: the network cannot be built.
     """
     network = downsample_factors, kernel_size_down, kernel_size_up, padding
     axes = _axes(len(output), *network)
-    shape = tuple(_first_possible(count(size), axis, size) for size, axis in zip(output, axes, strict=True))
-    return _in_the_middle(shape, +1, output_shape(shape, *network), output, downsample_factors)
+    shape = tuple(_possible_size_from(size, axis, size) for size, axis in zip(output, axes, strict=True))
+    return _make_concentric(shape, +1, output_shape(shape, *network), output, downsample_factors)
 
 
-def input_shape_within(size, downsample_factors, kernel_size_down=None, kernel_size_up=None, padding="valid") -> Shape:
-    """The largest input shape in voxels that the network can take in the middle of the shape `size`.
+def input_shape_within(
+    size: Sequence[int],
+    downsample_factors: Factors,
+    kernel_size_down: Kernels | None = None,
+    kernel_size_up: Kernels | None = None,
+    padding: str = "valid",
+) -> Shape:
+    """Return the largest input shape in voxels that the network can take from the center of the shape `size`.
 
-    Raises ValueError if the network itself cannot be built.
+    Raises:
+        ValueError: the network cannot be built.
     """
     shape, _ = nearest_input_shapes(size, downsample_factors, kernel_size_down, kernel_size_up, padding)[0]
-    return _in_the_middle(shape, -1, size, shape, downsample_factors)
+    return _make_concentric(shape, -1, size, shape, downsample_factors)
 
 
 def nearest_input_shapes(
-    input_shape, downsample_factors, kernel_size_down=None, kernel_size_up=None, padding="valid"
+    input_shape: Sequence[int],
+    downsample_factors: Factors,
+    kernel_size_down: Kernels | None = None,
+    kernel_size_up: Kernels | None = None,
+    padding: str = "valid",
 ) -> list[tuple[Shape, Shape]]:
-    """The possible input shapes nearest to `input_shape`, each with its output shape, smaller one first.
+    """Return the possible input shapes nearest to `input_shape`, with their output shapes, the smaller one first.
 
-    Axes that are possible as they are stay; the others are rounded down in one answer and up in the other,
-    or up in both where the network cannot take less. Raises ValueError if the network itself cannot be
-    built.
+    Axes with a possible size keep it. The others are rounded down in the first shape and up in the second, or up in
+    both if the network cannot take less.
+
+    Returns:
+        One or two pairs (input shape, output shape), in voxels.
+
+    Raises:
+        ValueError: the network cannot be built.
     """
     axes = _axes(len(input_shape), downsample_factors, kernel_size_down, kernel_size_up, padding)
-    above = [_first_possible(count(size), axis) for size, axis in zip(input_shape, axes, strict=True)]
+    above = [_possible_size_from(size, axis) for size, axis in zip(input_shape, axes, strict=True)]
     below = [
-        _first_possible(range(size, 0, -1), axis) or larger
+        next((smaller for smaller in range(size, 0, -1) if _is_possible(smaller, axis)), larger)
         for size, axis, larger in zip(input_shape, axes, above, strict=True)
     ]
     return [
@@ -88,49 +135,63 @@ def nearest_input_shapes(
 
 
 def equivariant_size(size: int, step: int, lost: int) -> int:
-    """Length to which an up-sampled feature map of `size` voxels is cropped before convolutions take `lost`.
+    """Return the length to crop an up-sampled feature map to, before its convolutions.
 
-    What these leave is then a multiple of `step`, the product of the down-sampling factors from that level
-    to the bottom.
+    Args:
+        size: length of the feature map in voxels.
+        step: product of the down-sampling factors from this level to the bottom. The length after the convolutions is
+            a multiple of it.
+        lost: voxels that the convolutions remove.
     """
     return (size - lost) // step * step + lost
 
 
-def tile_context(downsample_factors, kernel_size_down=None, kernel_size_up=None, padding="valid") -> Shape:
-    """Voxels per axis and side that a tile needs around its output, so that tiles fit without a seam.
+def tile_context(
+    downsample_factors: Factors,
+    kernel_size_down: Kernels | None = None,
+    kernel_size_up: Kernels | None = None,
+    padding: str = "valid",
+) -> Shape:
+    """Return the voxels per axis and side that a tile needs around its output, so that tiles fit without a seam.
 
-    With valid convolutions that is what the network takes off. A network with "same" padding gives its
-    whole input, but only what lies farther from the rim than its receptive field reaches is free of the
-    padding; the answer is then a multiple of `total_factor`, since the max-pooling grid must lie the same
-    way in every tile. Raises as `output_shape`.
+    With valid convolutions, this is what the network removes. With "same" padding the output is as large as the input,
+    but padding affects it as far from the rim as the receptive field reaches. The context is then that reach, rounded
+    up to a multiple of `total_factor`, because the max-pooling grid must lie the same way in every tile.
+
+    Raises:
+        ValueError: the network cannot be built.
     """
     total = total_factor(downsample_factors)
     if padding == "valid":
         shape, output = nearest_input_shapes((1,) * len(total), downsample_factors, kernel_size_down, kernel_size_up)[0]
         return tuple((i - o) // 2 for i, o in zip(shape, output, strict=True))
     sides = []
-    for factors, lost_down, lost_up in _axes(len(total), downsample_factors, kernel_size_down, kernel_size_up, "valid"):
-        scales = [math.prod(factors[:level]) for level in range(len(factors) + 1)]
-        lost = sum(s * n for s, n in zip(scales, lost_down, strict=True))
-        lost += sum(s * n for s, n in zip(scales, lost_up, strict=False))
+    for axis in _axes(len(total), downsample_factors, kernel_size_down, kernel_size_up, "valid"):
+        scales = [math.prod(axis.factors[:level]) for level in range(len(axis.factors) + 1)]
+        lost = sum(s * n for s, n in zip(scales, axis.lost_down, strict=True))
+        lost += sum(s * n for s, n in zip(scales, axis.lost_up, strict=False))
         sides.append(math.ceil((lost / 2 + scales[-1] - 1) / scales[-1]) * scales[-1])
     return tuple(sides)
 
 
-def total_factor(downsample_factors) -> Shape:
-    """Product of the down-sampling factors per axis: possible input shapes differ by multiples of it."""
+def total_factor(downsample_factors: Factors) -> Shape:
+    """Return the product of the down-sampling factors per axis. Possible input sizes differ by multiples of it."""
     return tuple(math.prod(factors) for factors in zip(*downsample_factors, strict=True))
 
 
-def _in_the_middle(shape, direction: int, outer, inner, downsample_factors) -> Shape:
-    """An input shape, one possible size further along each axis where that puts `inner` in the middle of `outer`."""
+def _make_concentric(
+    shape: Shape, direction: int, outer: Sequence[int], inner: Sequence[int], downsample_factors: Factors
+) -> Shape:
+    """Move `shape` to the next possible size along each axis where `inner` cannot be in the center of `outer`."""
     sizes = zip(shape, outer, inner, total_factor(downsample_factors), strict=True)
-    # Possible sizes differ by `step`, so only an odd one turns an odd difference into an even one.
+    # Possible sizes differ by `step`, so only an odd step turns an odd difference into an even one.
     return tuple(size + direction * step * ((o - i) * step % 2) for size, o, i, step in sizes)
 
 
-def _axes(dims, factors, kernels_down, kernels_up, padding) -> list[tuple[list[int], list[int], list[int]]]:
-    """Per axis: factors, voxels lost by the convolutions of each level on the way down, and on the way up."""
+def _axes(
+    dims: int, factors: Factors, kernels_down: Kernels | None, kernels_up: Kernels | None, padding: str
+) -> list[_Axis]:
+    """Split a network into its axes, z (or y) first."""
     if not factors or any(len(factor) != dims for factor in factors):
         raise ValueError(f"downsample_factors: needs {dims} factors for each down-sampling, got {factors}")
     losses = []
@@ -141,17 +202,18 @@ def _axes(dims, factors, kernels_down, kernels_up, padding) -> list[tuple[list[i
         kernels = default_kernels(levels, dims) if kernels is None else kernels
         if len(kernels) != levels:
             raise ValueError(
-                f"{name}: {len(factors)} down-samplings need kernels for {levels} levels, got {len(kernels)}"
+                f"{name}: {len(factors)} down-sampling(s) need kernels for {levels} levels, got {len(kernels)}"
             )
         if any(len(kernel) != dims for level in kernels for kernel in level):
             raise ValueError(f"{name}: every kernel needs {dims} numbers, got {kernels}")
         lost = 0 if padding == "same" else 1
         losses.append([[lost * sum(k[axis] - 1 for k in level) for level in kernels] for axis in range(dims)])
-    return [([factor[axis] for factor in factors], losses[0][axis], losses[1][axis]) for axis in range(dims)]
+    return [_Axis([factor[axis] for factor in factors], losses[0][axis], losses[1][axis]) for axis in range(dims)]
 
 
-def _output_size(size: int, factors: list[int], lost_down: list[int], lost_up: list[int]) -> int:
-    """Output length of one axis, or ValueError."""
+def _output_size(size: int, axis: _Axis) -> int:
+    """Return the output length for an input length, or raise ValueError if the network cannot take it."""
+    factors, lost_down, lost_up = axis
     for level, factor in enumerate(factors):
         size -= lost_down[level]
         if size <= 0 or size % factor:
@@ -167,12 +229,14 @@ def _output_size(size: int, factors: list[int], lost_down: list[int], lost_up: l
     return size
 
 
-def _first_possible(sizes, axis, least_output: int = 1) -> int | None:
-    for size in sizes:
-        try:
-            output = _output_size(size, *axis)
-        except ValueError:
-            continue
-        if output >= least_output:
-            return size
-    return None
+def _is_possible(size: int, axis: _Axis, least_output: int = 1) -> bool:
+    """Return whether the network can take this input length and gives at least `least_output` voxels."""
+    try:
+        return _output_size(size, axis) >= least_output
+    except ValueError:
+        return False
+
+
+def _possible_size_from(size: int, axis: _Axis, least_output: int = 1) -> int:
+    """Return the smallest possible input length that is at least `size`."""
+    return next(larger for larger in count(size) if _is_possible(larger, axis, least_output))

@@ -1,15 +1,16 @@
-"""What each key may hold: one table, from which type errors, range errors and unknown keys all follow.
+"""What each key may hold. Type errors, range errors and unknown keys all follow from one table, RULES.
 
-Types are taken leniently where the meaning is not in doubt, since values come from Python files, YAML and
-the command line: whole floats pass for ints and ints for floats, 0 and 1 for False and True, lists for
-tuples and the other way round, numpy scalars for Python's, and a string that spells such a value ("(8, 8,
-8)", "1e5", "None") for the value. What comes out is always of the same type, whatever went in.
+Values come from Python files, YAML and the command line, so types are lenient where the meaning is clear: a whole float
+passes for an int and an int for a float, 0 and 1 for False and True, a list for a tuple and a tuple for a list, a numpy
+scalar for a Python number, and a string that spells such a value ("(8, 8, 8)", "1e5", "None") for the value. What comes
+out has the same type whatever went in.
 """
 
 import ast
 import math
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,12 @@ from lsdseg.config.model_types import LABELS, MODEL_TYPES, TASKS
 
 @dataclass(frozen=True)
 class Rule:
-    """`parse` turns a value into the canonical one or raises ValueError; `allowed` says what it takes."""
+    """What a key may hold.
+
+    Attributes:
+        allowed: what the key may hold, in words that follow "must be".
+        parse: takes a value and returns it in its canonical type, or raises ValueError if it is not allowed.
+    """
 
     allowed: str
     parse: Callable[[Any], Any]
@@ -32,10 +38,10 @@ def _require(condition: bool) -> None:
         raise ValueError
 
 
-def number(low=-math.inf, high=math.inf, *, above=False, below=False) -> Rule:
-    """A float from low to high; `above` leaves low itself out, `below` high."""
+def number(low: float = -math.inf, high: float = math.inf, *, above: bool = False, below: bool = False) -> Rule:
+    """Return a rule for a float from `low` to `high`; `above` excludes `low`, `below` excludes `high`."""
 
-    def parse(value):
+    def parse(value: Any) -> float:
         _require(isinstance(value, int | float) and not isinstance(value, bool))
         _require((low < value if above else low <= value) and (value < high if below else value <= high))
         _require(math.isfinite(value))
@@ -47,9 +53,9 @@ def number(low=-math.inf, high=math.inf, *, above=False, below=False) -> Rule:
 
 
 def integer(low: int | None = None) -> Rule:
-    """An int, low or more."""
+    """Return a rule for an int that is at least `low`."""
 
-    def parse(value):
+    def parse(value: Any) -> int:
         _require(isinstance(value, int | float) and not isinstance(value, bool))
         _require(value == int(value) and (low is None or value >= low))
         return int(value)
@@ -57,11 +63,11 @@ def integer(low: int | None = None) -> Rule:
     return Rule("a whole number" if low is None else f"a whole number, {low} or more", parse)
 
 
-def choice(*options) -> Rule:
-    """One of the options."""
+def choice(*options: Any) -> Rule:
+    """Return a rule for one of the options."""
 
-    def parse(value):
-        # YAML reads a bare no as False; only MIXED_PRECISION has "no" among its options.
+    def parse(value: Any) -> Any:
+        # YAML reads a bare no as False. Only MIXED_PRECISION has "no" among its options.
         value = "no" if value is False and "no" in options else value
         _require(value in options)
         return options[options.index(value)]
@@ -70,19 +76,29 @@ def choice(*options) -> Rule:
 
 
 def pattern(expression: str, allowed: str) -> Rule:
-    """A string that the regular expression matches in full."""
+    """Return a rule for a string that matches the whole regular expression."""
 
-    def parse(value):
+    def parse(value: Any) -> str:
         _require(isinstance(value, str) and re.fullmatch(expression, value) is not None)
-        return value
+        return str(value)
 
     return Rule(allowed, parse)
 
 
-def sequence(item: Rule, *lengths: int, kind: type = list) -> Rule:
-    """A list or tuple (`kind`) of items; of one of the lengths if any are given, else not empty."""
+def path(string: Rule) -> Rule:
+    """Return a rule for a path: what `string` takes, made absolute, with ~ expanded. An empty string stays empty."""
 
-    def parse(value):
+    def parse(value: Any) -> str:
+        given: str = os.path.expanduser(string.parse(value))
+        return given if not given or os.path.isabs(given) else os.path.abspath(given)
+
+    return Rule(string.allowed, parse)
+
+
+def sequence(item: Rule, *lengths: int, kind: Callable[[Iterable[Any]], Any] = list) -> Rule:
+    """Return a rule for a list or tuple (`kind`) of items, of one of the lengths; without lengths, not empty."""
+
+    def parse(value: Any) -> Any:
         _require(isinstance(value, list | tuple))
         _require(len(value) in lengths if lengths else len(value) > 0)
         return kind(item.parse(v) for v in value)
@@ -92,9 +108,9 @@ def sequence(item: Rule, *lengths: int, kind: type = list) -> Rule:
 
 
 def either(first: Rule, second: Rule, allowed: str) -> Rule:
-    """What the first rule takes, else what the second takes."""
+    """Return a rule for what the first rule takes, or else what the second takes."""
 
-    def parse(value):
+    def parse(value: Any) -> Any:
         try:
             return first.parse(value)
         except ValueError:
@@ -104,22 +120,22 @@ def either(first: Rule, second: Rule, allowed: str) -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
-    """None, or what the rule takes."""
+    """Return a rule for None or what `rule` takes."""
 
-    def parse(value):
+    def parse(value: Any) -> Any:
         return None if value is None or value == "None" else rule.parse(value)
 
     return Rule(f"{rule.allowed}, or None", parse)
 
 
 def per_pass(rule: Rule) -> Rule:
-    """One value, or a list of two for the first and second pass of elastic augmentation."""
-    return either(rule, sequence(rule, 2), f"{rule.allowed}; or a list of two such, for two passes")
+    """Return a rule for one value, or a list of two for the two passes of elastic augmentation."""
+    return either(rule, sequence(rule, 2), f"{rule.allowed}; or a list of two such values, one for each pass")
 
 
 flag = Rule("True or False", choice(True, False).parse)
 text = pattern("(?s).*", "a string")
-nonempty = pattern("(?s).+", "a string, not empty")
+nonempty = pattern("(?s).+", "a string that is not empty")
 share = number(0, 1)
 positive = number(0, above=True)
 threshold = number(0, 1, above=True)
@@ -129,15 +145,13 @@ kernels = optional(sequence(sequence(sequence(integer(1), 2, 3, kind=tuple))))
 
 
 def _model_rules(dims: int) -> dict[str, Rule]:
-    """Rules of the keys of MODEL_ISO and MODEL_ANISO for data with that many axes."""
+    """Return the rules of the keys of MODEL_ISO and MODEL_ANISO for data with `dims` axes."""
     shape = sequence(integer(1), dims, kind=tuple)
     return {
-        "IN_CHANNELS": Rule("1, as raw has one channel", choice(1).parse),
-        "LSDS": optional(integer(1)),
         "NUM_FMAPS": integer(1),
         "NUM_FMAPS_OUT": integer(1),
         "FMAP_INC_FACTOR": integer(1),
-        # Number of axes and of levels: checked with the shapes, and only for the network that is in use.
+        # The numbers of axes and levels are checked with the shapes, and only for the network in use.
         "DOWNSAMPLE_FACTORS": sequence(sequence(integer(1), 2, 3)),
         "KERNEL_SIZE_DOWN": kernels,
         "KERNEL_SIZE_UP": kernels,
@@ -164,10 +178,13 @@ def _model_rules(dims: int) -> dict[str, Rule]:
         "INTENSITYAUG_SHIFT_MAX": number(),
         "INTENSITYSCALESHIFT_SCALE": sequence(number(), 2),
         "INTENSITYSCALESHIFT_SHIFT": sequence(number(), 2),
-        "DEFECT_AUGMENT": optional(text),
-        "LOG_DIR": optional(text),
-        "CKPT_FOLDER": optional(text),
-        "OUTPUT_DIR": optional(text),
+        "DEFECT_AUGMENT": optional(path(text)),
+        "LOG_DIR": optional(path(text)),
+        "CKPT_FOLDER": optional(path(text)),
+        "OUTPUT_DIR": optional(path(text)),
+        # Without effect.
+        "IN_CHANNELS": Rule("1, because raw has one channel", choice(1).parse),
+        "LSDS": optional(integer(1)),
     }
 
 
@@ -176,16 +193,15 @@ RULES: dict[str, Rule] = {
     "SYSTEM.NUM_WORKERS": integer(0),
     "SYSTEM.CACHE_SIZE": integer(1),
     "SYSTEM.VERBOSE": flag,
-    "DATA.HOME": nonempty,
+    "DATA.HOME": path(nonempty),
     "DATA.DATA_DIR_PATH": nonempty,
     "DATA.BRAIN_VOL": nonempty,
     "DATA.TRAIN_TEST_SPLIT": threshold,
     "DATA.FIB": choice(0, 1),
     "DATA.DIM_2D": flag,
-    "DATA.WITH_MITO": choice(0, 1, 2),
     "DATA.RAW": nonempty,
     **{f"DATA.{key}{suffix}": nonempty for key in LABELS for suffix in ("", "_MASK")},
-    "DATA.OUTFILE": optional(text),
+    "DATA.OUTFILE": optional(path(text)),
     "DATA.AFFS_DTYPE": choice("uint8", "float32"),
     "DATA.INVERT_PRED_AFFS": flag,
     "DATA.DB_HOST": text,
@@ -203,7 +219,7 @@ RULES: dict[str, Rule] = {
     "TRAIN.KEEP_CHECKPOINTS": integer(0),
     "TRAIN.LOG_EVERY": integer(1),
     "TRAIN.DEVICE": pattern(
-        r"auto|cpu|cuda(:\d+)?|multi_gpu", "auto, cpu, cuda, cuda:0 (or another number), multi_gpu"
+        r"auto|cpu|cuda(:\d+)?|multi_gpu", "one of auto, cpu, cuda, multi_gpu, or one GPU such as cuda:0"
     ),
     "TRAIN.BATCH_SIZE": integer(1),
     "TRAIN.INITIAL_LR": positive,
@@ -214,7 +230,7 @@ RULES: dict[str, Rule] = {
     "TRAIN.ACCUMULATE": integer(1),
     "TRAIN.EMA": decay,
     "TRAIN.VALIDATE_EVERY": integer(0),
-    "TRAIN.VALIDATION_VOLUME": optional(text),
+    "TRAIN.VALIDATION_VOLUME": optional(path(text)),
     "TRAIN.VALIDATION_SHAPE": sequence(integer(1), 3, kind=tuple),
     "TRAIN.MIXED_PRECISION": choice("no", "bf16", "fp16", "auto"),
     "TRAIN.COMPILE": flag,
@@ -225,8 +241,8 @@ RULES: dict[str, Rule] = {
     "TRAIN.NEIGHBORHOOD_2D": either(offsets, choice("LR_NEIGHBORHOOD"), f"{offsets.allowed}; or LR_NEIGHBORHOOD"),
     "TRAIN.LR_NEIGHBORHOOD": offsets,
     "TRAIN.LSD_EPOCHS": optional(integer(1)),
-    "TRAIN.CHECKPOINT": optional(text),
-    "TRAIN.CHECKPOINT_AC": optional(text),
+    "TRAIN.CHECKPOINT": optional(path(text)),
+    "TRAIN.CHECKPOINT_AC": optional(path(text)),
     **{
         f"{section}.{name}{suffix}": optional(rule) if name + suffix == "VOXEL_SIZE_2D" else rule
         for section in ("MODEL_ISO", "MODEL_ANISO")
@@ -243,7 +259,7 @@ RULES: dict[str, Rule] = {
     "INS_SEGMENT.FRAGMENTS_IN_XY": flag,
     "INS_SEGMENT.BACKGROUND_MASK": flag,
     "INS_SEGMENT.EPSILON_AGGLOMERATE": share,
-    "INS_SEGMENT.MASK_FILE": optional(text),
+    "INS_SEGMENT.MASK_FILE": optional(path(text)),
     "INS_SEGMENT.MASK_DATASET": optional(text),
     "INS_SEGMENT.FILTER_FRAGMENTS": share,
     "INS_SEGMENT.BLOCK_SIZE": sequence(integer(1), 3, kind=tuple),
@@ -257,22 +273,28 @@ RULES: dict[str, Rule] = {
     "CLUSTER.CPUS_PER_WORKER": integer(1),
     "CLUSTER.EXTRA": either(sequence(text), sequence(text, 0), "a list of strings"),
     "CLUSTER.HOST": text,
+    # Without effect.
+    "DATA.WITH_MITO": choice(0, 1, 2),
 }
 
 
 def canonical(key: str, value: Any) -> Any:
-    """The value of a known key in its canonical type; ValueError with what is allowed if it has none."""
+    """Return the value of a known key in its canonical type.
+
+    Raises:
+        ValueError: the value is not allowed; the text says what is.
+    """
     rule = RULES[key]
-    for candidate in (value, _spelled_out(value)):
+    for candidate in (value, _parse_literal(value)):
         try:
-            return rule.parse(_without_numpy(candidate))
+            return rule.parse(_to_python(candidate))
         except (ValueError, OverflowError):
             continue
     raise ValueError(rule.allowed)
 
 
-def _spelled_out(value: Any) -> Any:
-    """The value that a string spells as a Python literal, else in YAML; anything else as it is."""
+def _parse_literal(value: Any) -> Any:
+    """Return what a string spells as a Python literal, or else in YAML. Anything else is returned unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -285,8 +307,8 @@ def _spelled_out(value: Any) -> Any:
         return value
 
 
-def _without_numpy(value: Any) -> Any:
-    """The same with Python numbers for numpy's, which are known by `tolist`: numpy need not be imported."""
+def _to_python(value: Any) -> Any:
+    """Turn numpy numbers and arrays into Python's. `tolist` identifies them, so numpy need not be imported."""
     if isinstance(value, list | tuple):
-        return type(value)(_without_numpy(v) for v in value)
+        return type(value)(_to_python(v) for v in value)
     return value.tolist() if hasattr(value, "tolist") else value
