@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from typing import Any
 
 import numpy as np
 import waterz
@@ -71,21 +72,57 @@ def agglomerate(
         ValueError: the affinities have another shape, type or range.
     """
     ascending = sorted(thresholds)
-    segmentations = waterz.agglomerate(
-        float_affinities(affinities),
-        ascending,
-        fragments=np.array(fragments, dtype=np.uint64, order="C"),  # a copy: waterz merges in place
-        scoring_function=scoring_function(merge_function),
-        discretize_queue=QUEUE_BINS,
-    )
-    for threshold in ascending:
-        with silence():
-            segmentation = next(segmentations)
+    copied = np.array(fragments, dtype=np.uint64, order="C")  # waterz merges in place
+    stages = merge_stages(affinities, copied, ascending, merge_function)
+    for threshold, segmentation in zip(ascending, stages, strict=True):
         yield threshold, np.array(segmentation)
 
 
+def merge_stages(
+    affinities: ArrayLike,
+    fragments: NDArray[np.uint64],
+    thresholds: Sequence[float],
+    merge_function: str,
+    **options: Any,
+) -> Iterator[Any]:
+    """Run waterz: what it yields when it has merged up to each of the ascending thresholds.
+
+    Args:
+        affinities: as for `agglomerate`.
+        fragments: (z, y, x), C-contiguous, ids 1..n; changed in place.
+        thresholds: ascending.
+        merge_function: a name that `scoring_function` knows.
+        options: further arguments of `waterz.agglomerate`.
+
+    Raises:
+        UserError: the merge function is unknown, or waterz does not ship it compiled and there is no compiler.
+        ValueError: the affinities have another shape, type or range.
+    """
+    function = scoring_function(merge_function)
+    try:
+        stages = waterz.agglomerate(
+            float_affinities(affinities),
+            thresholds,
+            fragments=fragments,
+            scoring_function=function,
+            discretize_queue=QUEUE_BINS,
+            **options,
+        )
+        for _ in thresholds:
+            with _silence():
+                stage = next(stages)
+            yield stage
+    except Exception as error:
+        if type(error).__name__ != "CompileError":  # a class of setuptools, under a name that changes with its version
+            raise
+        raise UserError(
+            f"waterz does not ship the merge function {merge_function!r} compiled, and compiling it failed: install a "
+            "C++ compiler and the headers of Boost (Debian: g++, libboost-dev), or choose another one"
+        ) from error
+
+
 @contextmanager
-def silence() -> Iterator[None]:
+def _silence() -> Iterator[None]:
     """Keep what waterz and its C++ print at every step out of the terminal and its progress bar."""
     stdout = os.dup(1)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):

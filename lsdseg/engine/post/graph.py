@@ -15,12 +15,11 @@ import cc3d
 import fastremap
 import numba
 import numpy as np
-import waterz
 from numpy.typing import ArrayLike, NDArray
 
 from lsdseg.engine.offsets import Offset, is_direct
 from lsdseg.engine.post.affinities import float_affinities, voxel_pairs
-from lsdseg.engine.post.agglomerate import QUEUE_BINS, scoring_function, silence
+from lsdseg.engine.post.agglomerate import merge_stages
 from lsdseg.engine.post.fragments import extract_fragments
 
 LARGEST_ID = 2**63 - 1  # databases know no unsigned integers
@@ -115,20 +114,12 @@ def score_edges(affinities: ArrayLike, fragments: ArrayLike, merge_function: str
         UserError: unknown merge function.
         ValueError: affinities of another type or range, or of another shape than the fragments.
     """
-    function = scoring_function(merge_function)
     numbers, ids = _number(fragments)
-    stages = waterz.agglomerate(
-        float_affinities(affinities),
-        [-1, 1],  # scores are 0 or more: the first stage merges nothing, and its region graph lists all neighbors
-        fragments=numbers,
-        scoring_function=function,
-        discretize_queue=QUEUE_BINS,
-        return_merge_history=True,
-        return_region_graph=True,
+    # Scores are 0 or more: the first stage merges nothing, and its region graph lists all neighbors.
+    stages = merge_stages(
+        affinities, numbers, [-1, 1], merge_function, return_merge_history=True, return_region_graph=True
     )
-    with silence():
-        _, _, region_graph = next(stages)
-        _, history, _ = next(stages)
+    (_, _, region_graph), (_, history, _) = stages
     u, v, _ = _columns(region_graph, "u", "v", "score")
     a, b, merge_scores = _columns(history, "a", "b", "score")
     scores = _threshold_of_merge(u, v, a, b, np.maximum.accumulate(merge_scores), len(ids))
