@@ -112,7 +112,7 @@ def _prepare_folder(cfg: CfgNode, step: BlockStep) -> None:
     """Write what workers read, and remove the reason why the last run stopped."""
     dump_config(cfg, step.folder / "config_0.yaml")
     worker = {"open_worker": step.open_worker, "arguments": step.arguments}
-    (step.folder / "task.json").write_text(json.dumps(worker, indent=1), encoding="utf-8")
+    (step.folder / "step.json").write_text(json.dumps(worker, indent=1), encoding="utf-8")
     (step.folder / STOPPED).unlink(missing_ok=True)
 
 

@@ -32,7 +32,7 @@ def supervise(cfg: CfgNode, folder: Path, markers: Path, gpu: bool, count: int) 
 
     Args:
         cfg: the config; CLUSTER.TYPE says what workers are.
-        folder: holds config_0.yaml and task.json for the workers and gets their logs, and the file STOPPED.
+        folder: holds config_0.yaml and step.json for the workers and gets their logs, and the file STOPPED.
         markers: of the step, see `BlockStep`.
         gpu: workers use a GPU.
         count: number of workers.
@@ -54,7 +54,7 @@ def supervise(cfg: CfgNode, folder: Path, markers: Path, gpu: bool, count: int) 
 
 def _keep_going(workers: Workers, folder: Path, markers: Path, port: int) -> None:
     """Replace workers that die until the master's port is closed."""
-    files = [str(folder / name) for name in ("config_0.yaml", "task.json")]
+    files = [str(folder / name) for name in ("config_0.yaml", "step.json")]
     command = [sys.executable, "-m", "lsdseg.engine.blocks.worker", *files]
     logs = [folder / f"worker_{number}.log" for number in range(workers.count)]
 

@@ -1,10 +1,10 @@
-"""One worker process: opens what its task needs once, then takes blocks until none are left.
+"""One worker process: opens what its step needs once, then takes blocks until none are left.
 
-    python -m lsdseg.engine.blocks.worker daisy_logs/SAMPLE_TASK/config_0.yaml daisy_logs/SAMPLE_TASK/task.json
+    python -m lsdseg.engine.blocks.worker daisy_logs/SAMPLE_STEP/config_0.yaml daisy_logs/SAMPLE_STEP/step.json
 
-The scripts start it, here or as a Slurm job; the environment variable DAISY_CONTEXT says where the blocks come from.
-After a block that failed the process ends and another takes its place: nothing that broke, such as a GPU's context, is
-used again.
+The supervisor starts it, here or as a job; the environment variable DAISY_CONTEXT says where the blocks come from. A
+worker ends after a block that failed, and another takes its place: nothing that broke, such as a GPU's context, is used
+again.
 """
 
 import json
@@ -21,15 +21,19 @@ from lsdseg.config.loader import load_config
 from lsdseg.errors import UserError
 
 
-def work(config: Path, task: Path) -> None:
+def work(config: Path, step: Path) -> None:
     """Process blocks until the master has none left.
+
+    Args:
+        config: config_0.yaml of the run.
+        step: step.json beside it: `BlockStep.open_worker` and its arguments.
 
     Raises:
         UserError: this machine does not see the files, or does not reach the master.
     """
     parent = os.getppid()
     host = socket.gethostname()
-    for file in (config, task):
+    for file in (config, step):
         if not file.is_file():
             raise UserError(
                 f"{host} does not see {file}: workers need the folder in which the script was started, the data and "
@@ -38,16 +42,16 @@ def work(config: Path, task: Path) -> None:
     # Away from the master's folder: an experiment.yaml there is in this config already, and must not win again.
     os.chdir(config.parent)
     cfg = load_config(config)
-    step = json.loads(task.read_text(encoding="utf-8"))
+    what = json.loads(step.read_text(encoding="utf-8"))
     client = daisy.Client()
     if not client.connected:
         raise UserError(
             f"{host} cannot connect to {client.host}:{client.port}: either the run has ended, or CLUSTER.HOST has "
             "to be the address under which workers reach the machine that runs the script"
         )
-    process = resolve(step["open_worker"])(cfg, step["arguments"])
+    process = resolve(what["open_worker"])(cfg, what["arguments"])
     print(f"{host}: process {os.getpid()} is ready", flush=True)
-    while os.getppid() == parent:  # else whoever looks after the workers was killed
+    while os.getppid() == parent:  # else the supervisor was killed
         with client.acquire_block() as block:
             if block is None:
                 return
