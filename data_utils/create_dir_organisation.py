@@ -1,33 +1,30 @@
-"""The folders that the scripts expect volumes in, made for new data sets."""
+"""Create the folders for new data sets: python data_utils/create_dir_organisation.py BASE NAME ..."""
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lsdseg.cli import command_parser, run_command
+from lsdseg.data_utils.layout import create_data_folders
 
-from lsdseg.data_utils.layout import create_dir_organisation
 
-
-def main():
-    """Command line: make the folders, say how to point a config at them."""
-    parser = argparse.ArgumentParser(
-        description="Make BASE/NAME/data_{2d,3d}/{train,test} for every data set NAME.",
-        epilog="example: python data_utils/create_dir_organisation.py ~/lsd/connexion/data CREMI FIB25",
+def main() -> None:
+    """Create the folders of one or several data sets."""
+    parser = command_parser(
+        "Create BASE/NAME/data_{2d,3d}/{train,test} for every data set NAME.",
+        "python data_utils/create_dir_organisation.py ~/lsd/connexion/data CREMI FIB25",
     )
     parser.add_argument("base", metavar="BASE", type=Path, help="HOME/DATA_DIR_PATH of your config")
-    parser.add_argument("names", metavar="NAME", nargs="+", help="a data set, BRAIN_VOL in your config")
-    arguments = parser.parse_args()
-    base = arguments.base.absolute()
-    try:
-        folders = create_dir_organisation(base, arguments.names)
-    except OSError as error:
-        parser.exit(2, f"error: cannot make folders below {base}: {error.strerror}; choose another BASE\n")
+    parser.add_argument("names", metavar="NAME", nargs="+", help="a data set, BRAIN_VOL of your config")
+    run_command(parser, create)
 
-    print(*folders, sep="\n")
+
+def create(arguments: argparse.Namespace) -> None:
+    """Create the folders, and say how to point a config at them."""
+    base = arguments.base.absolute()
+    print(*create_data_folders(base, arguments.names), sep="\n")
     depth = 2 if base.match("connexion/data") else 1  # the default of DATA.DATA_DIR_PATH, or one folder
     home = base.parents[depth - 1]
-    print("\nPut volumes (*.zarr) into them and set in your config file or behind a script's -c FILE:")
+    print("\nPut volumes (*.zarr) into them, and set in your config file, or after -c FILE on the command line:")
     print(f"  DATA.HOME {home}")
     print(f"  DATA.DATA_DIR_PATH {base.relative_to(home)}")
     print(f"  DATA.BRAIN_VOL {' or '.join(arguments.names)}")

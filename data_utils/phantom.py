@@ -1,26 +1,29 @@
 """Write a synthetic EM volume: python data_utils/phantom.py OUT.zarr --shape 64 256 256"""
 
+import argparse
+
 from lsdseg.cli import command_parser, run_command
 from lsdseg.data_utils.phantom import write_phantom
 
 
-def main():
+def main() -> None:
     """Write one phantom."""
     parser = command_parser(
         "Write a synthetic EM volume with dense ground truth to a zarr.",
         "python data_utils/phantom.py a.zarr --shape 64 256 256 --seed 1 --voxel-size 40 4 4",
     )
-    parser.add_argument("path", metavar="OUT.zarr", help="where to write; its phantom datasets are replaced")
+    parser.add_argument("path", metavar="OUT.zarr", help="zarr to write; an existing one is replaced")
     parser.add_argument("--shape", type=int, nargs=3, default=(128, 128, 128), help="z y x in voxels")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other tissue")
     parser.add_argument("--voxel-size", type=int, nargs=3, default=(10, 10, 10), help="z y x in nm")
     parser.add_argument("--offset", type=int, nargs=3, default=(0, 0, 0), help="z y x in nm")
-
-    def write(arguments):
-        write_phantom(**vars(arguments))
-        print(f"phantom: {arguments.path}")
-
     run_command(parser, write)
+
+
+def write(arguments: argparse.Namespace) -> None:
+    """Write the phantom, and say where it is."""
+    write_phantom(**vars(arguments))
+    print(f"phantom: {arguments.path}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How every script starts and ends: arguments, config, one call, and one line for a mistake."""
+"""How every script runs: parse the arguments, load the config, make one call, and report a mistake in one line."""
 
 import argparse
 import logging
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lsdseg.config.loader import CHECKOUT, EXPERIMENT, load_config
 from lsdseg.errors import DeviceError, UserError
@@ -17,11 +17,17 @@ from lsdseg.errors import DeviceError, UserError
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help shows how to call {self.prog})")
+        raise UserError(f"{message} (run {self.prog} --help to see how to call it)")
 
 
 def command_parser(description: str, example: str, epilog: str = "") -> argparse.ArgumentParser:
-    """A parser whose mistakes are UserErrors, for `run_command`; `example` is a whole command."""
+    """Return a parser for `run_command`.
+
+    Args:
+        description: what the command does.
+        example: a whole command line.
+        epilog: text to append to the help.
+    """
     return _Parser(
         description=description,
         epilog=f"example:\n  {example}\n{epilog}",
@@ -32,41 +38,48 @@ def command_parser(description: str, example: str, epilog: str = "") -> argparse
 def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None]) -> None:
     """Parse the command line and call `main(arguments)`.
 
-    Does not return after a mistake: exit status 2 and one line on stderr for a UserError, 130 for Ctrl-C.
+    Raises:
+        SystemExit: status 2 after a UserError, which is printed as one line on stderr; status 130 after Ctrl-C.
     """
-    with _mistakes_in_one_line():
+    with _report_mistakes():
         main(parser.parse_args())
 
 
 def run_script(
-    main: Callable, *, description: str, example: str, default_config: str | None, add_arguments: Callable | None = None
+    main: Callable[..., Any],
+    *,
+    description: str,
+    example: str,
+    default_config: str | None,
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> None:
-    """Parse the command line, load the config and call `main(cfg)`; `main(cfg, args)` with `add_arguments`.
+    """Parse the command line, load the config and call `main(cfg)`, or `main(cfg, args)` if there is `add_arguments`.
 
     Args:
         main: does the work.
         description: what the script does, for `--help`.
-        example: a whole command, for `--help`.
-        default_config: the config file when `-c` is not given.
-        add_arguments: called with the argparse parser, to add the script's own options.
+        example: a whole command line, for `--help`.
+        default_config: config file to use without `-c`. None: only the defaults.
+        add_arguments: adds the script's own options to the parser.
 
-    Does not return after a mistake, as `run_command`.
+    Raises:
+        SystemExit: as for `run_command`.
     """
-    with _mistakes_in_one_line():
-        parser = command_parser(description, example, "\nEvery key is explained in config/config.py.")
+    with _report_mistakes():
+        parser = command_parser(description, example, "\nlsdseg/config/defaults.py explains every key.")
         parser.add_argument(
             "-c",
             "--config",
             metavar="FILE",
             default=default_config,
-            help=f".py or .yaml file; a bare name is also looked for in config/ (default: {default_config})",
+            help=f".py or .yaml file; a bare name is also looked up in config/ (default: {default_config})",
         )
         parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="settings that override the file")
         if add_arguments is not None:
             add_arguments(parser)
         args = parser.parse_intermixed_args()
         cfg = load_config(args.config, args.overrides)
-        logging.getLogger("gunpowder").setLevel(logging.WARNING)  # it reports every process that it starts and ends
+        logging.getLogger("gunpowder").setLevel(logging.WARNING)  # it reports every process it starts and ends
         logging.basicConfig(
             level=logging.INFO if cfg.SYSTEM.VERBOSE else logging.WARNING, format="%(name)s: %(message)s"
         )
@@ -79,7 +92,16 @@ def run_script(
 
 
 def call_script(script: str, *arguments: object, cwd: Path | None = None) -> None:
-    """Print a command as a user would type it in the checkout, and run it; its failure ends this program likewise."""
+    """Print a script's command line as a user would type it in the checkout, and run it.
+
+    Args:
+        script: path of the script in the checkout.
+        arguments: what to pass to it.
+        cwd: folder to run it in. None: the current directory.
+
+    Raises:
+        SystemExit: the script failed; the status is the script's.
+    """
     command = [script, *map(str, arguments)]
     print("\n$ python", shlex.join(command), flush=True)
     if status := subprocess.run([sys.executable, CHECKOUT / script, *command[1:]], cwd=cwd).returncode:
@@ -87,18 +109,19 @@ def call_script(script: str, *arguments: object, cwd: Path | None = None) -> Non
 
 
 def add_merge_function(parser: argparse.ArgumentParser) -> None:
-    """Add the option -mf of the scripts that read what 03_agglomerate_blockwise.py wrote."""
+    """Add the option -mf, for scripts that read what 03_agglomerate_blockwise.py wrote."""
     parser.add_argument(
         "-mf", "--merge_function", metavar="NAME", required=True, help="merge function that 03 was run with"
     )
 
 
 @contextmanager
-def _mistakes_in_one_line() -> Iterator[None]:
+def _report_mistakes() -> Iterator[None]:
+    """Exit with one line on stderr after a UserError or Ctrl-C."""
     try:
         yield
     except UserError as error:
-        # Of processes that train together, one says for all what all of them meet.
+        # Of several processes that train together, one reports the mistakes that all of them meet.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, DeviceError):
             print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

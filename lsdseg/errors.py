@@ -1,12 +1,12 @@
-"""The one exception for mistakes that the user can mend."""
+"""The one exception for mistakes that the user can fix."""
 
 
 class UserError(Exception):
-    """Bad input: one line that says what is wrong, in which file or key, and what to do.
+    """A mistake of the user. Its text is one line: what is wrong, in which file or key, and how to fix it.
 
-    Scripts print it without a traceback and end with exit status 2. Whoever raises it has written nothing yet.
+    Scripts print it without a traceback and exit with status 2. Raise it before anything is written.
     """
 
 
 class DeviceError(UserError):
-    """What the device of one process does not have; others that train together may not meet it."""
+    """A mistake that concerns the device of one process. Other processes of the same training may not meet it."""

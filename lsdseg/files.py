@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all, and the one place that knows a full disk.
+"""Writing files and folders so that they appear whole or not at all, and handling a full disk.
 
-Whatever is written under its final name could be read half-way, or be taken for complete after the writer was killed.
-So it is written beside that name and renamed, which POSIX file systems do at once.
+A file that is written under its final name can be read when it is half done, or be taken for complete after the writer
+was killed. So it is written under a temporary name and renamed, which POSIX file systems do in one step.
 """
 
 import errno
@@ -14,18 +14,21 @@ from pathlib import Path
 
 from lsdseg.errors import UserError
 
-PARTIAL = ".partial"  # how the names of files, folders and arrays end that are not complete
+PARTIAL = ".partial"  # suffix of files, folders and arrays that are not complete
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
 def write_whole(path: Path | str) -> Iterator[Path]:
-    """Give the body a temporary name to write a file under; the file gets its own name if the body succeeds.
+    """Let the body write a file under a temporary name, and rename it to `path` if the body succeeds.
 
-    Folders above it are made.
+    Missing parent folders are created.
+
+    Yields:
+        The temporary name.
 
     Raises:
-        UserError: in place of an OSError: the disk is full or read-only, or permission is missing.
+        UserError: instead of an OSError, if the disk is full or read-only or permission is missing.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
@@ -40,7 +43,13 @@ def write_whole(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def write_whole_folder(path: Path | str) -> Iterator[Path]:
-    """Give the body a temporary name to make a folder under; it then replaces the one of its own name, if any."""
+    """Let the body make a folder under a temporary name, and rename it to `path` if the body succeeds.
+
+    A folder that has that name already is replaced.
+
+    Yields:
+        The temporary name.
+    """
     path = Path(path)
     partial = path.with_name(f"{path.name}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -54,7 +63,11 @@ def write_whole_folder(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def explain_os_errors(path: Path | str) -> Iterator[None]:
-    """Raise a UserError in place of any OSError in the body: `path` cannot be written."""
+    """Turn an OSError of the body into a UserError.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
     try:
         yield
     except OSError as error:
@@ -63,11 +76,11 @@ def explain_os_errors(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def room_on_disk(path: Path | str, needed_bytes: int = 0) -> Iterator[None]:
-    """Check that there is room and permission to write where `path` is or will be, and watch for a full disk.
+    """Check that there is room and permission to write `path`, run the body, and watch for a full disk.
 
     Raises:
-        UserError: before the body runs, if fewer than `needed_bytes` are free or permission is missing; later, in place
-            of the body's OSError, if the disk or the quota fills up.
+        UserError: before the body runs, if fewer than `needed_bytes` are free or permission is missing. Afterwards,
+            instead of the body's OSError, if the disk or the quota is full.
     """
     folder = Path(path).absolute()
     while not folder.is_dir():
@@ -89,6 +102,6 @@ def room_on_disk(path: Path | str, needed_bytes: int = 0) -> Iterator[None]:
 
 
 def cannot_write(path: Path | str, error: OSError) -> UserError:
-    """What to tell the user about an error of the operating system while `path` was written."""
+    """Return the error to raise after the operating system failed to write `path`."""
     remedy = "free some space" if error.errno in FULL_DISK else "check the permissions, or write elsewhere"
     return UserError(f"cannot write {path}: {error.strerror or error}; {remedy}, then run the same command again")

@@ -1,6 +1,7 @@
 """Predict and segment with the weights in this folder: FIB-SEM, 10 x 10 x 10 nm.
 
-This is the config that they were trained with, with two changes. README.md in this folder describes the weights.
+It takes over their recipe, config/config_fib25.py, and sets only what differs. README.md in this folder describes the
+weights.
 """
 
 from pathlib import Path

@@ -17,7 +17,7 @@ from lsdseg.data_utils.layout import (
     LABELS,
     LABELS_MASK,
     RAW,
-    create_dir_organisation,
+    create_data_folders,
     data_folder,
     output_path,
     run_name,
@@ -230,7 +230,7 @@ def test_folders_of_the_script_are_those_of_the_config(cfg, tmp_path, monkeypatc
         assert data_folder(cfg, split).is_dir()
         cfg.DATA.DIM_2D = not cfg.DATA.DIM_2D
         assert data_folder(cfg, split).is_dir()
-    assert len(create_dir_organisation(base, ["CREMI"])) == 4  # a second time: nothing happens
+    assert len(create_data_folders(base, ["CREMI"])) == 4  # a second time: nothing happens
 
     (tmp_path / "file").touch()
     status, _, error = run(create_dir_organisation_script, monkeypatch, capsys, tmp_path / "file", "A")
@@ -309,9 +309,9 @@ def test_good_volumes_pass(cfg, tmp_path):
         ({"labels_grid": ((40, 8, 8), (200, 24, 28))}, LABELS, r"voxel size \(40, 8, 8\) nm, .*resample"),
         ({"labels_grid": ((40, 4, 4), (440, 24, 28))}, LABELS, r"not inside volumes/raw .* attribute offset"),
         ({"labels_grid": ((40, 4, 4), (200, 26, 28))}, LABELS, "between the voxels"),
-        ({"labels": np.full((4, 4, 4), 2**64 - 1, np.uint64)}, LABELS, "no labelled voxel"),
+        ({"labels": np.full((4, 4, 4), 2**64 - 1, np.uint64)}, LABELS, "no labeled voxel"),
         ({"mask": np.zeros((10, 12, 14), np.uint8)}, LABELS_MASK, "is zero everywhere"),
-        ({"mask": np.ones((9, 12, 14), np.uint8)}, LABELS_MASK, "or delete it and it is made anew"),
+        ({"mask": np.ones((9, 12, 14), np.uint8)}, LABELS_MASK, "or delete it and it is created again"),
     ],
 )
 def test_bad_training_volumes(cfg, tmp_path, volume, dataset, message):

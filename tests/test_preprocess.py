@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "preprocess_data.py"
 RNG = np.random.default_rng(0)
 RAW_DATA = RNG.integers(20, 120, (9, 70, 66), dtype=np.uint8)
 LABELS_DATA = RNG.integers(0, 9, (4, 20, 30)).astype(np.uint64)
-LABELS_DATA[1, :5] = 2**64 - 3  # nobody labelled these
+LABELS_DATA[1, :5] = 2**64 - 3  # nobody labeled these
 
 
 def config(home, *overrides):
@@ -59,13 +59,13 @@ def test_every_section_becomes_a_dataset_at_its_place(home, monkeypatch, block_b
         np.testing.assert_array_equal(values, RAW_DATA[z])
         assert (resolution, offset) == ((4, 8), (400, 0))
 
-    labelled = range(3, 7)
+    labeled = range(3, 7)
     for z in range(9):
         values, resolution, offset = section(exported, f"{LABELS}/{z}")
-        np.testing.assert_array_equal(values, LABELS_DATA[z - 3] if z in labelled else np.zeros((20, 30)))
+        np.testing.assert_array_equal(values, LABELS_DATA[z - 3] if z in labeled else np.zeros((20, 30)))
         assert (values.dtype, resolution, offset) == (np.uint64, (4, 8), (420, 16))
         mask, _, offset = section(exported, f"{LABELS_MASK}/{z}")
-        np.testing.assert_array_equal(mask, LABELS_DATA[z - 3] < 9 if z in labelled else np.zeros((20, 30)))
+        np.testing.assert_array_equal(mask, LABELS_DATA[z - 3] < 9 if z in labeled else np.zeros((20, 30)))
         assert (mask.dtype, offset) == (np.uint8, (420, 16))
 
     raw_only = folder(home, "FLY", "2d", "test") / "b.zarr"
@@ -105,7 +105,7 @@ def two_data_sets(home):
     return np.concatenate([values.ravel() for values in reference])
 
 
-def test_grey_values_become_those_of_the_other_data_set(home, two_data_sets, monkeypatch):
+def test_gray_values_become_those_of_the_other_data_set(home, two_data_sets, monkeypatch):
     monkeypatch.setattr(preprocess_module, "slabs", partial(slabs, max_bytes=1))
     copied = ["PREPROCESS.DATASETS_TO_COPY", [LABELS]]
     preprocess(config(home, "PREPROCESS.HISTOGRAM_MATCH", ["FLY", "MOUSE"], *copied))
@@ -150,7 +150,7 @@ def test_an_interrupted_export_leaves_no_volume(home, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preprocess_module, "_mask", interrupt)
+    monkeypatch.setattr(preprocess_module, "_mask_of_labels", interrupt)
     with pytest.raises(KeyboardInterrupt):
         preprocess(config(home, "PREPROCESS.EXPORT_2D_FROM_3D", True))
     assert list(folder(home, "FLY", "2d", "train").iterdir()) == []

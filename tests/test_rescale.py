@@ -24,7 +24,7 @@ def smooth(centers):
 
 
 def world(array):
-    """Centres of an array's voxels along each axis in nm."""
+    """Centers of an array's voxels along each axis in nm."""
     return [o + (np.arange(n) + 0.5) * v for o, n, v in zip(array.offset, array.shape, array.voxel_size, strict=True)]
 
 
@@ -64,7 +64,7 @@ def test_shrinking_a_section_is_what_pytorch_does_with_antialiasing(tmp_path):
     np.testing.assert_allclose(read(open_array(tmp_path / "out.zarr", RAW)), expected[0], atol=1e-6)
 
 
-def test_a_pattern_too_fine_for_the_new_voxels_becomes_grey(tmp_path):
+def test_a_pattern_too_fine_for_the_new_voxels_becomes_gray(tmp_path):
     checkers = (np.indices((32, 32, 32)).sum(axis=0) % 2 * 255).astype(np.uint8)
     rescale(volume(tmp_path / "in.zarr", checkers), tmp_path / "out.zarr", RAW, (16, 16, 16))
     np.testing.assert_allclose(cut(read(open_array(tmp_path / "out.zarr", RAW)), 1), 127.5, atol=1)
@@ -83,7 +83,7 @@ def test_weights_of_a_row_sum_to_one_also_beyond_its_end():
 
 
 @pytest.mark.parametrize("voxel_size", [(10, 10, 10), (4, 4, 4), (16, 8, 3)])
-def test_a_label_is_that_of_the_voxel_around_the_centre(tmp_path, voxel_size):
+def test_a_label_is_that_of_the_voxel_around_the_center(tmp_path, voxel_size):
     labels = np.random.default_rng(0).integers(2**60, 2**60 + 50, SHAPE, dtype=np.uint64)
     source = volume(tmp_path / "in.zarr", labels)
     rescale(source, tmp_path / "out.zarr", RAW, voxel_size, labels=True)
@@ -107,15 +107,15 @@ def test_labels_on_finer_voxels_and_back_are_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("data", ["raw", "labels"])
-def test_blocks_do_not_show(tmp_path, monkeypatch, data):
+def test_slabs_do_not_show(tmp_path, monkeypatch, data):
     values = np.random.default_rng(0).integers(0, 256, (70, 90, 150), dtype=np.uint8)
     source = volume(tmp_path / "in.zarr", values)
     rescale(source, tmp_path / "whole.zarr", RAW, (6, 7, 8), labels=data == "labels")
-    monkeypatch.setattr(rescale_module, "BLOCK_BYTES", 1)
-    rescale(source, tmp_path / "blocks.zarr", RAW, (6, 7, 8), labels=data == "labels")
-    whole, blocks = (read(open_array(tmp_path / name, RAW)).astype(int) for name in ("whole.zarr", "blocks.zarr"))
-    assert np.abs(whole - blocks).max() <= (1 if data == "raw" else 0)
-    assert (whole != blocks).mean() < 1e-4
+    monkeypatch.setattr(rescale_module, "SLAB_BYTES", 1)
+    rescale(source, tmp_path / "slabs.zarr", RAW, (6, 7, 8), labels=data == "labels")
+    whole, by_slab = (read(open_array(tmp_path / name, RAW)).astype(int) for name in ("whole.zarr", "slabs.zarr"))
+    assert np.abs(whole - by_slab).max() <= (1 if data == "raw" else 0)
+    assert (whole != by_slab).mean() < 1e-4
 
 
 def test_the_same_voxels_are_copied(tmp_path):
@@ -142,7 +142,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
     raw = volume(tmp_path / "in.zarr", np.ones(SHAPE, np.uint8))
     ids = volume(tmp_path / "labels.zarr", np.ones(SHAPE, np.uint64))
     for source, voxel_size, roi, message in [
-        (ids, (10, 10, 10), None, "uint64 .* is no raw"),
+        (ids, (10, 10, 10), None, "uint64 .* is not raw"),
         (raw, (10, 0, 10), None, r"voxel size \(10, 0, 10\)"),
         (raw, (10, 10), None, r"voxel size \(10, 10\)"),
         (raw, (8, 8, 8), Roi(OFFSET, (8 * 22, 80, 80)), "source covers"),

@@ -169,7 +169,7 @@ def test_defaults_serve_arrays_without_attributes_only(tmp_path, data):
     ("attributes", "message"),
     [
         ({}, "has no voxel size"),
-        ({"resolution": [4.4, 4, 4]}, r"voxel size \(4.4, 4.0, 4.0\) nm, and only whole nanometers"),
+        ({"resolution": [4.4, 4, 4]}, r"voxel size \(4.4, 4.0, 4.0\) nm, but only whole nanometers"),
         ({"resolution": [4, 4, 4], "offset": [0.5, 0, 0]}, "offset .* only whole nanometers"),
         ({"resolution": [0, 4, 4]}, "correct its attribute resolution"),
         ({"resolution": [4, 4, 4], "units": ["parsec"] * 3}, "'parsec', an unknown unit"),

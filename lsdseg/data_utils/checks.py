@@ -1,10 +1,10 @@
-"""What a volume must be before hours of work are spent on it.
+"""Checks of a volume before hours of work are spent on it.
 
-Every rule that the scripts rely on is checked here, headers first and voxels last, so that each mistake ends
-in one line that names the dataset and the remedy, and not in a crash or a network that never learns.
+Everything that the scripts assume about volumes is checked here, headers first and voxels last. A mistake then ends in
+one line that names the dataset and the remedy, not in a crash or in a network that never learns.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +21,21 @@ from lsdseg.errors import UserError
 def check_raw(path: Path | str, cfg: CfgNode) -> None:
     """Check that a volume can be predicted.
 
-    Raises UserError if raw is missing, not (z, y, x) of uint8 or float, of another voxel size than
-    MODEL.VOXEL_SIZE, or as float holds NaN or values outside 0..1.
+    Raises:
+        UserError: raw is missing, is not (z, y, x) of uint8 or float, has another voxel size than MODEL.VOXEL_SIZE, or
+            is float and holds NaN or values outside 0..1.
     """
-    _check_values(_checked_raw(path, cfg), f"{cfg.DATA.RAW} in {path}")
+    _check_values(_open_raw(path, cfg), f"{cfg.DATA.RAW} in {path}")
 
 
 def check_training_volumes(paths: Sequence[Path], cfg: CfgNode) -> None:
-    """Check that volumes can be trained on together: each by itself, and that their voxels have one size.
+    """Check that each volume can be trained on, and that all of them can be trained on together.
 
-    Raises UserError as `check_training_volume`, and if sizes differ: in 2D, MODEL.VOXEL_SIZE leaves z open.
+    Raises:
+        UserError: as for `check_training_volume`, or voxel sizes differ. They can in 2D, where MODEL.VOXEL_SIZE leaves
+            z open.
     """
-    voxel_sizes = [tuple(_checked_raw(path, cfg).voxel_size) for path in paths]
+    voxel_sizes = [tuple(_open_raw(path, cfg).voxel_size) for path in paths]
     for path, voxel_size in zip(paths, voxel_sizes, strict=True):
         if voxel_size != voxel_sizes[0]:
             raise UserError(
@@ -44,35 +47,37 @@ def check_training_volumes(paths: Sequence[Path], cfg: CfgNode) -> None:
 
 
 def check_training_volume(path: Path | str, cfg: CfgNode) -> None:
-    """Check that a volume can be trained on; labels masks may be missing, they are made then.
+    """Check that a volume can be trained on. Masks of the labels may be missing: training creates them.
 
-    Raises UserError as `check_raw`, and if raw is smaller than MODEL.RAW_SHAPE, if labels that the model type needs are
-    missing, not unsigned integers, or not inside raw on the same voxels, or if nothing is labelled.
+    Raises:
+        UserError: as for `check_raw`; or raw is smaller than MODEL.RAW_SHAPE; or labels that the model type needs are
+            missing, are not unsigned integers, do not lie inside raw on the voxels of raw, or label nothing.
     """
-    raw = _checked_raw(path, cfg)
+    raw = _open_raw(path, cfg)
     needed = cfg.MODEL.RAW_SHAPE
     if any(size < least for size, least in zip(raw.shape[-len(needed) :], needed, strict=True)):
         raise UserError(
             f"{cfg.DATA.RAW} in {path} has shape {raw.shape}, smaller than the network's input "
-            f"{tuple(needed)}: lower {_section(cfg)}.INPUT_SHAPE{'_2D' * cfg.DATA.DIM_2D} or use a larger volume"
+            f"{tuple(needed)}: lower {_model_section(cfg)}.INPUT_SHAPE{'_2D' * cfg.DATA.DIM_2D} or use a larger volume"
         )
     for dataset, mask in label_datasets(cfg):
         if not has_array(path, dataset):
             raise UserError(
-                f"no dataset {dataset} in {path}, and {cfg.TRAIN.MODEL_TYPE} is trained on it; it holds "
+                f"no dataset {dataset} in {path}, but {cfg.TRAIN.MODEL_TYPE} is trained on it; it holds "
                 f"{', '.join(list_arrays(path))}: name the labels in DATA, or choose another TRAIN.MODEL_TYPE"
             )
-        labels = _checked_labels(path, dataset, cfg, raw)
-        _check_labeled(path, dataset, mask, cfg, labels)
+        labels = _open_labels(path, dataset, cfg, raw)
+        _check_mask(path, dataset, mask, cfg, labels)
     _check_values(raw, f"{cfg.DATA.RAW} in {path}")
 
 
 def label_datasets(cfg: CfgNode) -> list[tuple[str, str]]:
-    """The datasets (labels, mask of what is labelled) that the configured model type is trained on."""
+    """Return the datasets (labels, their mask) that the configured model type is trained on."""
     return [(cfg.DATA[key], cfg.DATA[f"{key}_MASK"]) for key in label_keys(cfg)]
 
 
-def _checked_raw(path, cfg) -> Array:
+def _open_raw(path: Path | str, cfg: CfgNode) -> Array:
+    """Open raw and check its header."""
     where = f"{cfg.DATA.RAW} in {path}"
     raw = open_array(path, cfg.DATA.RAW, **source_defaults(cfg))
     if raw.dims != 3 or raw.voxel_size.dims != 3:
@@ -83,12 +88,13 @@ def _checked_raw(path, cfg) -> Array:
     if tuple(raw.voxel_size)[-len(expected) :] != expected:
         raise UserError(
             f"{where} has voxel size {tuple(raw.voxel_size)} nm, the config has {expected}: "
-            f"change {_section(cfg)}.VOXEL_SIZE{'_2D' * cfg.DATA.DIM_2D} or resample the volume"
+            f"change {_model_section(cfg)}.VOXEL_SIZE{'_2D' * cfg.DATA.DIM_2D} or resample the volume"
         )
     return raw
 
 
-def _checked_labels(path, dataset, cfg, raw: Array) -> Array:
+def _open_labels(path: Path | str, dataset: str, cfg: CfgNode, raw: Array) -> Array:
+    """Open labels and check their header."""
     where = f"{dataset} in {path}"
     labels = open_array(path, dataset, **source_defaults(cfg))
     if labels.dtype.kind != "u":
@@ -100,44 +106,41 @@ def _checked_labels(path, dataset, cfg, raw: Array) -> Array:
         )
     if not raw.roi.contains(labels.roi):
         raise UserError(
-            f"{where} has shape {labels.shape} at {tuple(labels.offset)} nm, not inside {cfg.DATA.RAW} with "
+            f"{where} has shape {labels.shape} at {tuple(labels.offset)} nm, which is not inside {cfg.DATA.RAW} with "
             f"{raw.shape} at {tuple(raw.offset)}: crop the labels or correct their attribute offset"
         )
     if any((labels.offset - raw.offset) % raw.voxel_size):
         raise UserError(
-            f"{where} has offset {tuple(labels.offset)} nm, between the voxels of {cfg.DATA.RAW} at "
+            f"{where} has offset {tuple(labels.offset)} nm, which is between the voxels of {cfg.DATA.RAW} at "
             f"{tuple(raw.offset)}: correct its attribute offset"
         )
     return labels
 
 
-def _check_labeled(path, dataset, mask_dataset, cfg, labels: Array) -> None:
-    """Labels mask: on the labels, with at least one voxel; a missing one would be made from the labels."""
+def _check_mask(path: Path | str, dataset: str, mask_dataset: str, cfg: CfgNode, labels: Array) -> None:
+    """Check that the mask fits the labels, and that it, or the labels if there is no mask, has at least one voxel."""
     where = f"{mask_dataset} in {path}"
     if not has_array(path, mask_dataset):
-        if not _any(is_labeled(read(labels, slab)) for slab in slabs(labels)):
-            raise UserError(f"{dataset} in {path} has no labelled voxel: leave the volume out")
+        if not any(is_labeled(read(labels, slab)).any() for slab in slabs(labels)):
+            raise UserError(f"{dataset} in {path} has no labeled voxel: leave the volume out")
         return
     mask = open_array(path, mask_dataset, **source_defaults(cfg))
     if mask.roi != labels.roi or mask.voxel_size != labels.voxel_size:
         raise UserError(
-            f"{where} has shape {mask.shape} at {tuple(mask.offset)} nm, other than {dataset} "
-            f"with {labels.shape} at {tuple(labels.offset)}: correct it, or delete it and it is made anew"
+            f"{where} has shape {mask.shape} at {tuple(mask.offset)} nm, but {dataset} has {labels.shape} at "
+            f"{tuple(labels.offset)}: correct it, or delete it and it is created again"
         )
-    if not _any(read(mask, slab) for slab in slabs(mask)):
-        raise UserError(f"{where} is zero everywhere: correct it, or delete it and it is made anew")
-
-
-def _any(arrays: Iterable[np.ndarray]) -> bool:
-    return any(array.any() for array in arrays)
+    if not any(read(mask, slab).any() for slab in slabs(mask)):
+        raise UserError(f"{where} is zero everywhere: correct it, or delete it and it is created again")
 
 
 def _check_values(raw: Array, where: str) -> None:
+    """Check that float raw is within 0..1."""
     if raw.dtype == np.uint8:
         return
     for slab in tqdm(slabs(raw), desc=f"checking {where}", unit="slab", delay=2, leave=False):
         values = read(raw, slab)
-        good = (values >= 0) & (values <= 1)  # NaN is neither
+        good = (values >= 0) & (values <= 1)  # False for NaN
         if good.all():
             continue
         inside = np.unravel_index(good.argmin(), good.shape)
@@ -150,5 +153,5 @@ def _check_values(raw: Array, where: str) -> None:
         raise UserError(f"{where} holds NaN or infinite values, the first at voxel {voxel}: replace them, e.g. by 0")
 
 
-def _section(cfg) -> str:
+def _model_section(cfg: CfgNode) -> str:
     return "MODEL_ISO" if cfg.DATA.FIB else "MODEL_ANISO"

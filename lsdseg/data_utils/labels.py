@@ -1,41 +1,84 @@
-"""Masks of what is labelled: training looks at these voxels only.
+"""Masks of labeled voxels. Training looks at no others.
 
-CREMI and its annotation tools mark voxels that nobody has labelled with the three largest ids; background, 0,
-counts as labelled. If 0 means "not labelled" in your ground truth, bring your own mask.
+CREMI and its annotation tools mark voxels that nobody has labeled with the three largest ids. Background, 0, counts as
+labeled. If 0 means "not labeled" in your ground truth, provide a mask of your own.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK
 from lsdseg.data_utils.volumes import create_array, has_array, open_array, read, rename_array, slabs
-from lsdseg.files import room_on_disk
+from lsdseg.files import PARTIAL, room_on_disk
 
 FIRST_UNLABELED = np.uint64(2**64 - 3)
 
 
-def is_labeled(labels: np.ndarray) -> np.ndarray:
-    """Bool, shape of labels (any integers): whether a voxel has been labelled, background included."""
-    return labels < FIRST_UNLABELED
+def is_labeled(labels: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return where voxels are labeled, background included.
+
+    Args:
+        labels: integers of any type and shape.
+
+    Returns:
+        Bool, the same shape.
+    """
+    labeled: NDArray[np.bool_] = labels < FIRST_UNLABELED
+    return labeled
+
+
+def create_labels_masks(paths: Sequence[Path | str], labels_dataset: str, mask_dataset: str) -> None:
+    """Write the mask of the labels of each zarr that has none, and print what was done.
+
+    Raises:
+        UserError: as for `create_labels_mask`. If a zarr has no labels, nothing is written.
+    """
+    for path in paths:
+        open_array(path, labels_dataset)
+    for path in paths:
+        created = create_labels_mask(path, labels_dataset, mask_dataset)
+        print(f"{path}: {mask_dataset} {'written' if created else 'exists already'}")
 
 
 def create_labels_mask(
-    path: Path | str, labels_dataset: str = LABELS, mask_dataset: str = LABELS_MASK, **defaults
+    path: Path | str,
+    labels_dataset: str = LABELS,
+    mask_dataset: str = LABELS_MASK,
+    *,
+    default_voxel_size: Sequence[float] | None = None,
+    default_offset: Sequence[float] | None = None,
 ) -> bool:
-    """Write the labels mask (uint8, 1: labelled; ROI and voxel size of the labels) of a zarr that has none.
+    """Write the mask of a zarr's labels, unless it has one.
 
-    Memory is bounded, and a mask that was ended half-way is not taken for one. defaults: as for `open_array`.
-    Returns whether one was made. Raises UserError if there are no labels or no room on disk.
+    The mask is uint8, 1 where voxels are labeled, with the ROI and voxel size of the labels. The labels need not fit in
+    memory. An interrupted run leaves no mask under the final name.
+
+    Args:
+        path: the zarr.
+        labels_dataset: dataset of the labels.
+        mask_dataset: dataset to write.
+        default_voxel_size: as in `open_array`.
+        default_offset: as in `open_array`.
+
+    Returns:
+        Whether a mask was written.
+
+    Raises:
+        UserError: there are no labels, or there is no room on disk.
     """
     if has_array(path, mask_dataset):
         return False
-    labels = open_array(path, labels_dataset, **defaults)
+    labels = open_array(path, labels_dataset, default_voxel_size=default_voxel_size, default_offset=default_offset)
+    partial = f"{mask_dataset}{PARTIAL}"
     with room_on_disk(path):
         mask = create_array(
             path,
-            f"{mask_dataset}.partial",
+            partial,
             labels.shape,
             voxel_size=labels.voxel_size,
             offset=labels.offset,
@@ -44,5 +87,5 @@ def create_labels_mask(
         )
         for slab in tqdm(slabs(labels), desc="labels mask", unit="slab", delay=2):
             mask[slab] = is_labeled(read(labels, slab)).astype(np.uint8)
-        rename_array(path, f"{mask_dataset}.partial", mask_dataset)
+        rename_array(path, partial, mask_dataset)
     return True

@@ -1,8 +1,8 @@
-"""What datasets and folders are called and where they are: every script asks here, so that no two disagree.
+"""Names and places of datasets, files and folders. Every script takes them from here, so no two disagree.
 
-HOME/DATA_DIR_PATH/BRAIN_VOL/data_{2d,3d}/{train,test}/SAMPLE.zarr  what the user provides
-OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.zarr               what prediction and segmentation write
-OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.blocks/TASK        which blocks of that are done
+HOME/DATA_DIR_PATH/BRAIN_VOL/data_{2d,3d}/{train,test}/SAMPLE.zarr  volumes that the user provides
+OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.zarr               output of prediction and segmentation
+OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.blocks/STEP        markers of its finished blocks
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.rag                its region adjacency graph
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/luts_full/seg_*.npz       look-up tables from fragments to segments
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE_scores.json        scores of its segmentations
@@ -16,14 +16,15 @@ from yacs.config import CfgNode
 
 from lsdseg.config.defaults import get_cfg_defaults
 from lsdseg.errors import UserError
+from lsdseg.files import explain_os_errors
 
 SPLITS = ("train", "test")
 
-# Datasets of a volume, as they are called unless DATA says otherwise.
+# Default names of the datasets of a volume; the section DATA of a config can override them.
 _NAMES = get_cfg_defaults().DATA
 RAW, LABELS, LABELS_MASK = _NAMES.RAW, _NAMES.NEURON_LABELS, _NAMES.NEURON_LABELS_MASK
 
-# Beside the checkpoints of a run: the config to predict with them.
+# The config to predict with, beside the checkpoints of a run.
 PREDICT_CONFIG = "config_predict.yaml"
 
 # Datasets of an output zarr.
@@ -33,28 +34,29 @@ MUTEX_SEGMENTATION = "volumes/segmentation_mutex"
 
 
 def data_folder(cfg: CfgNode, split: str) -> Path:
-    """HOME/DATA_DIR_PATH/BRAIN_VOL/data_{2d,3d}/SPLIT, existing or not; split is "train" or "test"."""
+    """Return HOME/DATA_DIR_PATH/BRAIN_VOL/data_{2d,3d}/SPLIT, for "train" or "test". It need not exist."""
     data = cfg.DATA
-    return Path(data.HOME) / data.DATA_DIR_PATH / data.BRAIN_VOL / f"data_{_dimensions(cfg)}" / split
+    return Path(data.HOME, data.DATA_DIR_PATH, data.BRAIN_VOL, f"data_{_dimensions(cfg)}", split)
 
 
 def volumes_in(cfg: CfgNode, split: str) -> list[Path]:
-    """The volumes `*.zarr` in `data_folder(cfg, split)`, sorted by name.
+    """Return the volumes `*.zarr` in `data_folder(cfg, split)`, sorted by name.
 
-    In 2D, those of data_3d if data_2d has none: sections are then drawn from them.
+    In 2D, volumes in data_3d are used if data_2d has none. Sections are then taken from them.
 
-    Raises UserError if DATA.HOME or the folder is missing or holds no zarr.
+    Raises:
+        UserError: DATA.HOME or the folder is missing, or the folder holds no zarr.
     """
     home = cfg.DATA.HOME
     if not home or not Path(home).is_dir():
-        raise UserError(f"DATA.HOME is {str(home)!r}, which is no folder: set it to the folder that holds your data")
+        raise UserError(f"DATA.HOME is {str(home)!r}, which is not a folder: set it to the folder with your data")
     folder = data_folder(cfg, split)
     volumes_3d = folder.parents[1] / "data_3d" / split
     if not any(folder.glob("*.zarr")) and volumes_3d.is_dir():
         folder = volumes_3d
     if not folder.is_dir():
         raise UserError(
-            f"{folder} does not exist: make it with data_utils/create_dir_organisation.py, "
+            f"{folder} does not exist: create it with data_utils/create_dir_organisation.py, "
             "or set DATA.DATA_DIR_PATH and DATA.BRAIN_VOL"
         )
     volumes = sorted(volume for volume in folder.glob("*.zarr") if volume.is_dir())
@@ -64,73 +66,83 @@ def volumes_in(cfg: CfgNode, split: str) -> list[Path]:
 
 
 def run_name(checkpoint: Path | str) -> str:
-    """Name of the training run that wrote a checkpoint file: the name of its folder."""
+    """Return the name of the training run that wrote a checkpoint: the name of its folder."""
     return Path(checkpoint).absolute().parent.name
 
 
 def output_path(cfg: CfgNode, sample_path: Path | str) -> Path:
-    """OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.zarr for a volume and the weights TRAIN.CHECKPOINT.
+    """Return OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.zarr for a volume and the weights TRAIN.CHECKPOINT.
 
-    Raises UserError if TRAIN.CHECKPOINT is empty.
+    Raises:
+        UserError: TRAIN.CHECKPOINT is empty.
     """
     checkpoint = cfg.TRAIN.CHECKPOINT
     if not checkpoint:
         raise UserError("TRAIN.CHECKPOINT is empty: set it to a file model_checkpoint_ITERATION that trainer.py wrote")
-    run = Path(cfg.DATA.OUTFILE) / cfg.TRAIN.MODEL_TYPE / _dimensions(cfg) / run_name(checkpoint)
+    run = Path(cfg.DATA.OUTFILE, cfg.TRAIN.MODEL_TYPE, _dimensions(cfg), run_name(checkpoint))
     return run / Path(checkpoint).name / f"{Path(sample_path).stem}.zarr"
 
 
-def block_markers(output: Path, task: str) -> Path:
-    """Folder beside an output zarr that records which blocks of a task are done: SAMPLE.blocks/TASK."""
-    return output.with_suffix(".blocks") / task
+def block_markers(output: Path, step: str) -> Path:
+    """Return the folder beside an output zarr with the markers of a step's finished blocks: SAMPLE.blocks/STEP."""
+    return output.with_suffix(".blocks") / step
 
 
 def rag_folder(output: Path) -> Path:
-    """Folder beside an output zarr that holds its region adjacency graph, unless a database does: SAMPLE.rag."""
+    """Return the folder beside an output zarr for its region adjacency graph, if no database holds it: SAMPLE.rag."""
     return output.with_suffix(".rag")
 
 
-def log_folder(sample: str, task: str) -> Path:
-    """Folder below the current directory for the config, the task and the logs of a run: daisy_logs/SAMPLE_TASK."""
-    return Path("daisy_logs", f"{sample}_{task}").absolute()
+def log_folder(sample: str, step: str) -> Path:
+    """Return the folder for the config and the logs of a step, in the current directory: daisy_logs/SAMPLE_STEP."""
+    return Path("daisy_logs", f"{sample}_{step}").absolute()
 
 
 def lut_path(output: Path, merge_function: str, threshold: float) -> Path:
-    """A look-up table of an output zarr: luts_full/seg_sampleA_edges_hist_quant_50_70.npz beside it, for 0.7."""
+    """Return the path of a table, beside the output zarr: luts_full/seg_sampleA_edges_hist_quant_50_70.npz for 0.7."""
     name = f"seg_{sample_name(output)}_edges_{merge_function}_{round(threshold * 100)}.npz"
     return output.parent / "luts_full" / name
 
 
 def scores_path(output: Path, suffix: str = "json") -> Path:
-    """Where the scores of the output zarr SAMPLE.zarr are: SAMPLE_scores.json (csv, png) beside it."""
+    """Return the path of the scores of an output zarr SAMPLE.zarr, beside it: SAMPLE_scores.json (csv, png)."""
     return output.with_name(f"{output.stem}_scores.{suffix}")
 
 
 def prediction_name(task: str) -> str:
-    """Dataset of a task's prediction: volumes/pred_affs."""
+    """Return the dataset of a task's prediction: volumes/pred_affs."""
     return f"volumes/pred_{task}"
 
 
 def segmentation_name(threshold: float) -> str:
-    """Dataset of a segmentation that was made in memory: volumes/segmentation_055."""
+    """Return the dataset of a segmentation that is made in memory: volumes/segmentation_055."""
     return f"volumes/segmentation_{_hundredths(threshold)}"
 
 
 def final_segmentation_name(merge_function: str, threshold: float) -> str:
-    """Dataset of a segmentation from a look-up table: volumes/final_segmentation_hist_quant_50_070."""
+    """Return the dataset of a segmentation from a table: volumes/final_segmentation_hist_quant_50_070."""
     return f"volumes/final_segmentation_{merge_function}_{_hundredths(threshold)}"
 
 
 def sample_name(path: Path | str) -> str:
-    """A zarr's stem in lower camel case, as in the names of collections and logs: sample_A-padded -> sampleAPadded."""
-    first, *rest = re.findall(r"[^\W_]+", Path(path).stem) or ["sample"]
+    """Return a zarr's stem in lower camel case, for collections and logs: sampleAPadded for sample_A-padded.zarr."""
+    words: list[str] = re.findall(r"[^\W_]+", Path(path).stem) or ["sample"]
+    first, *rest = words
     return first[0].lower() + first[1:] + "".join(word[0].upper() + word[1:] for word in rest)
 
 
-def create_dir_organisation(base: Path | str, names: Sequence[str]) -> list[Path]:
-    """Make BASE/NAME/data_{2d,3d}/{train,test} for every name; folders that exist stay as they are.
+def create_data_folders(base: Path | str, names: Sequence[str]) -> list[Path]:
+    """Create BASE/NAME/data_{2d,3d}/{train,test} for every name. Existing folders are left alone.
 
-    base is HOME/DATA_DIR_PATH, a name a DATA.BRAIN_VOL. Returns the folders.
+    Args:
+        base: HOME/DATA_DIR_PATH of a config.
+        names: data sets, DATA.BRAIN_VOL of a config.
+
+    Returns:
+        The folders.
+
+    Raises:
+        UserError: a folder cannot be created.
     """
     folders = [
         Path(base) / name / f"data_{dimensions}" / split
@@ -138,8 +150,9 @@ def create_dir_organisation(base: Path | str, names: Sequence[str]) -> list[Path
         for dimensions in ("2d", "3d")
         for split in SPLITS
     ]
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
+    with explain_os_errors(base):
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
     return folders
 
 

@@ -1,8 +1,9 @@
-"""Masks of where to work, of any voxel size: segmentation takes what is inside, prediction skips what is outside."""
+"""Masks of where to work, with any voxel size: segmentation keeps what is inside, prediction skips what is outside."""
 
 import numpy as np
 from funlib.geometry import Coordinate, Roi
 from funlib.persistence import Array
+from numpy.typing import NDArray
 from yacs.config import CfgNode
 
 from lsdseg.data_utils.volumes import open_array, read
@@ -10,7 +11,7 @@ from lsdseg.errors import UserError
 
 
 def open_mask(settings: CfgNode) -> Array | None:
-    """The mask that a section INS_SEGMENT names, or None if it has no MASK_FILE.
+    """Return the mask that a section INS_SEGMENT names, or None if it has no MASK_FILE.
 
     Raises:
         UserError: MASK_DATASET is not set, or there is no such dataset.
@@ -19,16 +20,22 @@ def open_mask(settings: CfgNode) -> Array | None:
         return None
     if not settings.MASK_DATASET:
         raise UserError(
-            f"INS_SEGMENT.MASK_FILE is {settings.MASK_FILE}: name the dataset in it, INS_SEGMENT.MASK_DATASET"
+            f"INS_SEGMENT.MASK_FILE is {settings.MASK_FILE}: also set INS_SEGMENT.MASK_DATASET to the dataset in it"
         )
     return open_array(settings.MASK_FILE, settings.MASK_DATASET)
 
 
-def read_mask(mask: Array | None, roi: Roi, voxel_size: Coordinate) -> np.ndarray | None:
-    """What `open_mask` gave (bool, z, y, x) on the voxels of ``roi``; None stays None.
+def read_mask(mask: Array | None, roi: Roi, voxel_size: Coordinate) -> NDArray[np.bool_] | None:
+    """Sample a mask on the voxels of a ROI.
 
-    The mask may have any voxel size and ROI (nm): every voxel takes the value at its centre, and False
-    outside.
+    Args:
+        mask: the mask (z, y, x) from `open_mask`. Its voxel size and ROI may differ.
+        roi: region to read, in nm.
+        voxel_size: voxel size of the result, in nm.
+
+    Returns:
+        Bool (z, y, x). Every voxel has the value of the mask at its center, and False outside the mask. None if there
+        is no mask.
     """
     if mask is None:
         return None

@@ -1,7 +1,8 @@
-"""Where an array lies in the world: voxel size and offset by the three conventions that are in use.
+"""Where an array lies in the world: its voxel size and offset, as three conventions store them.
 
-They are the attributes `resolution` (CREMI) and `voxel_size` (funlib), each with `offset`, and the scale of OME-NGFF.
-Axes are z, y, x; voxel sizes and offsets are whole nanometers, because `funlib.geometry.Coordinate` holds integers.
+The conventions are the attributes `resolution` (CREMI) and `voxel_size` (funlib), each with `offset`, and the scale of
+OME-NGFF. Axes are z, y, x. Voxel sizes and offsets are whole nanometers, because `funlib.geometry.Coordinate` holds
+integers.
 """
 
 import json
@@ -27,15 +28,28 @@ NANOMETERS = {
     "angstrom": 0.1,
 }
 
+# Voxel size and offset in nm.
+Placement = tuple[Sequence[float], Sequence[float]]
 
-def voxel_grid(
-    attributes: Mapping[str, Any], where: str, fallback: tuple[Sequence, Sequence] | None = None
+
+def read_placement(
+    attributes: Mapping[str, Any], where: str, fallback: Placement | None = None
 ) -> tuple[Coordinate, Coordinate]:
-    """Voxel size and offset (nm) by an array's attributes, or the fallback if they give no voxel size.
+    """Return the voxel size and offset that an array's attributes give.
 
-    where: name of the array in messages. Raises UserError as `open_array`.
+    Args:
+        attributes: attributes of the array.
+        where: name of the array in messages.
+        fallback: voxel size and offset in nm to return if the attributes give no voxel size.
+
+    Returns:
+        Voxel size and offset in nm.
+
+    Raises:
+        UserError: the voxel size is unknown or not above 0, its unit is unknown, or it or the offset is not in whole
+            nanometers.
     """
-    placement = _placement(attributes, where) or fallback
+    placement = _from_attributes(attributes, where) or fallback
     if placement is None:
         raise UserError(
             f"{where} has no voxel size: set its attributes resolution and offset (z, y, x in nm) "
@@ -48,8 +62,8 @@ def voxel_grid(
     return voxel_size, offset
 
 
-def _placement(attributes: Mapping[str, Any], where: str) -> tuple[list, list] | None:
-    """Voxel size and offset (nm) of an array by its own attributes."""
+def _from_attributes(attributes: Mapping[str, Any], where: str) -> Placement | None:
+    """Return voxel size and offset in nm from `resolution` or `voxel_size`, None if there is neither."""
     voxel_size = attributes.get("resolution", attributes.get("voxel_size"))
     if voxel_size is None:
         return None
@@ -62,9 +76,20 @@ def _placement(attributes: Mapping[str, Any], where: str) -> tuple[list, list] |
     )
 
 
-def ome_placement(folder: Path, where: str) -> tuple[list, list] | None:
-    """Voxel size and offset (nm) of an array by the OME-NGFF metadata (0.4 or 0.5) of its group."""
-    attributes: dict = {}
+def read_ome_placement(folder: Path, where: str) -> Placement | None:
+    """Return the voxel size and offset of an array from the OME-NGFF metadata (0.4 or 0.5) of its group.
+
+    Args:
+        folder: folder of the array.
+        where: name of the array in messages.
+
+    Returns:
+        Voxel size and offset in nm; None if there is no metadata for this array.
+
+    Raises:
+        UserError: a unit is unknown.
+    """
+    attributes: dict[str, Any] = {}
     if (folder.parent / ".zattrs").is_file():
         attributes = json.loads((folder.parent / ".zattrs").read_text())
     elif (folder.parent / "zarr.json").is_file():
@@ -89,6 +114,7 @@ def ome_placement(folder: Path, where: str) -> tuple[list, list] | None:
 
 
 def _nanometers(unit: str, where: str) -> float:
+    """Return the length of a unit in nm."""
     if unit not in NANOMETERS:
         known = ", ".join(filter(None, NANOMETERS))
         raise UserError(f"{where} has its voxel size in {unit!r}, an unknown unit: use one of {known}")
@@ -96,12 +122,21 @@ def _nanometers(unit: str, where: str) -> float:
 
 
 def whole_nanometers(values: Sequence[float], what: str, where: str) -> Coordinate:
-    """Values in nm as a Coordinate, but for rounding errors; UserError if `what` of `where` has fractions of nm."""
+    """Return values in nm as a Coordinate, without rounding errors.
+
+    Args:
+        values: values in nm.
+        what: name of the values in messages, e.g. "voxel size".
+        where: name of the array in messages.
+
+    Raises:
+        UserError: the values are not whole numbers.
+    """
     rounded = [round(float(value)) for value in values]
     if not np.allclose(values, rounded, rtol=0, atol=1e-6):
         given = tuple(round(float(value), 6) for value in values)
         raise UserError(
-            f"{where} has {what} {given} nm, and only whole nanometers are supported: "
+            f"{where} has {what} {given} nm, but only whole nanometers are supported: "
             "round its attributes resolution and offset"
         )
     return Coordinate(rounded)

@@ -1,13 +1,17 @@
-"""New volumes from those of a data set, as the section PREPROCESS of a config asks for: sections, other grey values.
+"""New volumes from those of a data set, as the section PREPROCESS of a config says: sections, or other gray values.
 
-Every source is looked at before the first result is written and stays as it is; a result replaces one of its name when
-it is complete.
+All sources are checked before the first result is written, and they are not changed. A result replaces an existing one
+of its name once it is complete.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from funlib.persistence import Array
+from numpy.typing import NDArray
 from tqdm import tqdm
 from yacs.config import CfgNode
 
@@ -17,9 +21,12 @@ from lsdseg.data_utils.volumes import create_array, list_arrays, open_array, rea
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk, write_whole_folder
 
+# From the voxels of a slab to those to write, perhaps of another type.
+Convert = Callable[[NDArray[Any]], NDArray[Any]]
+
 
 def preprocess(cfg: CfgNode) -> None:
-    """Do what PREPROCESS.HISTOGRAM_MATCH and PREPROCESS.EXPORT_2D_FROM_3D ask for.
+    """Do what PREPROCESS.HISTOGRAM_MATCH and PREPROCESS.EXPORT_2D_FROM_3D say.
 
     Raises:
         UserError: neither is set; a volume or dataset is missing or cannot be used; there is no room on disk.
@@ -34,13 +41,14 @@ def preprocess(cfg: CfgNode) -> None:
 
 
 def export_sections(cfg: CfgNode) -> None:
-    """Write every volume of DATA.BRAIN_VOL as sections: data_3d/SPLIT/NAME.zarr as data_2d/SPLIT/NAME.zarr.
+    """Write every volume of DATA.BRAIN_VOL as sections: data_3d/SPLIT/NAME.zarr becomes data_2d/SPLIT/NAME.zarr.
 
-    DATA.RAW, labels and their masks become 2D datasets DATASET/0 ... DATASET/n with `resolution` and `offset` (y, x)
-    in nm. The number is that of the section in raw, for all of them: where labels do not reach, they and their mask
-    are 0. Other PREPROCESS.DATASETS_TO_COPY are carried along as volumes.
+    DATA.RAW, labels and their masks become 2D datasets DATASET/0 ... DATASET/n with `resolution` and `offset` (y, x) in
+    nm. All of them are numbered as the sections of raw. Labels and their masks are 0 in sections that they do not
+    cover. Other PREPROCESS.DATASETS_TO_COPY are copied as volumes.
 
-    Raises UserError as `preprocess`.
+    Raises:
+        UserError: as for `preprocess`.
     """
     sources = _volumes(cfg, cfg.DATA.BRAIN_VOL)
     copied = _arrays_to_copy(cfg, sources)
@@ -53,55 +61,65 @@ def export_sections(cfg: CfgNode) -> None:
                 _write_sections(zarr, name, array, raw)
             for labels, mask in _labels_and_masks(cfg).items():
                 if labels in sections[path] and mask not in sections[path]:
-                    _write_sections(zarr, mask, sections[path][labels], raw, _mask)
+                    _write_sections(zarr, mask, sections[path][labels], raw, _mask_of_labels)
             for name in copied[path].keys() - sections[path].keys():
                 _write_volume(zarr, name, copied[path][name])
         print(f"{target}: {raw.shape[0]} sections of {', '.join(sections[path])}")
 
 
 def match_histograms(cfg: CfgNode, source: str, target: str) -> None:
-    """Write every volume of the data set `source` with the grey values of `target`, as data set SOURCE_matched.
+    """Write every volume of the data set `source` with the gray values of `target`, as data set SOURCE_matched.
 
-    Raw must be uint8. Each volume gets the histogram that all volumes of `target` have together.
-    PREPROCESS.DATASETS_TO_COPY are carried along.
+    Raw must be uint8. Each volume gets the histogram of all volumes of `target` together. PREPROCESS.DATASETS_TO_COPY
+    are copied along.
 
-    Raises UserError as `preprocess`.
+    Raises:
+        UserError: as for `preprocess`.
     """
     sources = _volumes(cfg, source)
     copied = _arrays_to_copy(cfg, sources)
     raw, reference = (
         {path: _open_gray_values(path, cfg) for _, path in volumes} for volumes in (sources, _volumes(cfg, target))
     )
-    wanted = sum(map(gray_value_counts, reference.values()))
+    wanted = np.sum([gray_value_counts(array) for array in reference.values()], axis=0)
     for split, path in sources:
         matched = data_folder(_with_data(cfg, DIM_2D=False, BRAIN_VOL=f"{source}_matched"), split) / path.name
         table = matching_values(gray_value_counts(raw[path]), wanted)
         with room_on_disk(matched), write_whole_folder(matched) as zarr:
-            _write_volume(zarr, cfg.DATA.RAW, raw[path], lambda slab, table=table: table[slab])
+            _write_volume(zarr, cfg.DATA.RAW, raw[path], partial(np.take, table))
             for name in copied[path].keys() - {cfg.DATA.RAW}:
                 _write_volume(zarr, name, copied[path][name])
-        print(f"{matched}: {path.name} with the grey values of {target}")
+        print(f"{matched}: {path.name} with the gray values of {target}")
 
 
-def gray_value_counts(raw: Array) -> np.ndarray:
-    """How often each of the 256 values of a uint8 array occurs."""
-    parts = tqdm(slabs(raw), desc="grey values", unit="slab", delay=2)
-    return sum(np.bincount(read(raw, slab).ravel(), minlength=256) for slab in parts)
+def gray_value_counts(raw: Array) -> NDArray[np.int64]:
+    """Return how often each of the 256 values of a uint8 array occurs."""
+    counts = np.zeros(256, np.int64)
+    for slab in tqdm(slabs(raw), desc="gray values", unit="slab", delay=2):
+        counts += np.bincount(read(raw, slab).ravel(), minlength=256)
+    return counts
 
 
-def matching_values(counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The value (uint8) that each of 256 grey values becomes, so that their counts become like those wanted.
+def matching_values(counts: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Return a table that maps gray values such that their histogram becomes the wanted one.
 
-    A value becomes the one with as large a share of values below it; between the values that occur, shares are
-    interpolated (as in scikit-image's `match_histograms`).
+    A value is mapped to the value with the same share of values below it. Shares are interpolated between the values
+    that occur, as in scikit-image's `match_histograms`.
+
+    Args:
+        counts: (256,), how often each value occurs.
+        wanted: (256,), the same for the wanted histogram.
+
+    Returns:
+        uint8 (256,), new value of each value.
     """
     occurring = np.flatnonzero(wanted)
     shares, wanted_shares = (np.cumsum(c) / c.sum() for c in (counts, wanted))
-    return np.rint(np.interp(shares, wanted_shares[occurring], occurring)).astype(np.uint8)
+    return np.asarray(np.rint(np.interp(shares, wanted_shares[occurring], occurring)), np.uint8)
 
 
-def _with_data(cfg: CfgNode, **values) -> CfgNode:
-    """The config with other values in DATA."""
+def _with_data(cfg: CfgNode, **values: Any) -> CfgNode:
+    """Return a copy of the config with other values in DATA."""
     changed = cfg.clone()
     changed.defrost()
     changed.DATA.update(values)
@@ -109,18 +127,20 @@ def _with_data(cfg: CfgNode, **values) -> CfgNode:
 
 
 def _volumes(cfg: CfgNode, data_set: str) -> list[tuple[str, Path]]:
-    """(split, path) of the 3D volumes of a data set; UserError if neither split has one."""
+    """Return (split, path) of the 3D volumes of a data set, or raise UserError if there are none."""
     cfg = _with_data(cfg, DIM_2D=False, BRAIN_VOL=data_set)
     splits = [split for split in SPLITS if any(data_folder(cfg, split).glob("*.zarr"))]
     return [(split, path) for split in splits or SPLITS for path in volumes_in(cfg, split)]
 
 
 def _labels_and_masks(cfg: CfgNode) -> dict[str, str]:
+    """Return dataset of labels -> dataset of their mask."""
     data = cfg.DATA
     return {data.NEURON_LABELS: data.NEURON_LABELS_MASK, data.MITO_LABELS: data.MITO_LABELS_MASK}
 
 
 def _open_volume(path: Path, dataset: str, cfg: CfgNode) -> Array:
+    """Open a dataset, or raise UserError if its axes are not z, y, x."""
     array = open_array(path, dataset, **source_defaults(cfg))
     if not len(array.shape) == array.voxel_size.dims == 3:
         raise UserError(f"{dataset} in {path} has shape {array.shape}: store it with the axes z, y, x")
@@ -128,14 +148,15 @@ def _open_volume(path: Path, dataset: str, cfg: CfgNode) -> Array:
 
 
 def _open_gray_values(path: Path, cfg: CfgNode) -> Array:
+    """Open raw, or raise UserError if it is not uint8."""
     raw = _open_volume(path, cfg.DATA.RAW, cfg)
     if raw.dtype != np.uint8:
-        raise UserError(f"{cfg.DATA.RAW} in {path} is {raw.dtype}: store it as uint8 to match its grey values")
+        raise UserError(f"{cfg.DATA.RAW} in {path} is {raw.dtype}: store it as uint8 to match its gray values")
     return raw
 
 
 def _arrays_with_sections(path: Path, cfg: CfgNode) -> dict[str, Array]:
-    """Raw, and what there is of labels and masks; UserError for one whose sections are not sections of raw."""
+    """Return raw and the labels and masks that exist, or raise UserError if their sections are not sections of raw."""
     raw = _open_volume(path, cfg.DATA.RAW, cfg)
     pairs = _labels_and_masks(cfg)
     names = [name for name in (*pairs, *pairs.values()) if name in list_arrays(path)]
@@ -145,45 +166,54 @@ def _arrays_with_sections(path: Path, cfg: CfgNode) -> dict[str, Array]:
         inside = 0 <= depth <= raw.roi.shape[0] - array.roi.shape[0]
         if array.voxel_size[0] != thickness or depth % thickness or not inside:
             raise UserError(
-                f"{name} in {path} has other sections than {cfg.DATA.RAW}, {array.roi} and {raw.roi} nm: "
+                f"{name} in {path} has other sections than {cfg.DATA.RAW} ({array.roi} and {raw.roi} nm): "
                 "correct its attributes resolution and offset"
             )
     return {cfg.DATA.RAW: raw, **arrays}
 
 
 def _arrays_to_copy(cfg: CfgNode, sources: list[tuple[str, Path]]) -> dict[Path, dict[str, Array]]:
-    """What each volume has of PREPROCESS.DATASETS_TO_COPY; UserError for a dataset that none has."""
+    """Return the PREPROCESS.DATASETS_TO_COPY of each volume, or raise UserError if no volume has one of them."""
     present = {path: list_arrays(path) for _, path in sources}
     names = cfg.PREPROCESS.DATASETS_TO_COPY or []
     for name in names:
         if not any(name in datasets for datasets in present.values()):
-            raise UserError(f"PREPROCESS.DATASETS_TO_COPY: no volume beside {sources[0][1]} has the dataset {name}")
+            where = sources[0][1].parents[1]
+            raise UserError(f"PREPROCESS.DATASETS_TO_COPY: no volume in {where} has {name}: correct the name")
     return {
         path: {name: open_array(path, name, **source_defaults(cfg)) for name in names if name in datasets}
         for path, datasets in present.items()
     }
 
 
-def _mask(labels: np.ndarray) -> np.ndarray:
+def _mask_of_labels(labels: NDArray[Any]) -> NDArray[np.uint8]:
     return is_labeled(labels).astype(np.uint8)
 
 
-def _write_sections(zarr: Path, name: str, array: Array, raw: Array, convert=np.asarray) -> None:
-    """Write the sections of an array by their numbers in raw, and zeros for those that it does not have."""
-    placement = {
-        "voxel_size": array.voxel_size[1:],
-        "offset": array.offset[1:],
-        "dtype": convert(np.empty(0, array.dtype)).dtype,
-    }
-    sections = [create_array(zarr, f"{name}/{z}", array.shape[1:], **placement) for z in range(raw.shape[0])]
+def _write_sections(zarr: Path, name: str, array: Array, raw: Array, convert: Convert = np.asarray) -> None:
+    """Write the sections of an array, numbered as in raw, and zeros for sections that it does not have."""
+    voxel_size, offset = array.voxel_size[1:], array.offset[1:]
+    dtype = convert(np.empty(0, array.dtype)).dtype
+    sections = [
+        create_array(zarr, f"{name}/{z}", array.shape[1:], voxel_size=voxel_size, offset=offset, dtype=dtype)
+        for z in range(raw.shape[0])
+    ]
     first = (array.offset[0] - raw.offset[0]) // raw.voxel_size[0]
     for slab in tqdm(slabs(array), desc=f"{name} of {zarr.stem}", unit="slab", delay=2):
         for z, values in enumerate(convert(read(array, slab)), start=first + slab[0].start):
             sections[z][slab[1:]] = values
 
 
-def _write_volume(zarr: Path, name: str, array: Array, convert=np.asarray) -> None:
-    placement = {"voxel_size": array.voxel_size, "offset": array.offset, "dtype": array.dtype}
-    written = create_array(zarr, name, array.shape, attributes=dict(array.attrs), **placement)
+def _write_volume(zarr: Path, name: str, array: Array, convert: Convert = np.asarray) -> None:
+    """Copy an array with its attributes."""
+    written = create_array(
+        zarr,
+        name,
+        array.shape,
+        voxel_size=array.voxel_size,
+        offset=array.offset,
+        dtype=array.dtype,
+        attributes=dict(array.attrs),
+    )
     for slab in tqdm(slabs(array), desc=f"{name} of {zarr.stem}", unit="slab", delay=2):
         written[slab] = convert(read(array, slab))

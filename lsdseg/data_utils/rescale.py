@@ -1,24 +1,68 @@
-"""Volumes on other voxels: raw by interpolation, labels by the nearest voxel.
+"""Resampling of volumes to another voxel size: raw by interpolation, labels by the nearest voxel.
 
-The place in the world is what stays: a voxel gets its value from what lies around its centre, wherever the voxels of
-the two volumes begin and end. Only the voxels that a block needs are read, so memory does not grow with the volume.
+Everything keeps its position in the world. A voxel gets its value from what lies around its center, wherever the voxels
+of the two volumes begin and end. Only the voxels that a slab needs are read, so memory does not grow with the volume.
 """
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from funlib.geometry import Coordinate, Roi
 from funlib.persistence import Array
+from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from tqdm import tqdm
 
-from lsdseg.data_utils.volumes import create_array, read, slabs
+from lsdseg.data_utils.volumes import create_array, open_array, read, slabs
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk, write_whole_folder
 
-BLOCK_BYTES = 2**24
+SLAB_BYTES = 2**24
+
+
+def rescale_zarr(
+    source: Path,
+    target: Path,
+    dataset: str,
+    *,
+    to: str | None,
+    voxel_size: Sequence[int] | None,
+    like: tuple[Path | str, str] | None,
+    labels: bool,
+    overwrite: bool,
+) -> None:
+    """Resample a dataset of a zarr into another zarr, and print what was written.
+
+    Args:
+        source: zarr to read.
+        target: zarr to write.
+        dataset: dataset to read.
+        to: dataset to write. None: the same name.
+        voxel_size: new voxel size in nm; or None, and `like` is given.
+        like: zarr and dataset to take voxel size and ROI from.
+        labels: take the nearest voxel.
+        overwrite: replace a target that exists.
+
+    Raises:
+        UserError: an input does not exist, the target exists or is an input, or as for `rescale`.
+    """
+    array = open_array(source, dataset)
+    grid = open_array(*like) if like else None
+    inputs = [source, *(like or [])[:1]]
+    if target.exists() and any(target.samefile(path) for path in inputs):
+        raise UserError(f"{target} is an input and would be replaced as a whole: write elsewhere")
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} exists: add --overwrite, or write elsewhere")
+    name = to or dataset
+    if grid is None:
+        rescale(array, target, name, voxel_size or (), labels=labels)
+    else:
+        rescale(array, target, name, grid.voxel_size, grid.roi, labels=labels)
+    written = open_array(target, name)
+    print(f"{target}: {name} {written.dtype} {written.shape}, {tuple(written.voxel_size)} nm")
 
 
 def rescale(
@@ -30,17 +74,20 @@ def rescale(
     *,
     labels: bool = False,
 ) -> None:
-    """Write a volume with another voxel size as the one dataset of a zarr, which appears whole or not at all.
+    """Resample a volume to another voxel size, as the only dataset of a zarr, which appears whole or not at all.
 
     Args:
-        source: uint8 or float raw, or labels of any integer type; an axis for each number of voxel_size.
-        target, dataset: the zarr, replaced if it exists, and the name in it.
-        voxel_size: nm, whole numbers.
-        roi: nm, inside that of source and whole voxels wide; None: begins where source does and covers it.
-        labels: take the nearest voxel. That is also done, as it is exact, where voxels stay what they are.
+        source: raw (uint8 or float), or labels of any integer type. `voxel_size` has one number for each axis.
+        target: the zarr. An existing one is replaced.
+        dataset: name of the dataset in it.
+        voxel_size: in nm.
+        roi: region to cover, in nm: inside the source, and a whole number of new voxels wide. None: begin where the
+            source does, and cover all of it.
+        labels: take the nearest voxel instead of interpolating. If the voxels do not change, this is done for raw, too,
+            because it is exact.
 
     Raises:
-        UserError: before anything is written, if the source does not fit; if there is no room on disk.
+        UserError: the arguments do not fit each other (nothing is written then), or there is no room on disk.
     """
     voxel_size = Coordinate(voxel_size)
     _check(source, target, voxel_size, roi, labels)
@@ -58,9 +105,9 @@ def rescale(
             dtype=source.dtype,
             attributes=dict(source.attrs),
         )
-        covered = slabs(array, int(BLOCK_BYTES * min(1, 1 / math.prod(step))))
+        covered = slabs(array, int(SLAB_BYTES * min(1, 1 / math.prod(step))))
         for slab in tqdm(covered, desc=f"{dataset} at {tuple(voxel_size)} nm", unit="slab"):
-            # Centres of the block's voxels in voxels of the source, whose first one reaches from 0 to 1.
+            # Centers of the slab's voxels in voxels of the source, of which the first extends from 0 to 1.
             centers = [
                 ((np.arange(along.start, along.stop) + 0.5) * new + shift) / old
                 for along, new, shift, old in zip(
@@ -73,12 +120,20 @@ def rescale(
                 array[slab] = _interpolated(source, centers, step)
 
 
-def interpolation_weights(centers: np.ndarray, size: int, width: float) -> csr_array:
-    """What each of `size` voxels in a row contributes to values at `centers`: (centers, size) float32, rows sum to 1.
+def interpolation_weights(centers: NDArray[np.floating[Any]], size: int, width: float) -> csr_array:
+    """Return the weights that interpolate a row of voxels.
 
-    The weights fall linearly to 0 at a distance of `width` voxels. 1 is linear interpolation; a sampling distance
-    beyond 1 as width averages over it, and so leaves nothing that the new voxels are too coarse to show. (The same
-    triangle is Pillow's and PyTorch's anti-aliased "bilinear".)
+    The weights fall linearly to 0 at a distance of `width` voxels. A width of 1 is linear interpolation. To sample at a
+    larger distance, use that as the width: this averages over it, and removes what the new voxels are too coarse to
+    show. (Anti-aliased "bilinear" resampling in Pillow and PyTorch uses the same triangle.)
+
+    Args:
+        centers: float (n,), where to interpolate, in voxels. The first voxel extends from 0 to 1.
+        size: number of voxels in the row.
+        width: distance in voxels at which a weight becomes 0, at least 1.
+
+    Returns:
+        float32 (n, size), sparse. Rows sum to 1.
     """
     first = np.ceil(centers - 0.5 - width).astype(int)
     voxels = first[:, None] + np.arange(math.ceil(2 * width) + 1)
@@ -89,34 +144,39 @@ def interpolation_weights(centers: np.ndarray, size: int, width: float) -> csr_a
     return csr_array((weights[weighted].astype(np.float32), voxels[weighted], row_ends), (len(centers), size))
 
 
-def _check(source: Array, target, voxel_size: Coordinate, roi: Roi | None, labels: bool) -> None:
+def _check(source: Array, target: Path | str, voxel_size: Coordinate, roi: Roi | None, labels: bool) -> None:
+    """Refuse arguments of `rescale` that do not fit each other."""
     if min(voxel_size) <= 0 or not len(voxel_size) == len(source.voxel_size) == len(source.shape):
         raise UserError(
             f"voxel size {tuple(voxel_size)} nm for {target} from an array of shape {source.shape}: "
-            "one number above 0 is needed for each axis"
+            "give one number above 0 for each axis"
         )
     if not labels and source.dtype != np.uint8 and source.dtype.kind != "f":
-        raise UserError(f"{source.dtype} for {target} is no raw, which is uint8 or float: rescale labels as labels")
+        raise UserError(
+            f"{source.dtype} for {target} is not raw, which is uint8 or float: for labels, set labels (--labels)"
+        )
     if roi and not source.roi.contains(roi):
-        raise UserError(f"the source covers {source.roi} nm, less than the {roi} nm wanted for {target}")
+        raise UserError(f"the source covers {source.roi} nm, which is less than {roi} nm as wanted for {target}")
 
 
-def _nearest(source: Array, centers: list[np.ndarray]) -> np.ndarray:
+def _nearest(source: Array, centers: Sequence[NDArray[np.floating[Any]]]) -> NDArray[Any]:
+    """Return the values of the voxels that contain the centers (in voxels, one array for each axis)."""
     voxels = [np.minimum(np.floor(c).astype(int), size - 1) for c, size in zip(centers, source.shape, strict=True)]
     values = read(source, tuple(slice(v[0], v[-1] + 1) for v in voxels))
-    return values[np.ix_(*(v - v[0] for v in voxels))]
+    return np.asarray(values[np.ix_(*(v - v[0] for v in voxels))])
 
 
-def _interpolated(source: Array, centers: list[np.ndarray], step: list[float]) -> np.ndarray:
+def _interpolated(source: Array, centers: Sequence[NDArray[np.floating[Any]]], step: Sequence[float]) -> NDArray[Any]:
+    """Return interpolated values at the centers, which are `step` voxels of the source apart along each axis."""
     weights = [interpolation_weights(c, n, max(1, s)) for c, n, s in zip(centers, source.shape, step, strict=True)]
     needed = tuple(slice(w.indices.min(), w.indices.max() + 1) for w in weights)
     values = read(source, needed).astype(np.float32)
     least, largest = np.nanmin(values), np.nanmax(values)
-    # Axis by axis: the first one is interpolated and becomes the last, until all are back in their places.
+    # Axis by axis: the first axis is interpolated and becomes the last, until all are back in place.
     for matrix, voxels in zip(weights, needed, strict=True):
         rest = values.shape[1:]
         values = matrix[:, voxels] @ values.reshape(len(values), -1)
         values = np.moveaxis(values.reshape(-1, *rest), 0, -1)
     if source.dtype == np.uint8:
         return np.rint(values).astype(np.uint8)
-    return values.clip(least, largest)  # weights sum to 1 but for rounding, and float raw may not exceed 1
+    return values.clip(least, largest)  # weights sum to 1 except for rounding, and float raw must not exceed 1

@@ -1,9 +1,8 @@
 """Arrays on disk with a voxel size and an offset.
 
-This is the one module that opens and creates zarr arrays, because three conventions for voxel sizes are in
-use and two versions of zarr. A zarr that it begins is in format 2 whichever zarr is installed, so that every
-viewer and older script can open it. Axis order is z, y, x; voxel sizes and offsets are whole nanometres,
-because `funlib.geometry.Coordinate` holds integers.
+Only this module opens and creates zarr arrays, because there are three conventions for voxel sizes and two versions of
+zarr. New zarrs are in format 2 whichever version is installed, so every viewer and older script can open them. Axis
+order is z, y, x. Voxel sizes and offsets are whole nanometers (see `placement`).
 """
 
 import itertools
@@ -12,25 +11,27 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import dask
 import dask.array
 import numcodecs
 import numpy as np
 import zarr
-from funlib.geometry import Roi
+from funlib.geometry import Coordinate, Roi
 from funlib.persistence import Array
+from numpy.typing import DTypeLike, NDArray
+from yacs.config import CfgNode
 
-from lsdseg.data_utils.placement import ome_placement, voxel_grid, whole_nanometers
+from lsdseg.data_utils.placement import Placement, read_ome_placement, read_placement, whole_nanometers
 from lsdseg.errors import UserError
 
-# Indexing a funlib Array computes a dask graph. Dask's thread pool hangs in a process that was forked after
-# its first use, and gunpowder's PreCache forks.
+# Indexing a funlib Array computes a dask graph. Dask's thread pool hangs in a process that is forked after the pool was
+# first used, and gunpowder's PreCache forks.
 dask.config.set(scheduler="synchronous")
 
 ZARR_VERSION = int(zarr.__version__.split(".")[0])
-# Higher levels gain a few per cent on labels and read several times slower.
+# Higher levels save a few percent on labels and read several times slower.
 COMPRESSOR = numcodecs.Zstd(level=1)
 
 
@@ -42,34 +43,41 @@ def open_array(
     default_voxel_size: Sequence[float] | None = None,
     default_offset: Sequence[float] | None = None,
 ) -> Array:
-    """Open an existing array of a zarr; `array[slices]` and `array[roi]` give and take numpy arrays.
+    """Open an existing array of a zarr. `array[slices]` and `array[roi]` give and take numpy arrays.
 
-    The voxel size comes from the array's attribute `resolution` (CREMI) or `voxel_size` (funlib), together
-    with `offset`, or else from the OME-NGFF scale in the group above, or else from the defaults (nm). At most
-    the last three axes are space; axes before them are channels, named `c^`.
+    The voxel size comes from the array's attribute `resolution` (CREMI) or `voxel_size` (funlib), together with
+    `offset`; otherwise from the OME-NGFF scale in the group above; otherwise from the defaults. At most the last three
+    axes are spatial. Axes before them are channels, named `c^`.
 
-    A dataset of sections, DATASET/m ... DATASET/n, opens as one stack (z, y, x) that can be read. Sections have no
-    thickness: it is taken to be as wide as a pixel. Section 0 is at 0 nm, wherever a stack begins.
+    A dataset of sections, DATASET/m ... DATASET/n, opens as one stack (z, y, x) that can only be read. Sections have no
+    thickness of their own, so the voxel size in z is that in x. Section 0 is at 0 nm, wherever the stack begins.
 
-    Raises UserError if there is no such array, if its voxel size is unknown, if voxel size or offset are not whole
-    nanometres, or if a section is missing in between or differs from the first one.
+    Args:
+        path: the zarr.
+        dataset: name of the array in it.
+        mode: "r" to read, "r+" to write.
+        default_voxel_size: voxel size in nm of an array that does not say.
+        default_offset: offset in nm of such an array. None: 0.
+
+    Raises:
+        UserError: there is no such array; its voxel size is unknown; voxel size or offset are not in whole nanometers;
+            a section in between is missing, or differs from the first one.
     """
     where = f"{dataset} in {path}"
     if sections := _section_names(Path(path) / dataset):
-        defaults = {"default_voxel_size": default_voxel_size, "default_offset": default_offset}
+        defaults = SourceDefaults(default_voxel_size=default_voxel_size, default_offset=default_offset)
         return _stack({int(name): open_array(path, f"{dataset}/{name}", mode, **defaults) for name in sections}, where)
     source = _open_zarr(Path(path), dataset, mode)
-    fallback = ome_placement(Path(path) / dataset, where)
+    fallback: Placement | None = read_ome_placement(Path(path) / dataset, where)
     if fallback is None and default_voxel_size is not None:
         fallback = default_voxel_size, default_offset or (0,) * len(default_voxel_size)
-    voxel_size, offset = voxel_grid(source.attrs, where, fallback)
+    voxel_size, offset = read_placement(source.attrs, where, fallback)
     dims = min(len(voxel_size), source.ndim, 3)
-    voxel_size, offset = voxel_size[-dims:], offset[-dims:]
     channels = source.ndim - dims
     return Array(
         source,
-        offset=offset,
-        voxel_size=voxel_size,
+        offset=Coordinate(offset[-dims:]),
+        voxel_size=Coordinate(voxel_size[-dims:]),
         axis_names=["c^"] * channels + ["z", "y", "x"][-dims:],
         units=["nm"] * dims,
         types=["channel"] * channels + ["space"] * dims,
@@ -78,7 +86,7 @@ def open_array(
 
 
 def has_array(path: Path | str, dataset: str) -> bool:
-    """Whether a zarr holds what `open_array` can open: an array, or sections of that name."""
+    """Return whether a zarr holds what `open_array` can open: an array or sections of that name."""
     folder = Path(path) / dataset
     return _is_array(folder) or bool(_section_names(folder))
 
@@ -90,15 +98,27 @@ def create_array(
     *,
     voxel_size: Sequence[int],
     offset: Sequence[int],
-    dtype: Any,
+    dtype: DTypeLike,
     chunk_shape: Sequence[int] | None = None,
     attributes: Mapping[str, Any] | None = None,
 ) -> Array:
-    """Create an array of zeros, zstd-compressed; what was there under that name is deleted.
+    """Create an array of zeros, compressed with zstd. An array of that name is replaced.
 
-    shape and chunk_shape: voxels, with the channel axis if there is one. Chunks are 64 voxels wide (512 for
-    sections) and hold all channels unless given. voxel_size and offset: nm, spatial axes only. attributes:
-    anything that JSON can hold.
+    Args:
+        path: the zarr. It is created if it does not exist.
+        dataset: name of the array in it.
+        shape: in voxels, with the channel axis if there is one.
+        voxel_size: in nm, spatial axes only.
+        offset: in nm, spatial axes only.
+        dtype: type of the voxels.
+        chunk_shape: in voxels, with the channel axis. None: 64 voxels wide (512 for sections), with all channels.
+        attributes: more attributes, anything that JSON can hold.
+
+    Returns:
+        The array, open for writing.
+
+    Raises:
+        UserError: voxel size or offset are not in whole nanometers.
     """
     shape, dims = tuple(map(int, shape)), len(voxel_size)
     where = f"{dataset} in {path}"
@@ -106,7 +126,7 @@ def create_array(
     offset = whole_nanometers(offset, "offset", where)
     if chunk_shape is None:
         edge = 64 if dims == 3 else 512
-        chunk_shape = shape[:-dims] + tuple(min(edge, size) for size in shape[-dims:])
+        chunk_shape = (*shape[:-dims], *(min(edge, size) for size in shape[-dims:]))
     source = zarr.open_array(
         store=str(path),
         path=dataset,
@@ -117,7 +137,7 @@ def create_array(
         fill_value=0,
         **_format(Path(path)),
     )
-    # resolution is this project's attribute; with the others, funlib's own open_ds finds the same place.
+    # This project reads resolution. With the others, funlib's own open_ds finds the same placement.
     placement = {
         "resolution": list(voxel_size),
         "offset": list(offset),
@@ -132,13 +152,13 @@ def create_array(
 def write_array(
     path: Path | str,
     dataset: str,
-    data: np.ndarray,
+    data: NDArray[Any],
     *,
     voxel_size: Sequence[int],
     offset: Sequence[int],
     attributes: Mapping[str, Any] | None = None,
 ) -> Array:
-    """Store a numpy array; as `create_array`."""
+    """Store a numpy array as `create_array` does."""
     array = create_array(
         path,
         dataset,
@@ -152,17 +172,37 @@ def write_array(
     return array
 
 
-def source_defaults(cfg) -> dict[str, Any]:
-    """Arguments of `open_array` for the user's volumes: what PREPROCESS says of arrays without attributes."""
+class SourceDefaults(TypedDict):
+    """Arguments of `open_array` for arrays without attributes.
+
+    Attributes:
+        default_voxel_size: in nm.
+        default_offset: in nm.
+    """
+
+    default_voxel_size: Sequence[float] | None
+    default_offset: Sequence[float] | None
+
+
+def source_defaults(cfg: CfgNode) -> SourceDefaults:
+    """Return the arguments of `open_array` for the user's volumes, from the section PREPROCESS of a config."""
     preprocess = cfg.PREPROCESS
-    return {
-        "default_voxel_size": preprocess.SOURCE_DATA_RESOLUTION,
-        "default_offset": preprocess.SOURCE_DATA_OFFSET,
-    }
+    return SourceDefaults(
+        default_voxel_size=preprocess.SOURCE_DATA_RESOLUTION, default_offset=preprocess.SOURCE_DATA_OFFSET
+    )
 
 
-def chunk_shape(tile_shape, volume_shape, largest: int = 96) -> tuple[int, ...]:
-    """Chunks that tiles fill without sharing one: per axis the largest divisor of the tile up to `largest` voxels."""
+def chunk_shape(tile_shape: Sequence[int], volume_shape: Sequence[int], largest: int = 96) -> tuple[int, ...]:
+    """Return a chunk shape such that no chunk is shared by two tiles.
+
+    Args:
+        tile_shape: in voxels.
+        volume_shape: in voxels; chunks are not larger.
+        largest: width of a chunk in voxels that is not exceeded.
+
+    Returns:
+        The largest divisor of the tile along each axis.
+    """
     return tuple(
         min(size, max(n for n in range(1, min(tile, largest) + 1) if tile % n == 0))
         for tile, size in zip(tile_shape, volume_shape, strict=True)
@@ -170,26 +210,26 @@ def chunk_shape(tile_shape, volume_shape, largest: int = 96) -> tuple[int, ...]:
 
 
 def rename_array(path: Path | str, dataset: str, new_name: str) -> None:
-    """Give a dataset another name in the same zarr; what was there under that name is deleted."""
+    """Rename a dataset within its zarr. A dataset of the new name is replaced."""
     target = Path(path) / new_name
     if target.exists():
         shutil.rmtree(target)
     (Path(path) / dataset).rename(target)
 
 
-def read(array: Array, slices: Any = ...) -> np.ndarray:
-    """Voxels as numpy, straight from zarr: `array[slices]` without the few milliseconds of its dask graph."""
+def read(array: Array, slices: Any = ...) -> NDArray[Any]:
+    """Read voxels straight from zarr: `array[slices]` without the few milliseconds that its dask graph takes."""
     return np.asarray(array._source_data[slices])
 
 
 def voxels_of(array: Array, roi: Roi) -> tuple[slice, ...]:
-    """Slices along an array's spatial axes of the voxels that a ROI (nm, inside the array's) covers."""
+    """Return the slices of the voxels in a ROI, along the spatial axes. The ROI (nm) must lie inside the array's."""
     begin, shape = (roi.begin - array.offset) / array.voxel_size, roi.shape / array.voxel_size
     return tuple(slice(b, b + s) for b, s in zip(begin, shape, strict=True))
 
 
 def list_arrays(path: Path | str) -> list[str]:
-    """Names of the datasets in a zarr, sorted; empty if there is no such folder."""
+    """Return the sorted names of the datasets in a zarr. There are none if the zarr does not exist."""
     names, folders = [], [Path(path)]
     while folders:
         folder = folders.pop()
@@ -201,7 +241,7 @@ def list_arrays(path: Path | str) -> list[str]:
 
 
 def is_stored(path: Path | str, dataset: str, voxels: Sequence[slice]) -> bool:
-    """Whether any chunk of a box of voxels was ever written; what never was is all fill value."""
+    """Return whether any chunk of a box of voxels was ever written. Voxels of other chunks have the fill value."""
     folder = Path(path) / dataset
     if sections := _section_names(folder):
         return any(is_stored(path, f"{dataset}/{name}", voxels[1:]) for name in sections[voxels[0]])
@@ -220,7 +260,12 @@ def is_stored(path: Path | str, dataset: str, voxels: Sequence[slice]) -> bool:
 
 
 def slabs(array: Array, max_bytes: int = 2**28) -> list[tuple[slice, ...]]:
-    """Slices that cover the array, aligned with its chunks, of at most max_bytes (but at least one chunk)."""
+    """Split an array into slabs, to read one at a time.
+
+    Returns:
+        Slices along all axes. Together they cover the array once. Each is aligned with the chunks and has at most
+        `max_bytes`, but at least one chunk.
+    """
     step = list(array.chunk_shape)
     for axis in reversed(range(array.dims)):
         chunks_that_fit = max_bytes // (math.prod(step) * array.dtype.itemsize)
@@ -233,27 +278,27 @@ def slabs(array: Array, max_bytes: int = 2**28) -> list[tuple[slice, ...]]:
 
 
 def _section_names(folder: Path) -> list[str]:
-    """Names "m" ... "n" of the sections in a folder, in the order of their numbers; none if it is an array."""
+    """Return the names "m" ... "n" of the sections in a folder, ordered by number. An array has none."""
     if _is_array(folder) or not folder.is_dir():
         return []
     return sorted((child.name for child in folder.iterdir() if child.name.isdigit() and _is_array(child)), key=int)
 
 
 def _stack(sections: dict[int, Array], where: str) -> Array:
-    """Sections (y, x) by their numbers as one volume (z, y, x)."""
+    """Stack sections (y, x), number -> section, to one volume (z, y, x)."""
     numbers = range(min(sections), max(sections) + 1)
     first = sections[numbers[0]]
     for number in numbers:
         if number not in sections:
             raise UserError(
                 f"{where} has sections {numbers[0]} to {numbers[-1]}, but no section {number}: "
-                "add it, or put those that follow it into another zarr"
+                "add it, or move the sections after it to another zarr"
             )
         section = sections[number]
         if section.roi != first.roi or section.voxel_size != first.voxel_size or len(section.shape) != 2:
             raise UserError(
-                f"section {number} of {where} has shape {section.shape} at {tuple(section.offset)} nm, the first one "
-                f"{first.shape} at {tuple(first.offset)}: put sections that differ into zarrs of their own"
+                f"section {number} of {where} has shape {section.shape} at {tuple(section.offset)} nm, but the first "
+                f"has {first.shape} at {tuple(first.offset)}: move sections that differ to another zarr"
             )
     thickness = first.voxel_size[-1]
     return Array(
@@ -267,14 +312,15 @@ def _stack(sections: dict[int, Array], where: str) -> Array:
 
 
 def _is_array(folder: Path) -> bool:
+    """Return whether a folder is a zarr array of format 2 or 3."""
     if (folder / ".zarray").is_file():
         return True
     header = folder / "zarr.json"
-    return header.is_file() and json.loads(header.read_text())["node_type"] == "array"
+    return header.is_file() and bool(json.loads(header.read_text())["node_type"] == "array")
 
 
 def _format(path: Path) -> dict[str, Any]:
-    """Format arguments of zarr: 2, but 3 in a zarr that is in format 3 already, where others would not be seen."""
+    """Return the arguments for zarr's format: 2, but 3 in a zarr of format 3, where arrays of format 2 are not seen."""
     if ZARR_VERSION >= 3 and (path / "zarr.json").is_file():
         return {"zarr_format": 3}  # zstd by default
     format_2 = {"zarr_format": 2} if ZARR_VERSION >= 3 else {}
@@ -282,8 +328,9 @@ def _format(path: Path) -> dict[str, Any]:
 
 
 def _open_zarr(path: Path, dataset: str, mode: str) -> zarr.Array:
+    """Open a zarr array, or raise UserError if there is none or this version of zarr cannot read it."""
     if not path.is_dir():
-        raise UserError(f"{path} does not exist or is not a zarr folder")
+        raise UserError(f"{path} does not exist or is not a zarr folder: check the path")
     folder = path / dataset
     if not _is_array(folder):
         names = ", ".join(list_arrays(path)) or "no datasets"
