@@ -6,12 +6,12 @@ store is imported when a store of that kind is opened, so that nobody needs the 
 
 import os
 import re
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yacs.config import CfgNode
 
+from lsdseg.config.implementations import resolve
 from lsdseg.errors import UserError
 from lsdseg.rag.store import Mode, RagStore
 
@@ -57,8 +57,7 @@ def open_store(cfg: CfgNode, output: Path | str, mode: Mode = "r") -> RagStore:
             f"LSD_DB_URI or DATA.DB_HOST begins with {scheme}://, but there is no such graph store: use {known} or "
             "HOST:PORT (MongoDB), or leave it empty for Parquet files beside the output"
         )
-    module, _, function = STORES[scheme].partition(":")
-    store: RagStore = getattr(import_module(module), function)(uri, cfg, Path(output), mode)
+    store: RagStore = resolve(STORES[scheme])(uri, cfg, Path(output), mode)
     return store
 
 
@@ -71,7 +70,7 @@ def _scheme(uri: str) -> str:
 
 def __getattr__(name: str) -> Any:
     """Import the store classes when they are first asked for, as `open_store` does."""
-    modules = {"MongoStore": "lsdseg.rag.mongo", "ParquetStore": "lsdseg.rag.parquet"}
-    if name not in modules:
+    classes = {"MongoStore": "lsdseg.rag.mongo:MongoStore", "ParquetStore": "lsdseg.rag.parquet:ParquetStore"}
+    if name not in classes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(modules[name]), name)
+    return resolve(classes[name])
