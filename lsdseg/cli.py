@@ -17,7 +17,7 @@ from lsdseg.errors import DeviceError, UserError
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (run {self.prog} --help to see how to call it)")
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def command_parser(description: str, example: str, epilog: str = "") -> argparse.ArgumentParser:

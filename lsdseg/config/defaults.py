@@ -237,11 +237,12 @@ _C.MODEL_ISO.INTENSITYAUG_SHIFT_MAX = 0.2
 # Scale and shift that take raw from 0..1 to the network's -1..1 (first values), and back for snapshots (second values).
 _C.MODEL_ISO.INTENSITYSCALESHIFT_SCALE = [2.0, 0.5]
 _C.MODEL_ISO.INTENSITYSCALESHIFT_SHIFT = [-1.0, 0.5]
-# Zarr with images of damaged sections, to insert at random. Empty: none.
+# Zarr with images of damaged sections to insert at random, in defect_sections/raw, and where they are damaged, in
+# defect_sections/mask. Empty: none.
 _C.MODEL_ISO.DEFECT_AUGMENT = ""
 # Folders for TensorBoard logs, checkpoints and snapshots. None: HOME/lsd_logs (lsd_checkpoints, lsd_snapshots) /
-# MODEL_TYPE_{2D,3D} / BRAIN_VOL / NAME, where NAME is the name of CKPT_FOLDER, or "run" if that is None, too. Training
-# resumes from a checkpoint in CKPT_FOLDER: to start anew, change it.
+# MODEL_TYPE_{2D,3D} / BRAIN_VOL / NAME, where NAME is the name of CKPT_FOLDER, or "run" if CKPT_FOLDER is None.
+# Training resumes from the checkpoints in CKPT_FOLDER: change CKPT_FOLDER to start a new run.
 _C.MODEL_ISO.LOG_DIR = None
 _C.MODEL_ISO.CKPT_FOLDER = None
 _C.MODEL_ISO.OUTPUT_DIR = None

@@ -19,9 +19,7 @@ def open_mask(settings: CfgNode) -> Array | None:
     if not settings.MASK_FILE:
         return None
     if not settings.MASK_DATASET:
-        raise UserError(
-            f"INS_SEGMENT.MASK_FILE is {settings.MASK_FILE}: also set INS_SEGMENT.MASK_DATASET to the dataset in it"
-        )
+        raise UserError(f"INS_SEGMENT.MASK_FILE is {settings.MASK_FILE}: name the dataset in INS_SEGMENT.MASK_DATASET")
     return open_array(settings.MASK_FILE, settings.MASK_DATASET)
 
 

@@ -30,7 +30,7 @@ def rescale_zarr(
     *,
     to: str | None,
     voxel_size: Sequence[int] | None,
-    like: tuple[Path | str, str] | None,
+    like: Sequence[str] | None,
     labels: bool,
     overwrite: bool,
 ) -> None:
@@ -50,8 +50,8 @@ def rescale_zarr(
         UserError: an input does not exist, the target exists or is an input, or as for `rescale`.
     """
     array = open_array(source, dataset)
-    grid = open_array(*like) if like else None
-    inputs = [source, *(like or [])[:1]]
+    grid = open_array(like[0], like[1]) if like else None
+    inputs = [source, Path(like[0])] if like else [source]
     if target.exists() and any(target.samefile(path) for path in inputs):
         raise UserError(f"{target} is an input and would be replaced as a whole: write elsewhere")
     if target.exists() and not overwrite:
@@ -83,7 +83,7 @@ def rescale(
         voxel_size: in nm.
         roi: region to cover, in nm: inside the source, and a whole number of new voxels wide. None: begin where the
             source does, and cover all of it.
-        labels: take the nearest voxel instead of interpolating. If the voxels do not change, this is done for raw, too,
+        labels: take the nearest voxel instead of interpolating. This is also done for raw if the voxels do not change,
             because it is exact.
 
     Raises:
