@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lsdseg.cli import command_parser, run_command
-from lsdseg.data_utils.hdf import convert_files
+from lsdseg.data_utils.convert import convert_files
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from data_utils import create_dir_organisation as create_dir_organisation_script
 from data_utils import create_labels_mask as create_labels_mask_script
 from data_utils import hdf_to_zarr as hdf_to_zarr_script
 from lsdseg.data_utils.checks import check_raw, check_training_volume, check_training_volumes
-from lsdseg.data_utils.hdf import hdf_to_zarr
+from lsdseg.data_utils.convert import convert
 from lsdseg.data_utils.labels import create_labels_mask
 from lsdseg.data_utils.layout import (
     LABELS,
@@ -90,7 +90,7 @@ def run(script, monkeypatch, capsys, *arguments):
 
 def test_conversion_keeps_every_volume_and_its_place(hdf, tmp_path):
     target = tmp_path / "sample_A.zarr"
-    hdf_to_zarr(hdf, target)
+    convert(hdf, target)
     assert list_arrays(target) == [LABELS_MASK, "volumes/labels/mito_ids", LABELS, RAW]
     raw, labels, mask = (open_array(target, name) for name in (RAW, LABELS, LABELS_MASK))
     np.testing.assert_array_equal(read(raw), RAW_DATA)
@@ -105,20 +105,20 @@ def test_conversion_keeps_every_volume_and_its_place(hdf, tmp_path):
 
 
 def test_signed_labels_become_unsigned(hdf, tmp_path):
-    hdf_to_zarr(hdf, tmp_path / "a.zarr")
+    convert(hdf, tmp_path / "a.zarr")
     mito = open_array(tmp_path / "a.zarr", "volumes/labels/mito_ids")
     assert mito.dtype == np.uint64
     np.testing.assert_array_equal(read(mito), (LABELS_DATA.astype(np.int32) - 1).astype(np.uint64))
 
 
 def test_sections_cut_the_same_region_out_of_every_dataset(hdf, tmp_path):
-    hdf_to_zarr(hdf, tmp_path / "a.zarr", sections=(8, None))
+    convert(hdf, tmp_path / "a.zarr", sections=(8, None))
     raw, labels = (open_array(tmp_path / "a.zarr", name) for name in (RAW, LABELS))
     np.testing.assert_array_equal(read(raw), RAW_DATA[8:])
     np.testing.assert_array_equal(read(labels), LABELS_DATA[3:])
     assert (raw.offset, labels.offset) == ((320, 0, 0), (320, 24, 28))
 
-    hdf_to_zarr(hdf, tmp_path / "b.zarr", sections=(0, 4))
+    convert(hdf, tmp_path / "b.zarr", sections=(0, 4))
     assert list_arrays(tmp_path / "b.zarr") == [RAW]
 
 
@@ -126,7 +126,7 @@ def test_existing_mask_is_kept(hdf, tmp_path):
     with h5py.File(hdf, "r+") as file:
         mask = file.create_dataset(LABELS_MASK, data=(LABELS_DATA > 4).astype(np.uint8))
         mask.attrs["resolution"] = (40, 4, 4)
-    hdf_to_zarr(hdf, tmp_path / "a.zarr")
+    convert(hdf, tmp_path / "a.zarr")
     np.testing.assert_array_equal(read(open_array(tmp_path / "a.zarr", LABELS_MASK)), LABELS_DATA > 4)
 
 

@@ -1,5 +1,6 @@
 """What the documentation shows runs as it stands."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -8,7 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lsdseg.config.implementations import METHODS, SCHEDULERS, resolve
+from lsdseg.config.model_types import TASKS
+from lsdseg.engine.blocks.workers import Workers
+
 CHECKOUT = Path(__file__).resolve().parents[1]
+PAGES = [*CHECKOUT.glob("*.md"), *CHECKOUT.glob("docs/*.md"), *CHECKOUT.glob("pretrained/*.md")]
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +60,27 @@ def test_import_does_not_clash_with_packages_of_others(tmp_path):
     assert done.stdout.startswith("True True <function agglomerate")
 
 
+@pytest.mark.parametrize("table", [METHODS, SCHEDULERS, {name: task.target for name, task in TASKS.items()}])
+def test_tables_name_code_that_exists(table):
+    for reference in table.values():
+        assert callable(resolve(reference))
+
+
+def test_methods_and_schedulers_are_called_what_the_config_calls_them():
+    assert {name: resolve(reference).name for name, reference in METHODS.items()} == {name: name for name in METHODS}
+    assert all(issubclass(resolve(reference), Workers) for reference in SCHEDULERS.values())
+
+
+@pytest.mark.parametrize("page", sorted(page.relative_to(CHECKOUT) for page in PAGES), ids=str)
+def test_links_lead_somewhere(page):
+    text = (CHECKOUT / page).read_text(encoding="utf-8")
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    missing = [link for link in links if link and not (CHECKOUT / page).parent.joinpath(link).exists()]
+    assert not missing
+
+
 def test_every_function_fits_on_a_screen():
     """No function of the suite is longer than 60 lines."""
-    import ast
-
     too_long = []
     folders = [CHECKOUT / part for part in ("lsdseg", "data_utils", "config", "pretrained")]
     files = [file for folder in folders for file in folder.rglob("*.py")]

@@ -1,0 +1,268 @@
+"""Conversion of volumes in other formats to zarrs.
+
+A volume is copied slab by slab under a temporary name, so memory stays constant and a zarr of the final name is
+complete. Sections are counted in `volumes/raw`. The same region is cut out of the other datasets, because CREMI's
+labels cover only part of raw.
+
+A format is a module with one function and an entry in FORMATS.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from funlib.geometry import Coordinate
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from lsdseg.config.implementations import resolve
+from lsdseg.data_utils.labels import create_labels_mask
+from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW
+from lsdseg.data_utils.placement import read_placement
+from lsdseg.data_utils.volumes import create_array, list_arrays, open_array, slabs
+from lsdseg.errors import UserError
+from lsdseg.files import room_on_disk, write_whole_folder
+
+# Begin and end in sections of raw. None: from the first, to the last.
+Sections = tuple[int | None, int | None]
+
+
+# Suffix of a file -> "module:function", a context manager that takes the file's path and gives a `Source`, or raises
+# UserError if the file cannot be used. The first one is for files of any other suffix.
+FORMATS = {
+    ".hdf": "lsdseg.data_utils.hdf:open_hdf",
+    ".hdf5": "lsdseg.data_utils.hdf:open_hdf",
+    ".h5": "lsdseg.data_utils.hdf:open_hdf",
+}
+
+
+class Volume(NamedTuple):
+    """One volume of a file.
+
+    Attributes:
+        name: name of its dataset in the zarr, such as volumes/raw.
+        data: the voxels, ([channel,] z, y, x): anything with shape and dtype whose slices are numpy arrays.
+        attributes: attributes for the zarr, of types that JSON can hold; `resolution` and `offset` (nm) are among them
+            if the file says so.
+        stored_bytes: size in the file, compressed if it is compressed there.
+    """
+
+    name: str
+    data: Any
+    attributes: dict[str, Any]
+    stored_bytes: int
+
+
+class Source(NamedTuple):
+    """What a file holds: its volumes, and the names of datasets that are none."""
+
+    volumes: list[Volume]
+    others: list[str]
+
+
+class Part(NamedTuple):
+    """The sections of a volume that are copied.
+
+    Attributes:
+        volume: the volume.
+        begin: its first section to copy.
+        end: the section after the last one to copy.
+        voxel_size: in nm.
+        offset: offset of the part in nm.
+    """
+
+    volume: Volume
+    begin: int
+    end: int
+    voxel_size: Coordinate
+    offset: Coordinate
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the part in voxels, with the channel axis first if there is one."""
+        *channels, _, height, width = self.volume.data.shape
+        return (*channels, self.end - self.begin, height, width)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type to write: as in the file, but uint64 for signed labels.
+
+        -1 to -3 then become CREMI's ids for unlabeled voxels.
+        """
+        dtype = self.volume.data.dtype
+        signed_labels = self.volume.name.startswith("volumes/labels/") and dtype.kind == "i"
+        return np.dtype(np.uint64 if signed_labels else dtype)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the part in the file."""
+        return self.volume.stored_bytes * (self.end - self.begin) // self.volume.data.shape[-3]
+
+    def read(self, slab: tuple[slice, ...]) -> NDArray[Any]:
+        """Read a slab of the part; slices count the voxels of `shape`."""
+        *channels, z, y, x = slab
+        sections = slice(z.start + self.begin, z.stop + self.begin)
+        return np.asarray(self.volume.data[*channels, sections, y, x]).astype(self.dtype, copy=False)
+
+
+def convert_files(
+    sources: Sequence[Path], output: Path, *, sections: str, resolution: Sequence[float] | None, overwrite: bool
+) -> None:
+    """Convert files to zarrs, and print what was written and what was left out.
+
+    Args:
+        sources: files of any of the FORMATS.
+        output: the zarr for a single file, or the folder for the zarrs of several.
+        sections: "A:B" for sections A to B - 1 of raw; either number may be missing.
+        resolution: as for `convert`.
+        overwrite: replace zarrs that exist.
+
+    Raises:
+        UserError: `sections` is not of that form; a zarr exists or two would be the same; or as for `convert`. All
+            files are checked before the first is converted.
+    """
+    wanted = parse_sections(sections)
+    targets = target_paths(sources, output, overwrite)
+    for path in sources:
+        with open_source(path) as source:
+            for name in select_parts(source, path, wanted, resolution)[1]:
+                print(f"{path}: left out {name}: it is not a volume, or outside the sections")
+    for path, target in zip(sources, targets, strict=True):
+        convert(path, target, sections=wanted, resolution=resolution)
+        for name in list_arrays(target):
+            array = open_array(target, name)
+            print(f"{target}: {name} {array.dtype} {array.shape}, {tuple(array.offset)} nm")
+
+
+def convert(
+    path: Path, target: Path, *, sections: Sections = (None, None), resolution: Sequence[float] | None = None
+) -> None:
+    """Copy every volume of a file with its attributes to a zarr, and create the labels mask if it is missing.
+
+    Args:
+        path: a file of one of the FORMATS with `volumes/raw`. Datasets that are not volumes are left out.
+        target: the zarr. An existing one is replaced once the new one is complete.
+        sections: which sections of raw to copy.
+        resolution: z, y, x voxel size in nm of volumes without the attribute `resolution`.
+
+    Raises:
+        UserError: the file cannot be read; it has no volumes/raw, or not these sections; there is no room on disk.
+    """
+    with open_source(path) as source:
+        parts, _ = select_parts(source, path, sections, resolution)
+        voxels = sum(math.prod(part.shape) for part in parts)
+        with (
+            room_on_disk(target, sum(part.stored_bytes for part in parts)),
+            write_whole_folder(target) as zarr,
+            tqdm(total=voxels, desc=path.name, unit="voxel", unit_scale=True) as bar,
+        ):
+            for part in parts:
+                _copy(part, path, zarr, bar)
+            names = [part.volume.name for part in parts]
+            if LABELS in names and LABELS_MASK not in names:
+                create_labels_mask(zarr)
+
+
+def _copy(part: Part, path: Path, zarr: Path, bar: tqdm) -> None:
+    array = create_array(
+        zarr,
+        part.volume.name,
+        part.shape,
+        voxel_size=part.voxel_size,
+        offset=part.offset,
+        dtype=part.dtype,
+        attributes=part.volume.attributes,
+    )
+    for slab in slabs(array):
+        try:
+            data = part.read(slab)
+        except OSError as error:
+            raise UserError(f"{part.volume.name} in {path} cannot be read: {error}") from error
+        array[slab] = data
+        bar.update(data.size)
+
+
+def open_source(path: Path) -> AbstractContextManager[Source]:
+    """Open a file of any of the FORMATS, by its suffix.
+
+    Raises:
+        UserError: the file does not exist, is damaged, or is of another format.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give the path of a file ({', '.join(FORMATS)})")
+    source: AbstractContextManager[Source] = resolve(FORMATS.get(path.suffix, next(iter(FORMATS.values()))))(path)
+    return source
+
+
+def select_parts(
+    source: Source, path: Path, sections: Sections, resolution: Sequence[float] | None
+) -> tuple[list[Part], list[str]]:
+    """Choose what is copied of a file: the parts, and the sorted names of the datasets that are left out.
+
+    Raises:
+        UserError: the file has no volumes/raw, or not these sections; the placement of a volume is unknown.
+    """
+    volumes = {volume.name: volume for volume in source.volumes}
+    if RAW not in volumes:
+        raise UserError(f"{path} has no dataset {RAW} with the axes z, y, x: rename yours to that")
+    count = volumes[RAW].data.shape[-3]
+    begin, end = sections[0] or 0, count if sections[1] is None else sections[1]
+    if not 0 <= begin < end <= count:
+        raise UserError(f"{path} has the sections 0:{count}: choose some of them with --sections")
+    raw = _part(volumes[RAW], path, 0, count, resolution)
+    world_begin, world_end = (raw.offset[0] + section * raw.voxel_size[0] for section in (begin, end))
+
+    parts, left_out = [], list(source.others)
+    for volume in source.volumes:
+        whole = _part(volume, path, 0, volume.data.shape[-3], resolution)
+        first = max(0, math.ceil((world_begin - whole.offset[0]) / whole.voxel_size[0]))
+        last = min(whole.end, math.floor((world_end - whole.offset[0]) / whole.voxel_size[0]))
+        if first < last:
+            parts.append(_part(volume, path, first, last, resolution))
+        else:
+            left_out.append(volume.name)
+    return parts, sorted(left_out)
+
+
+def _part(volume: Volume, path: Path, begin: int, end: int, resolution: Sequence[float] | None) -> Part:
+    """Return sections begin to end of a volume as a part, with their placement."""
+    where = f"{volume.name} in {path}"
+    fallback = (resolution, (0, 0, 0)) if resolution else None
+    voxel_size, offset = read_placement(volume.attributes, where, fallback)
+    if voxel_size.dims != 3 or offset.dims != 3:
+        raise UserError(f"{where}: its attributes resolution and offset need three numbers each, z, y, x")
+    return Part(volume, begin, end, voxel_size, offset + Coordinate(begin * voxel_size[0], 0, 0))
+
+
+def parse_sections(text: str) -> Sections:
+    """Return the two numbers of A:B, None for one that is left out.
+
+    Raises:
+        UserError: the text is not of that form.
+    """
+    match = re.fullmatch(r"(\d*):(\d*)", text)
+    if not match:
+        raise UserError(f"--sections {text} is not of the form A:B, as in 0:130")
+    begin, end = (int(number) if number else None for number in match.groups())
+    return begin, end
+
+
+def target_paths(sources: Sequence[Path], output: Path, overwrite: bool) -> list[Path]:
+    """Return one zarr for each source: the output itself if it ends in .zarr, else NAME.zarr in that folder.
+
+    Raises:
+        UserError: two sources would become the same zarr, or a zarr exists and `overwrite` is False.
+    """
+    if output.suffix == ".zarr":
+        targets = [output] * len(sources)
+    else:
+        targets = [output / f"{source.stem}.zarr" for source in sources]
+    if len(set(targets)) < len(targets):
+        raise UserError(f"several inputs would become the same zarr in {output}: convert them one by one")
+    if existing := [target for target in targets if target.exists() and not overwrite]:
+        raise UserError(f"{existing[0]} exists: add --overwrite, or write elsewhere")
+    return targets
