@@ -266,13 +266,14 @@ def test_shipped_files_load_and_survive_dumping(file, tmp_path):
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["config_0.yaml"]
 
 
-def test_dump_holds_no_password():
-    cfg = load_config(None, ["DATA.DB_HOST", "mongodb://anna:s3cr@t/pw@db.lab:27017/?authSource=admin"])
+@pytest.mark.parametrize("scheme", ["mongodb", "mongodb+srv"])
+def test_dump_holds_no_password(scheme):
+    cfg = load_config(None, ["DATA.DB_HOST", f"{scheme}://anna:s3cr@t/pw@db.lab:27017/?authSource=admin"])
     dump_config(cfg, "out.yaml")
     text = Path("out.yaml").read_text()
     assert "anna" not in text
     assert "pw" not in text
-    assert load_config("out.yaml").DATA.DB_HOST == "mongodb://db.lab:27017/?authSource=admin"
+    assert load_config("out.yaml").DATA.DB_HOST == f"{scheme}://db.lab:27017/?authSource=admin"
 
 
 def test_config_is_frozen():

@@ -127,7 +127,7 @@ def dump_config(cfg: CfgNode, path: str | Path) -> None:
 def config_text(cfg: CfgNode) -> str:
     """Return the YAML that `dump_config` writes."""
     tree = {section: dict(keys) for section, keys in cfg.items() if section != DERIVED_SECTION}
-    tree["DATA"]["DB_HOST"] = re.sub(r"^(\w+://)?.*@", r"\1", tree["DATA"]["DB_HOST"])
+    tree["DATA"]["DB_HOST"] = re.sub(r"^([\w+.-]+://)?.*@", r"\1", tree["DATA"]["DB_HOST"])
     return str(yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=110))
 
 
