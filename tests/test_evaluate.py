@@ -30,7 +30,7 @@ def assert_equals_scikit_image(result, ground_truth, segmentation):
 
 @pytest.fixture(scope="module")
 def real(data_dir):
-    """Ground truth, and the same shifted, with a merge, a split and some background."""
+    """A segmentation and its ground truth. The segmentation is shifted, with a merge, a split and some background."""
     with h5py.File(data_dir / "fib25_train.hdf") as file:
         truth = file["volumes/labels/neuron_ids"][:40, :60, :70]
     truth[5:9, 5:20, 5:20] = 0
@@ -68,12 +68,12 @@ def test_split_and_merge_are_told_apart():
     assert (perfect["voi_sum"], perfect["adapted_rand_error"]) == (0, 0)
 
 
-def test_only_background_has_no_score():
+def test_background_alone_has_no_score():
     with pytest.raises(ValueError, match="no voxel"):
         scores(*count_overlaps([(np.ones((2, 2), np.uint64), np.zeros((2, 2), np.uint64))]))
 
 
-def test_block_size_does_not_matter(real, tmp_path):
+def test_slab_size_does_not_matter(real, tmp_path):
     segmentation, truth = real
     on_disk = [
         write_array(tmp_path / "a.zarr", name, data, **PLACE)
@@ -99,7 +99,7 @@ def test_only_the_common_roi_is_compared(real, tmp_path):
     assert_equals_scikit_image(result, truth[10:, :57, :65], segmentation[:30, 3:, 5:])
 
 
-def test_voxels_that_do_not_fit_are_refused(tmp_path):
+def test_voxels_that_do_not_coincide_are_refused(tmp_path):
     labels = np.ones((4, 4, 4), np.uint64)
     a = write_array(tmp_path / "a.zarr", "a", labels, **PLACE)
     for name, voxel_size, offset in (("b", (10, 10, 5), (0, 0, 0)), ("c", (10, 10, 10), (0, 5, 0))):
@@ -110,7 +110,7 @@ def test_voxels_that_do_not_fit_are_refused(tmp_path):
 
 @pytest.fixture
 def config(tmp_path):
-    """A config, the zarr of its one test volume (with raw only) and the zarr of its output."""
+    """A config, the zarr of its test volume (with raw only), and the zarr of its output."""
     sample = tmp_path / "data" / "FIB25" / "data_3d" / "test" / "sample.zarr"
     write_array(sample, "volumes/raw", np.zeros((40, 60, 70), np.uint8), **PLACE)
     overrides = {
@@ -123,7 +123,7 @@ def config(tmp_path):
     return cfg, sample, output_path(cfg, sample)
 
 
-def test_scores_land_beside_the_output(config, real, capsys):
+def test_scores_are_written_beside_the_output(config, real, capsys):
     cfg, sample, output = config
     segmentation, truth = real
     mask = np.ones(truth.shape, np.uint8)
@@ -151,7 +151,7 @@ def test_scores_land_beside_the_output(config, real, capsys):
         "volumes/segmentation_050",
         "volumes/segmentation_mutex",
     ]
-    # the fragments are perfect here, but they are no segmentation
+    # Here the fragments are perfect, but they are no segmentation.
     assert rows["volumes/fragments"]["voi_sum"] == 0
     assert report["best"] == min(list(rows)[1:], key=lambda name: rows[name]["voi_sum"])
     assert report["voxels"] == np.count_nonzero(truth[:30])

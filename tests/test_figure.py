@@ -17,7 +17,7 @@ CFG = load_config()
 
 @pytest.fixture(scope="module")
 def sample():
-    """A phantom and what a perfect network would make of it."""
+    """A phantom, and what a perfect network would predict for it."""
     raw, labels, _ = make_phantom((8, 96, 96), seed=2)
     inside = np.stack([np.roll(labels, 1, axis) == labels for axis in range(3)])
     lsds = np.random.default_rng(0).random((10, *raw.shape), np.float32)
@@ -63,7 +63,7 @@ def test_large_sections_stay_below_500_kb(tmp_path):
 
 
 def test_equal_labels_give_equal_panels(sample, tmp_path):
-    """Segmentation and ground truth look alike when they agree, whatever their numbers, and not otherwise."""
+    """Segmentation and ground truth look the same if and only if they agree, whatever their ids are."""
     permuted = (np.random.default_rng(0).permutation(1000) + 5000)[sample["ground_truth"]].astype(np.uint64)
     difference = {}
     for name, segmentation in (("same", permuted), ("other", sample["segmentation"])):
@@ -92,7 +92,7 @@ def test_match_labels_gives_a_neuron_and_its_largest_piece_one_number():
     assert neurons.tolist() == [[1, 1, 1, 1, 2, 2, 2, 0]]
     assert numbers[0, :3].tolist() == [1, 1, 1]
     assert numbers[0, 3:7].tolist() == [2, 2, 2, 2]
-    assert numbers[0, 7] > 2  # lies on background only: no neuron's number
+    assert numbers[0, 7] > 2  # on background only, so no neuron's number
 
 
 def test_match_labels_shows_splits_and_merges():
@@ -114,14 +114,14 @@ def test_match_labels_keeps_background_and_large_ids():
 
 
 def test_palette_stays_distinct_for_red_and_green_blind_eyes():
-    """As Machado et al. 2009 model them (matrices on linear RGB); 2.3 in CIELAB is just noticeable."""
+    """Color blindness follows Machado et al. 2009 (matrices on linear RGB). 2.3 in CIELAB is just noticeable."""
     normal = np.eye(3)
     protan = np.array([[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]])
     deutan = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])
     palette = label_palette()
     assert palette.shape == (14, 3)
     linear = np.where(palette <= 0.04045, palette / 12.92, ((palette + 0.055) / 1.055) ** 2.4)
-    rgb_to_xyz = rgb2xyz(np.eye(3)[None])[0].T  # of primaries at full strength, where gamma changes nothing
+    rgb_to_xyz = rgb2xyz(np.eye(3)[None])[0].T  # of the primaries at full strength, which gamma does not change
     for sight in (normal, protan, deutan):
         seen = xyz2lab(np.clip(linear @ sight.T, 0, 1) @ rgb_to_xyz.T)
         assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 8
@@ -150,7 +150,7 @@ def test_draw_sample_equals_drawing_the_arrays(sample, tmp_path):
     assert np.array_equal(pixels(tmp_path / "from_zarr.png"), pixels(tmp_path / "from_arrays.png"))
 
 
-def test_draw_sample_crops_wide_sections_and_does_without_lsds_and_truth(tmp_path):
+def test_draw_sample_crops_wide_sections_and_needs_no_lsds_or_ground_truth(tmp_path):
     place = {"voxel_size": (40, 4, 4), "offset": (0, 0, 0)}
     wide = np.arange(3 * 520 * 600).reshape(3, 520, 600)
     write_array(tmp_path / "raw.zarr", "volumes/raw", (wide % 251).astype(np.uint8), **place)

@@ -1,4 +1,4 @@
-"""The reference here is a direct sum in float64 over all voxels of a label in the window, one voxel at a time."""
+"""The reference is a direct sum in float64 over all voxels of a label in the window, one voxel at a time."""
 
 import multiprocessing
 from itertools import combinations
@@ -12,7 +12,7 @@ from lsdseg.engine.training.lsd import local_shape_descriptors
 
 
 def brute_force(labels, sigma, voxel_size, n=1):
-    """Descriptors by their definition, axis by axis and voxel by voxel."""
+    """Compute descriptors from their definition, axis by axis and voxel by voxel."""
     ndim = labels.ndim
     sigma = np.broadcast_to(np.asarray(sigma, float), ndim)
     step = np.asarray(voxel_size, float) * n
@@ -43,7 +43,7 @@ def brute_force(labels, sigma, voxel_size, n=1):
 
 
 def cells(shape, count, seed=0):
-    """Voronoi cells with a background seam, a one-voxel label, a label one voxel thin and one in two pieces."""
+    """Make Voronoi cells, a background seam, a label of one voxel, a label one voxel thin and a label in two pieces."""
     rng = np.random.default_rng(seed)
     seeds = rng.uniform(0, shape, (count, len(shape)))
     grid = np.moveaxis(np.indices(shape), 0, -1)
@@ -88,8 +88,8 @@ def test_equals_lsd_lite(data_dir, downsample):
         labels = file["volumes/labels/neuron_ids"][20:52, 100:132, 100:148]
     result = local_shape_descriptors(labels, 80, (10, 10, 10), downsample)
     expected = get_lsds(labels, 80.0, (10, 10, 10), downsample=downsample)
-    # In lsd-lite, a label without any sampled voxel lies at the origin of the volume, and the correlations of one that
-    # is flat and sampled far from the voxel are rounding errors: a few voxels in ten thousand.
+    # lsd-lite puts a label without any sampled voxel at the origin of the volume. If a label is flat and sampled far
+    # from the voxel, its correlations are rounding errors. Both concern a few voxels in ten thousand.
     assert np.mean(np.abs(result - expected).max(axis=0) > 2e-3) < 5e-4
 
 

@@ -1,4 +1,4 @@
-"""Every model type, in 3D and in 2D: learns, resumes after SIGKILL, predicts, segments, loads published weights."""
+"""Every model type, in 3D and in 2D, learns, resumes after SIGKILL, predicts, segments and loads published weights."""
 
 import multiprocessing
 import os
@@ -19,15 +19,15 @@ from lsdseg.data_utils.phantom import write_phantom
 from lsdseg.data_utils.preprocess import export_sections
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
 from lsdseg.engine.device import Precision
-from lsdseg.engine.network import first_config, from_raw
+from lsdseg.engine.network import complete_network, first_network_config
 from lsdseg.engine.post.whole import segment
 from lsdseg.engine.predict.blockwise import predict_blockwise
 from lsdseg.engine.predict.predict import predict
 from lsdseg.engine.predict.tiles import TilePredictor
 from lsdseg.engine.training.pipeline import training_batches
 from lsdseg.engine.training.ranks import Ranks
-from lsdseg.engine.training.step import Trainer
 from lsdseg.engine.training.train import train
+from lsdseg.engine.training.trainer import Trainer
 from lsdseg.errors import UserError
 from lsdseg.models import build_model
 from lsdseg.models.checkpoint import checkpoint_path, load_checkpoint, save_untrained
@@ -66,7 +66,7 @@ def volume(tmp_path_factory):
 
 @pytest.fixture
 def home(tmp_path, volume):
-    """A data folder with the phantom to train on and to predict; 2D runs draw their sections from it."""
+    """A data folder with the phantom, for training and for prediction. 2D runs take their sections from it."""
     for split in ("train", "test"):
         folder = data_folder(config(tmp_path, "MTLSD"), split)
         folder.mkdir(parents=True)
@@ -81,12 +81,12 @@ def config(home, model_type, flat=False, **overrides):
 
 
 def with_first_weights(home, model_type, flat, **overrides):
-    """A config, for an auto-context type with random weights for the first network."""
+    """Make a config. An auto-context type gets random weights for its first network."""
     cfg = config(home, model_type, flat, **overrides)
     if MODEL_TYPES[model_type].first:
         path = home / "first" / "model_checkpoint_0"
         torch.manual_seed(1)
-        save_untrained(path, build_model(first_config(cfg)), first_config(cfg))
+        save_untrained(path, build_model(first_network_config(cfg)), first_network_config(cfg))
         cfg = config(home, model_type, flat, TRAIN__CHECKPOINT_AC=path, **overrides)
     return cfg
 
@@ -94,36 +94,36 @@ def with_first_weights(home, model_type, flat, **overrides):
 @every_model_type
 @in_2d_and_3d
 def test_the_loss_falls(home, model_type, flat):
-    """On one batch over and over: a third of its loss goes, task by task."""
+    """On one batch, repeated, the loss of each task falls by a third."""
     fmaps = {"MODEL_ISO__NUM_FMAPS": 8, "MODEL_ISO__NUM_FMAPS_OUT": 8}
     cfg = with_first_weights(home, model_type, flat, TRAIN__AUGMENT=False, **fmaps)
     torch.manual_seed(0)
     trainer = Trainer(cfg, Precision("no", torch.device("cpu")), Ranks())
-    trainer.connect()
+    trainer.prepare()
     with training_batches(
         cfg, [data_folder(config(home, "MTLSD"), "train") / "phantom.zarr"], trainer.tasks
     ) as batches:
         batch = next(batches)
-    losses = [trainer.step([batch], iteration)[0] for iteration in range(120 if flat else 70)]
+    losses = [trainer.run_iteration([batch], iteration)[0] for iteration in range(120 if flat else 70)]
     for task in (*MODEL_TYPES[model_type].tasks, "total"):
         assert losses[-1][task] < 0.67 * losses[0][task], task
 
 
 def train_and_die(cfg):
-    """Train, and end by SIGKILL in the middle of the third iteration of the model type's own network."""
-    step = Trainer.step
+    """Train until SIGKILL in the middle of the third iteration of the model type's own network."""
+    run_iteration = Trainer.run_iteration
 
     def deadly(self, batches, iteration):
         if iteration == 2 and self.tasks == MODEL_TYPES[cfg.TRAIN.MODEL_TYPE].tasks:
             os.kill(os.getpid(), signal.SIGKILL)
-        return step(self, batches, iteration)
+        return run_iteration(self, batches, iteration)
 
-    Trainer.step = deadly
+    Trainer.run_iteration = deadly
     train(cfg)
 
 
 def losses_of(cfg):
-    """Iteration -> loss, from the log files of a run in the order in which they were written."""
+    """Return iteration -> loss from the log files of a run, in the order in which they were written."""
     losses = {}
     for file in sorted(Path(cfg.MODEL.LOG_DIR).glob("events*"), key=lambda file: file.stat().st_mtime_ns):
         log = EventAccumulator(str(file))
@@ -174,7 +174,7 @@ def test_training_resumes_after_sigkill_then_predicts_and_segments(home, model_t
 @every_model_type
 @in_2d_and_3d
 def test_a_published_checkpoint_loads(home, model_type, flat):
-    """Names and shapes of the published networks, 12 feature maps and factor 5, for every type's inputs and heads."""
+    """Weights have the names and shapes of the published networks, with 12 feature maps and factor 5."""
     cfg = load_config(overrides=["TRAIN.MODEL_TYPE", model_type, "DATA.DIM_2D", str(flat)])
     dims = 2 if flat else 3
     lsds = 6 if flat else 10
@@ -208,7 +208,7 @@ def test_a_published_checkpoint_loads(home, model_type, flat):
     assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == shapes
 
 
-def test_a_published_checkpoint_of_the_small_size_loads_with_its_numbers(home):
+def test_a_published_checkpoint_of_a_small_network_keeps_its_numbers(home):
     cfg = config(home, "ACRLSD")
     torch.manual_seed(3)
     weights = {name: torch.randn_like(tensor) for name, tensor in build_model(cfg).state_dict().items()}
@@ -219,26 +219,26 @@ def test_a_published_checkpoint_of_the_small_size_loads_with_its_numbers(home):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
-def test_published_auto_context_shapes_come_out():
-    """328 voxels of raw give 204 of LSDs, cropped to 196, which give 72 of affinities."""
+def test_auto_context_shapes_are_the_published_ones():
+    """328 voxels of raw give 204 voxels of LSDs, which are cropped to 196 and give 72 voxels of affinities."""
     cfg = load_config(overrides=["TRAIN.MODEL_TYPE", "ACRLSD", "TRAIN.CHECKPOINT_AC", "x"])
     assert cfg.MODEL.RAW_SHAPE == (328,) * 3
     assert cfg.MODEL.INPUT_SHAPE == (196,) * 3
     assert cfg.MODEL.OUTPUT_SHAPE == (72,) * 3
     assert cfg.MODEL.CONTEXT == (128,) * 3
-    assert first_config(cfg).MODEL.RAW_SHAPE == (196,) * 3
+    assert first_network_config(cfg).MODEL.RAW_SHAPE == (196,) * 3
 
 
 @pytest.mark.parametrize("case", ["valid", "same", "odd"])
 @pytest.mark.parametrize("model_type", ["ACLSD", "ACRLSD"])
 @in_2d_and_3d
 def test_auto_context_tiles_fit_together(home, model_type, flat, case):
-    """Tiles of both networks in one pass give what one network after the other gives on the whole volume."""
+    """Tiles through both networks in one pass give the same as the whole volume through one after the other."""
     dims = 3 - flat
     settings = {
         "valid": {"PAD_CONV": "valid", "INPUT_SHAPE": (28,) * dims},
         "same": {"INPUT_SHAPE": (12,) * dims},
-        # From the least that the second network needs, the first one gives an odd number of voxels more.
+        # The output of the first network is an odd number of voxels larger than the input of the second one.
         "odd": {
             "PAD_CONV": "valid",
             "INPUT_SHAPE": (26,) * dims,
@@ -250,7 +250,7 @@ def test_auto_context_tiles_fit_together(home, model_type, flat, case):
     cfg = with_first_weights(home, model_type, flat, **overrides)
     torch.manual_seed(2)
     second = build_model(cfg)
-    predictor = TilePredictor(cfg, from_raw(cfg, second), Precision("no", torch.device("cpu")))
+    predictor = TilePredictor(cfg, complete_network(cfg, second), Precision("no", torch.device("cpu")))
     sample = data_folder(config(home, "MTLSD"), "test") / "phantom.zarr"
     raw = open_array(sample, "volumes/raw")
 
@@ -260,9 +260,9 @@ def test_auto_context_tiles_fit_together(home, model_type, flat, case):
         target = tiled[:, *where]
         target[:] = predictor(raw, begin, shape)["affs"][:, *map(slice, target.shape[1:])]
 
-    first = build_model(first_config(cfg))
-    load_checkpoint(cfg.TRAIN.CHECKPOINT_AC, first, first_config(cfg))
-    # Around the volume 40 voxels, and behind it what makes the size possible with a factor of 3.
+    first = build_model(first_network_config(cfg))
+    load_checkpoint(cfg.TRAIN.CHECKPOINT_AC, first, first_network_config(cfg))
+    # Pad by 40 voxels, and at the end by what a factor of 3 needs.
     wide = [(40, 40 + (-size - 78) % 3 * (case == "odd")) for size in raw.shape]
     padded = np.pad(read(raw), [(0, 0)] * flat + wide[-dims:], mode="reflect").astype(np.float32) / 255 * 2 - 1
     x = torch.from_numpy(padded)[:, None] if flat else torch.from_numpy(padded)[None, None]
@@ -284,16 +284,16 @@ def test_auto_context_tiles_fit_together(home, model_type, flat, case):
 
 @in_2d_and_3d
 @pytest.mark.parametrize("suffix", ["", "_2D"])
-def test_the_first_network_has_folders_of_its_own(home, flat, suffix):
+def test_the_first_network_has_its_own_folders(home, flat, suffix):
     names = ("CKPT_FOLDER", "LOG_DIR", "OUTPUT_DIR")
     cfg = config(home, "ACLSD", flat, **{f"MODEL_ISO__{name}{suffix}": f"{home}/{name}" for name in names})
-    first = first_config(cfg)
+    first = first_network_config(cfg)
     for name in names:
         assert first.MODEL[name] == f"{cfg.MODEL[name]}/first"
         assert (cfg.MODEL[name] == f"{home}/{name}") == (flat or not suffix)
 
 
-def test_a_first_network_that_is_given_is_not_trained(home, capsys):
+def test_a_given_first_network_is_not_trained(home, capsys):
     cfg = with_first_weights(home, "ACLSD", True, TRAIN__EPOCHS=2)
     train(cfg)
     assert not (Path(cfg.MODEL.CKPT_FOLDER) / "first").exists()
@@ -322,8 +322,8 @@ def test_mitochondria_need_labels(home):
         train(config(home, "MTLSDMITO", DATA__MITO_LABELS="volumes/labels/mito"))
 
 
-def relabelled(volume, path, **arrays):
-    """A copy of the volume with other arrays in volumes/labels, from its first voxel on."""
+def relabeled(volume, path, **arrays):
+    """Copy a volume, with other arrays in volumes/labels that start at its first voxel."""
     shutil.copytree(volume, path)
     for name, data in arrays.items():
         write_array(path, f"volumes/labels/{name}", data, voxel_size=(8, 8, 8), offset=(80, 160, 0))
@@ -331,14 +331,14 @@ def relabelled(volume, path, **arrays):
 
 
 def weights_of(cfg, volume, count):
-    """Weights, by task, of the first patches of a volume."""
+    """Return the weights, by task, of the first patches of a volume."""
     with training_batches(cfg, [volume], tuple(task_channels(cfg))) as batches:
         return [next(batches).weights for _ in range(count)]
 
 
-def test_masks_may_hold_any_number(home, volume):
+def test_masks_may_contain_any_number(home, volume):
     mask = np.full(open_array(volume, "volumes/raw").shape, 1000, np.uint64)
-    other = relabelled(volume, home / "other.zarr", labels_mask=mask, labels_mask_mito=mask)
+    other = relabeled(volume, home / "other.zarr", labels_mask=mask, labels_mask_mito=mask)
     cfg = config(home, "MTLSDMITO")
     [expected], [weights] = weights_of(cfg, volume, 1), weights_of(cfg, other, 1)
     for task in weights:
@@ -346,11 +346,11 @@ def test_masks_may_hold_any_number(home, volume):
 
 
 @in_2d_and_3d
-def test_mitochondria_may_be_labelled_in_a_part_of_the_volume(home, volume, flat):
-    """Patches come from all that has neurons, and have weights for mitochondria where these are labelled."""
+def test_mitochondria_may_be_labeled_in_a_part_of_the_volume(home, volume, flat):
+    """Patches come from wherever there are neurons. They have weights for mitochondria where these are labeled."""
     labels = read(open_array(volume, "volumes/labels/mito_ids"))[:10]
     mask = np.ones(labels.shape, np.uint8)
-    other = relabelled(volume, home / "other.zarr", mito_ids=labels, labels_mask_mito=mask)
+    other = relabeled(volume, home / "other.zarr", mito_ids=labels, labels_mask_mito=mask)
     cfg = config(home, "MTLSDMITO", flat, TRAIN__AUGMENT=False, MODEL_ISO__INPUT_SHAPE=(8, 8, 8))
     expected, weights = weights_of(cfg, volume, 12), weights_of(cfg, other, 12)
     for patch, partly in zip(expected, weights, strict=True):
@@ -359,7 +359,7 @@ def test_mitochondria_may_be_labelled_in_a_part_of_the_volume(home, volume, flat
 
 
 @pytest.mark.parametrize(("model_type", "flat"), [("ACRLSD", False), ("MTLSDMITO", True)], ids=["ACRLSD-3D", "MITO-2D"])
-def test_blockwise_prediction_gives_what_prediction_in_one_process_gives(home, monkeypatch, capsys, model_type, flat):
+def test_blockwise_prediction_equals_prediction_in_one_process(home, monkeypatch, capsys, model_type, flat):
     monkeypatch.chdir(home)
     path = home / "run" / "model_checkpoint_0"
     cfg = with_first_weights(home, model_type, flat, TRAIN__CHECKPOINT=path, SYSTEM__NUM_WORKERS=1)
@@ -374,13 +374,13 @@ def test_blockwise_prediction_gives_what_prediction_in_one_process_gives(home, m
     shutil.rmtree(output)
     predict_blockwise(cfg)
     for name in names:
-        # The last bit may differ: a worker's thread pool adds up in another order.
+        # The last bit may differ, because the thread pool of a worker sums in another order.
         np.testing.assert_allclose(read(open_array(output, name)), expected[name], atol=1)
         assert expected[name].std() > 0
 
 
-def test_sections_on_disk_are_as_good_as_sections_of_a_volume(home):
-    """Exported ones, volumes/raw/0 ... n, give the same batches and the same predictions."""
+def test_sections_on_disk_equal_sections_of_a_volume(home):
+    """Exported sections, volumes/raw/0 ... n, give the same batches and the same predictions."""
     path = home / "run" / "model_checkpoint_0"
     cfg = config(home, "MTLSD", True, TRAIN__CHECKPOINT=path)
     torch.manual_seed(4)

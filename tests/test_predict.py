@@ -8,7 +8,7 @@ from lsdseg.config.loader import load_config
 from lsdseg.data_utils.volumes import chunk_shape, list_arrays, open_array, read, write_array
 from lsdseg.engine.predict import blockwise
 from lsdseg.engine.predict.blockwise import predict_blockwise
-from lsdseg.engine.predict.predict import predict, stored
+from lsdseg.engine.predict.predict import predict, to_stored
 from lsdseg.engine.predict.tiles import TilePredictor, read_mirrored
 from lsdseg.errors import UserError
 from lsdseg.models import build_model
@@ -19,7 +19,7 @@ OFFSET = (80, 0, 160)
 
 @pytest.fixture
 def home(tmp_path):
-    """A test volume and random weights of a small network."""
+    """A data folder with a test volume, and random weights of a small network."""
     rng = np.random.default_rng(0)
     raw = rng.integers(0, 256, VOLUME, dtype=np.uint8)
     folder = tmp_path / "connexion/data/HEMI/data_3d/test"
@@ -68,7 +68,7 @@ def test_two_tilings_give_the_same_prediction_as_the_whole_volume_at_once(home, 
     np.testing.assert_allclose(affs, affs_other, atol=1e-5)
     np.testing.assert_allclose(lsds, lsds_other, atol=1e-5)
 
-    # The whole volume as one tile, context mirrored, by hand.
+    # Predict the whole volume as one tile, with mirrored context, without TilePredictor.
     predictor = TilePredictor(cfg)
     raw = read(open_array(home / "connexion/data/HEMI/data_3d/test/sample.zarr", "volumes/raw"))
     shape = [-(-n // f) * f for n, f in zip(VOLUME, predictor.factor, strict=True)]
@@ -83,7 +83,7 @@ def test_two_tilings_give_the_same_prediction_as_the_whole_volume_at_once(home, 
     assert affs.std() > 1e-4
 
 
-def test_output_covers_raw_and_says_where_it_is(home):
+def test_output_covers_raw_and_has_its_offset(home):
     output, affs, lsds = predictions(config(home))
     assert affs.shape == (3, *VOLUME)
     assert lsds.shape == (10, *VOLUME)
@@ -114,10 +114,10 @@ def test_reading_beyond_the_volume_mirrors_it(tmp_path):
 def test_tiles_never_share_a_chunk():
     assert chunk_shape((108, 80, 7), (500, 500, 500)) == (54, 80, 7)
     assert chunk_shape((108, 80, 80), (20, 500, 500)) == (20, 80, 80)
-    np.testing.assert_array_equal(stored(np.array([0, 0.5, 1]), np.dtype("uint8")), [0, 128, 255])
+    np.testing.assert_array_equal(to_stored(np.array([0, 0.5, 1]), np.dtype("uint8")), [0, 128, 255])
 
 
-def test_an_interrupted_prediction_leaves_no_dataset_of_that_name(home, monkeypatch):
+def test_an_interrupted_prediction_leaves_no_dataset(home, monkeypatch):
     cfg = config(home)
     calls = iter([None, None, KeyboardInterrupt])
     forward = TilePredictor.__call__
@@ -134,12 +134,12 @@ def test_an_interrupted_prediction_leaves_no_dataset_of_that_name(home, monkeypa
     assert "volumes/pred_affs" not in list_arrays(output)
 
 
-def test_blocks_are_not_taken_from_a_run_in_between(home, monkeypatch):
-    """One on workers that was interrupted, then one in a single process, killed: both left arrays of the same names."""
+def test_a_run_does_not_continue_the_output_of_another_kind_of_run(home, monkeypatch):
+    """A run on workers was interrupted, then a run in one process. Both leave arrays with the same names."""
     monkeypatch.chdir(home)
     cfg = config(home, "SYSTEM.NUM_WORKERS", 1)
     with monkeypatch.context() as interrupted:
-        interrupted.setattr(blockwise, "name_predictions", interrupt)
+        interrupted.setattr(blockwise, "finalize_predictions", interrupt)
         with pytest.raises(KeyboardInterrupt):
             predict_blockwise(cfg)
     with monkeypatch.context() as interrupted:
@@ -161,7 +161,7 @@ def interrupt(*_):
     ("kilobytes", "message"), [(300, r"no room on disk for .* GB needed"), (700, "No space left on device")]
 )
 def test_a_full_disk_ends_prediction_without_a_dataset(home, small_disk, kilobytes, message):
-    """Such floats hardly compress: the smaller disk is too small by any count, the other fills up."""
+    """Random floats hardly compress. The smaller disk is clearly too small; the larger one fills up."""
     disk = small_disk(kilobytes)
     with pytest.raises(UserError, match=message):
         predict(config(home, "DATA.OUTFILE", disk))

@@ -35,7 +35,7 @@ cfg.INS_SEGMENT = CfgNode(dict(THRESHOLDS=[0.5], MERGE_FUNCTION="mean"))
 
 @pytest.fixture
 def config(tmp_path):
-    """Config file of a tiny network with random weights and nine affinities, for voxels of 10 nm."""
+    """The config file of a tiny network with random weights and nine affinities, for voxels of 10 nm."""
     path = tmp_path / "tiny.py"
     path.write_text(CONFIG.replace("HERE", str(tmp_path)))
     cfg = load_config(path)
@@ -45,7 +45,7 @@ def config(tmp_path):
     checkpoint.parent.mkdir()
     optimizer = torch.optim.Adam(model.parameters())
     sum(weight.sum() for weight in model.parameters()).backward()
-    optimizer.step()  # so that there is a state to leave out
+    optimizer.step()  # gives the optimizer a state, which the export leaves out
     save_checkpoint(checkpoint, model, optimizer, 7, network_settings(cfg))
     return path
 
@@ -60,7 +60,7 @@ def write_volume(path, voxel_size=(8, 8, 8), raw=None, dataset="volumes/raw"):
 @pytest.mark.parametrize(
     ("voxel_size", "method", "name"), [(8, "waterz", "segmentation_050"), (16, "mutex", "segmentation_mutex")]
 )
-def test_segmentation_lies_on_the_voxels_of_the_volume(tmp_path, config, capfd, voxel_size, method, name):
+def test_the_segmentation_has_the_voxels_of_the_volume(tmp_path, config, capfd, voxel_size, method, name):
     raw = write_volume(tmp_path / "fly.zarr", (voxel_size,) * 3, dataset="em/s0")
     overrides = ["DATA.RAW", "em/s0", "INS_SEGMENT.METHOD", method, "INS_SEGMENT.MUTEX_BIAS", "(0.0, -0.5)"]
     args = argparse.Namespace(raw=str(raw), out=None, config=str(config), overrides=overrides)
@@ -75,7 +75,7 @@ def test_segmentation_lies_on_the_voxels_of_the_volume(tmp_path, config, capfd, 
     assert (tmp_path / "fly_segmentation.png").is_file()
     assert f"{out}/volumes/segmentation" in capfd.readouterr().out
 
-    # What the network saw and gave is in its own voxels, at the same place; every voxel has the label at its centre.
+    # Input and output of the network have its own voxels, at the same place. Each voxel gets the label at its center.
     at_10_nm = next((tmp_path / "fly_segmentation_work" / "lsd_outputs").rglob("fly_segmentation.zarr"))
     labels = open_array(at_10_nm, f"volumes/{name}")
     assert tuple(labels.voxel_size) == (10, 10, 10)
@@ -115,7 +115,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, config):
     assert not out.parent.exists()
 
 
-def test_no_room_is_said_before_anything_is_written(tmp_path, config, small_disk):
+def test_a_full_disk_is_reported_before_anything_is_written(tmp_path, config, small_disk):
     disk = small_disk(64)
     with pytest.raises(UserError, match=r"no room on disk for .*out\.zarr"):
         check_before_segmenting(write_volume(tmp_path / "fly.zarr"), disk / "out.zarr", load_config(config))
@@ -123,20 +123,20 @@ def test_no_room_is_said_before_anything_is_written(tmp_path, config, small_disk
 
 
 @pytest.mark.parametrize(("voxel_size", "warned"), [(4, True), (5, False), (20, False), (24, True)])
-def test_voxels_far_from_those_trained_on_bring_a_warning(tmp_path, config, capsys, voxel_size, warned):
+def test_voxels_of_a_very_different_size_bring_a_warning(tmp_path, config, capsys, voxel_size, warned):
     raw = write_volume(tmp_path / "fly.zarr", (voxel_size,) * 3)
     check_before_segmenting(raw, tmp_path / "out.zarr", load_config(config))
     assert ("beyond a factor of 2" in capsys.readouterr().err) == warned
 
 
-def test_script_says_in_one_line_what_is_wrong(tmp_path, config):
+def test_the_script_reports_a_mistake_in_one_line(tmp_path, config):
     command = [sys.executable, CHECKOUT / "segment.py", "-c", config, "--raw", tmp_path / "none.zarr"]
     refused = subprocess.run(command, capture_output=True, text=True)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert refused.stderr.startswith(f"error: {tmp_path}/none.zarr does not exist")
 
 
-def test_exported_weights_are_the_same_network_in_a_third_of_the_room(tmp_path, config):
+def test_exported_weights_are_the_same_network_without_the_optimizer(tmp_path, config):
     cfg = load_config(config)
     written = export(cfg, tmp_path / "pretrained" / "tiny")
     assert written == tmp_path / "pretrained" / "tiny" / "model_checkpoint_7"
@@ -153,8 +153,8 @@ def test_exported_weights_are_the_same_network_in_a_third_of_the_room(tmp_path, 
         export(cfg, Path(cfg.TRAIN.CHECKPOINT).parent)
 
 
-def test_the_weights_that_ship_belong_to_their_config(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # paths must not depend on where one is
+def test_the_shipped_weights_match_their_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # paths must not depend on the current directory
     cfg = load_config("pretrained/config_fib25.py")
     weights = Path(cfg.TRAIN.CHECKPOINT)
     load_checkpoint(weights, build_model(cfg), cfg)

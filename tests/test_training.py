@@ -21,8 +21,8 @@ from lsdseg.engine.predict.predict import predict
 from lsdseg.engine.training.lsd import local_shape_descriptors
 from lsdseg.engine.training.nodes import CompactLabels, GrowBoundary, lsd_context
 from lsdseg.engine.training.pipeline import training_batches
-from lsdseg.engine.training.step import learning_rate
 from lsdseg.engine.training.train import train
+from lsdseg.engine.training.trainer import learning_rate
 from lsdseg.errors import UserError
 from lsdseg.models.checkpoint import checkpoint_path, checkpoints_in, latest_checkpoint
 
@@ -56,7 +56,7 @@ def volume(tmp_path_factory):
 
 @pytest.fixture
 def home(tmp_path, volume):
-    """A data folder with the phantom to train on and to predict."""
+    """A data folder with the phantom, for training and for prediction."""
     for split in ("train", "test"):
         folder = data_folder(config(tmp_path), split)
         folder.mkdir(parents=True)
@@ -73,14 +73,14 @@ def config(home, **overrides):
     return load_config(overrides=pairs(home, **overrides))
 
 
-def batches_of(cfg, count, first=0, step=1):
+def batches_of(cfg, count, first=0, stride=1):
     paths = sorted(data_folder(cfg, "train").glob("*.zarr"))
-    with training_batches(cfg, paths, tuple(task_channels(cfg)), first, step) as batches:
+    with training_batches(cfg, paths, tuple(task_channels(cfg)), first, stride) as batches:
         return [next(batches) for _ in range(count)]
 
 
 def filtered(node, labels):
-    """What a node makes of labels."""
+    """Pass labels through a node."""
     key = gp.ArrayKey("LABELS")
     spec = gp.ArraySpec(gp.Roi((0,) * 3, labels.shape), (1,) * 3, False, dtype=labels.dtype)
 
@@ -100,16 +100,16 @@ def filtered(node, labels):
 
 
 @pytest.mark.parametrize(("steps", "only_xy"), [(1, False), (2, False), (1, True)])
-def test_grown_boundaries_are_those_of_gunpowder(steps, only_xy):
-    blocks = np.random.default_rng(0).integers(0, 4, (3, 4, 5), dtype=np.uint32)
-    labels = blocks.repeat(5, 0).repeat(5, 1).repeat(5, 2)
+def test_boundaries_grow_as_in_gunpowder(steps, only_xy):
+    cubes = np.random.default_rng(0).integers(0, 4, (3, 4, 5), dtype=np.uint32)
+    labels = cubes.repeat(5, 0).repeat(5, 1).repeat(5, 2)
     ours = filtered(lambda key: GrowBoundary(key, steps, only_xy), labels)
     theirs = filtered(lambda key: gp.GrowBoundary(key, steps=steps, only_xy=only_xy), labels.copy())
     np.testing.assert_array_equal(ours, theirs)
     assert 0 < (ours > 0).sum() < (labels > 0).sum()
 
 
-def test_labels_of_any_size_become_small_and_unlabelled_ones_zero():
+def test_large_ids_become_small_and_unlabeled_ones_zero():
     ids = np.array([0, 2**63, 2**63 + 2**32, 7, 2**64 - 3, 2**64 - 1], dtype=np.uint64)
     labels = ids[np.random.default_rng(0).integers(0, 6, (4, 5, 6))]
     compact = filtered(CompactLabels, labels)
@@ -136,7 +136,7 @@ def test_targets_fit_the_labels_and_weights_balance_them(home):
             np.testing.assert_array_equal(np.moveaxis(affs[:, axis], axis + 1, 0)[1:], expected)
         np.testing.assert_array_equal(batch.weights["lsds"][:, 0], labels > 0)
         assert (lsds[:, :, :] * (labels[:, None] == 0)).max() == 0
-        # Connected and separated neighbours weigh the same in sum, unless one of the two is very rare.
+        # Connected and separated neighbors have the same total weight, unless one kind is very rare.
         for element in range(2):
             weights, known = batch.weights["affs"][element], batch.weights["affs"][element] > 0
             for value in (0, 1):
@@ -146,7 +146,7 @@ def test_targets_fit_the_labels_and_weights_balance_them(home):
 
 
 def test_lsds_of_a_batch_see_the_labels_around_it(home, tmp_path):
-    """With the whole volume as the only location, targets equal those of the whole volume, cropped."""
+    """The targets of a patch equal those of the whole volume, cropped."""
     cfg = config(
         home,
         TRAIN__AUGMENT=False,
@@ -160,7 +160,7 @@ def test_lsds_of_a_batch_see_the_labels_around_it(home, tmp_path):
     whole = local_shape_descriptors(labels, 40, (8, 8, 8))
     margin = lsd_context(40, gp.Coordinate(8, 8, 8), 1) / 8
     batch = batches_of(cfg, 1)[0]
-    # Find where the batch comes from by its raw data.
+    # Find the place of the patch in the volume from its raw data.
     raw = read(open_array(data_folder(cfg, "train") / "phantom.zarr", "volumes/raw")).astype(np.float32)
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(raw, 16, mode="reflect") / 255 * 2 - 1, (16, 16, 16))
     found = np.argwhere(np.isclose(windows[..., 8, 8, :], batch.raw[0, 0, 8, 8], atol=1e-5).all(axis=-1))
@@ -173,7 +173,7 @@ def test_lsds_of_a_batch_see_the_labels_around_it(home, tmp_path):
     np.testing.assert_allclose(batch.targets["lsds"][0][:, *inside], whole[:, *there], atol=1e-4)
 
 
-def test_batches_depend_on_seed_and_number_alone(home):
+def test_batches_depend_only_on_seed_and_number(home):
     first = batches_of(config(home), 3)
     again = batches_of(config(home), 2, first=1)
     other = batches_of(config(home, TRAIN__SEED=1), 1)
@@ -184,8 +184,8 @@ def test_batches_depend_on_seed_and_number_alone(home):
     assert not np.array_equal(first[0].raw, other[0].raw)
 
 
-def test_locations_are_labelled_and_cost_little_memory(home, volume):
-    """A mask of which a quarter is labelled; its margins, as wide as a rotated patch, take no memory."""
+def test_locations_are_labeled_and_cost_little_memory(home, volume):
+    """A quarter of the mask is labeled. Its margins are as wide as a rotated patch, but take no memory."""
     path = data_folder(config(home), "train") / "phantom.zarr"
     path.unlink()
     shutil.copytree(volume, path)
@@ -200,13 +200,13 @@ def test_locations_are_labelled_and_cost_little_memory(home, volume):
             shares = [next(batches).weights["lsds"].mean() for _ in range(10)]
     finally:
         tracemalloc.stop()
-    # Every miss lowers the share that is asked for, 0.5 at first, by two in a hundred.
+    # The required share starts at 0.5. Every miss lowers it by two percent.
     assert min(shares) > 0.25
     assert max(shares) > 0.5
 
 
 def test_worker_processes_make_the_same_batches_as_this_one(home):
-    """Which of the first ones come first depends on the workers' pace."""
+    """Only their order depends on how fast each worker is."""
     here = {batch.raw.tobytes() for batch in batches_of(config(home), 8)}
     there = [batch.raw.tobytes() for batch in batches_of(config(home, SYSTEM__NUM_WORKERS=2, SYSTEM__CACHE_SIZE=2), 3)]
     assert len(set(there)) == 3
@@ -255,7 +255,7 @@ def weights_at(cfg, iteration):
     return torch.load(path, weights_only=True)["model_state_dict"]
 
 
-def test_training_resumes_as_if_it_had_never_stopped(home):
+def test_resumed_training_ends_with_the_same_weights(home):
     whole = config(home, MODEL_ISO__CKPT_FOLDER=home / "whole")
     train(whole)
     train(config(home, MODEL_ISO__CKPT_FOLDER=home / "parts", TRAIN__EPOCHS=2))
@@ -300,7 +300,7 @@ def run_trainer(home, **overrides):
 
 
 def end_training(home, number, send, when):
-    """Send a signal to a training run as soon as `when(run)`; returns the run, its output, and its last checkpoint."""
+    """Send a signal to a training run when `when(run)` returns; return the run, its output and its last checkpoint."""
     run = run_trainer(home, TRAIN__EPOCHS=10**6, TRAIN__SAVE_EVERY=2, SYSTEM__NUM_WORKERS=1)
     when(run)
     send(run.pid, number)
@@ -310,12 +310,12 @@ def end_training(home, number, send, when):
     return run, output, latest_checkpoint(home / "lsd_checkpoints/MTLSD_3D/HEMI/run")
 
 
-# Terminals and schedulers send signals to the whole process group.
+# Terminals and schedulers send signals to all processes of a group.
 SIGNALS = [(signal.SIGTERM, os.kill), (signal.SIGTERM, os.killpg), (signal.SIGINT, os.killpg)]
 
 
 @pytest.mark.parametrize(("number", "send"), SIGNALS)
-def test_a_signal_ends_training_with_a_checkpoint_and_no_process_left(home, number, send):
+def test_a_signal_ends_training_with_a_checkpoint_and_leaves_no_process(home, number, send):
     def is_trained(run):
         deadline = time.monotonic() + 120
         folder = home / "lsd_checkpoints/MTLSD_3D/HEMI/run"
@@ -342,14 +342,14 @@ def test_a_signal_ends_training_before_its_first_batch(home, number, send):
     assert checkpoint is None or checkpoint.name != "model_checkpoint_0"
 
 
-def test_a_full_disk_ends_training_without_half_a_checkpoint(home, small_disk):
+def test_a_full_disk_ends_training_without_a_partial_checkpoint(home, small_disk):
     folder = small_disk(16)
-    with pytest.raises(UserError, match=r"cannot write checkpoint .*model_checkpoint_2"):
+    with pytest.raises(UserError, match=r"cannot write .*model_checkpoint_2.*free some space"):
         train(config(home, MODEL_ISO__CKPT_FOLDER=folder))
     assert list(folder.iterdir()) == []
 
 
-def test_old_checkpoints_go_and_only_a_share_of_the_volumes_is_used(home, volume, capsys):
+def test_old_checkpoints_are_deleted_and_only_a_share_of_the_volumes_is_used(home, volume, capsys):
     (data_folder(config(home), "train") / "second.zarr").symlink_to(volume)
     cfg = config(home, TRAIN__KEEP_CHECKPOINTS=1, DATA__TRAIN_TEST_SPLIT=0.5)
     train(cfg)
@@ -392,7 +392,7 @@ LABELS = np.ones((48, 48, 48), np.uint64)
         (lambda home: (data_folder(config(home), "train") / "phantom.zarr").unlink(), r"no \*.zarr in"),
     ],
 )
-def test_volumes_that_cannot_be_trained_on_are_refused_before_anything_is_written(home, spoil, message):
+def test_unusable_training_volumes_are_refused_before_anything_is_written(home, spoil, message):
     spoil(home)
     before = sorted(home.rglob("*"))
     with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""What makes training faster or better without changing what it is: ranks, accumulation, averages, validation."""
+"""Options that make training faster or better, but do not change what it computes: ranks, accumulation, averages."""
 
 import os
 import shutil
@@ -91,7 +91,7 @@ def test_a_compiled_network_trains_to_the_same_weights(home):
     assert_same_weights(weights_at(plain, 3), weights_at(compiled, 3))
 
 
-def test_a_network_that_cannot_be_compiled_says_what_to_do(home):
+def test_a_failed_compilation_says_what_to_do(home):
     run = subprocess.run(
         [sys.executable, CHECKOUT / "trainer.py", *pairs(home, **SHORT, TRAIN__COMPILE=True)],
         cwd=home,
@@ -122,7 +122,7 @@ def test_accumulated_gradients_are_those_of_a_larger_batch(home):
     assert_same_weights(weights_at(whole, 3), weights_at(parts, 3))
 
 
-def test_averaged_weights_predict_and_go_on_after_a_resume(home):
+def test_averaged_weights_predict_and_survive_a_resume(home):
     ema = {"TRAIN__EMA": 0.5, "TRAIN__EPOCHS": 4, "TRAIN__SAVE_EVERY": 1}
     whole, parts = (config(home, **SHORT | ema, MODEL_ISO__CKPT_FOLDER=home / name) for name in ("whole", "parts"))
     train(whole)
@@ -169,7 +169,7 @@ def test_validation_keeps_the_best_weights(home, volume, flat, capsys):
     predict(predict_cfg)
 
 
-def test_validation_needs_a_volume_that_is_not_trained_on(home, volume):
+def test_validation_needs_a_volume_that_is_not_used_for_training(home, volume):
     with pytest.raises(UserError, match=r"VALIDATION_VOLUME"):
         train(config(home, TRAIN__VALIDATE_EVERY=1))
     with pytest.raises(UserError, match=r"LSD predicts no affinities"):
@@ -177,12 +177,12 @@ def test_validation_needs_a_volume_that_is_not_trained_on(home, volume):
     validated = {"TRAIN__VALIDATE_EVERY": 1, "TRAIN__VALIDATION_VOLUME": volume}
     with pytest.raises(UserError, match=r"METHOD mutex"):
         train(config(home, **validated, INS_SEGMENT__METHOD="mutex"))
-    unlabelled = home / "unlabelled.zarr"
-    shutil.copytree(volume, unlabelled)
-    labels = open_array(unlabelled, "volumes/labels/neuron_ids", "r+")
+    unlabeled = home / "unlabeled.zarr"
+    shutil.copytree(volume, unlabeled)
+    labels = open_array(unlabeled, "volumes/labels/neuron_ids", "r+")
     labels[1:-1] = 0
     with pytest.raises(UserError, match=r"labels nothing in .*VALIDATION_SHAPE"):
-        train(config(home, **validated | {"TRAIN__VALIDATION_VOLUME": unlabelled}, TRAIN__VALIDATION_SHAPE=(4, 4, 4)))
+        train(config(home, **validated | {"TRAIN__VALIDATION_VOLUME": unlabeled}, TRAIN__VALIDATION_SHAPE=(4, 4, 4)))
     assert not list(home.rglob("model_checkpoint_*"))
     (data_folder(config(home), "train") / "second.zarr").symlink_to(volume)
     cfg = short(home, "run", TRAIN__VALIDATE_EVERY=3, DATA__TRAIN_TEST_SPLIT=0.5, TRAIN__VALIDATION_SHAPE=(16, 16, 16))

@@ -1,22 +1,34 @@
-"""Where the network runs, how many threads it may take there, and what to do where it cannot."""
+"""The device that a network runs on, its threads and its precision, and what to do when the device fails."""
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar, overload
 
 import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from lsdseg.errors import DeviceError, UserError
 
+Network = TypeVar("Network", bound=nn.Module)
 
-def resolve_device(cfg, busy_cores: int = 0, local_rank: int = 0, local_size: int = 1) -> torch.device:
-    """The torch device of TRAIN.DEVICE ("auto": the first GPU if there is one, else the CPU); sets the CPU threads.
 
-    TRAIN.THREADS 0 is OMP_NUM_THREADS if that is set, else one thread for each core but `busy_cores`, which other
-    processes work on: a thread that shares its core makes all others wait for it, and a training step can take ten
-    times as long.
+def resolve_device(cfg: CfgNode, busy_cores: int = 0, local_rank: int = 0, local_size: int = 1) -> torch.device:
+    """Find the device that TRAIN.DEVICE names, and set the number of CPU threads.
+
+    "auto" is the first GPU if there is one, otherwise the CPU. TRAIN.THREADS 0 means OMP_NUM_THREADS if that is set,
+    otherwise one thread per core that is not busy. A thread that shares its core delays all the others, and a training
+    step can then take ten times as long.
+
+    Args:
+        cfg: the config.
+        busy_cores: number of cores that other processes of this run need.
+        local_rank: index of this process among those that train together on this machine.
+        local_size: number of processes that train together on this machine.
 
     Raises:
-        UserError: it names a GPU that this machine does not have.
+        DeviceError: this machine does not have the GPU.
     """
     name = cfg.TRAIN.DEVICE
     if name == "auto":
@@ -26,7 +38,7 @@ def resolve_device(cfg, busy_cores: int = 0, local_rank: int = 0, local_size: in
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(
-            f"TRAIN.DEVICE is {cfg.TRAIN.DEVICE!r} ({name}), but there are {torch.cuda.device_count()} GPUs here: "
+            f"TRAIN.DEVICE is {cfg.TRAIN.DEVICE!r} ({name}), but this machine has {torch.cuda.device_count()} GPUs: "
             "set it to 'auto' or 'cpu', or start fewer processes"
         )
     from_environment = int(os.environ.get("OMP_NUM_THREADS") or 0)
@@ -36,40 +48,51 @@ def resolve_device(cfg, busy_cores: int = 0, local_rank: int = 0, local_size: in
 
 
 @contextmanager
-def explain_device_errors(less_memory: str):
-    """Run a network, and say what to do where memory does not suffice for it, or where torch.compile fails.
+def explain_device_errors(memory_remedy: str) -> Iterator[None]:
+    """Replace two errors of PyTorch by messages that say what to do: out of memory, and a failed torch.compile.
 
     Args:
-        less_memory: what to do so that it needs less memory.
+        memory_remedy: how the user can make the network need less memory.
 
     Raises:
-        DeviceError: in place of PyTorch's errors in these two cases.
+        DeviceError: one of the two happened in the context.
     """
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise DeviceError(f"there is too little memory for the network: {less_memory}") from error
+            raise DeviceError(f"not enough memory for the network: {memory_remedy}") from error
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = str(error).splitlines()[0]
             raise DeviceError(
-                f"TRAIN.COMPILE is True, but compiling the network failed ({reason}): see that a C++ compiler is "
-                "installed, or set it to False"
+                f"TRAIN.COMPILE is True, but compiling the network failed ({reason}): install a C++ compiler, "
+                "or set it to False"
             ) from error
         raise
 
 
 class Precision:
-    """TRAIN.MIXED_PRECISION: the autocast context and memory format of the network.
+    """The number format and memory layout of the network, as TRAIN.MIXED_PRECISION sets them.
 
-    Reduced precision goes with channels-last memory: that is the layout in which tensor cores, and the matrix units
-    of recent CPUs, run convolutions at full speed. On a CPU with AMX the two together are several times as fast as
-    float32, each alone is not. "auto" is bf16 where the device has such units, else "no".
+    Reduced precision implies channels-last memory, the layout in which tensor cores and the matrix units of recent
+    CPUs run convolutions at full speed. On a CPU with AMX, the two together are several times as fast as float32;
+    either one alone is not.
+
+    Args:
+        name: "no", "bf16", "fp16" or "auto": bf16 if the device has matrix units for it, otherwise "no".
+        device: where the network runs.
+
+    Attributes:
+        device: as given.
+        dtype: the reduced type, None for plain float32.
+
+    Raises:
+        UserError: fp16 on a CPU.
     """
 
     DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-    def __init__(self, name: str, device: torch.device):
+    def __init__(self, name: str, device: torch.device) -> None:
         self.device = device
         if name == "auto":
             if device.type == "cuda":
@@ -81,14 +104,20 @@ class Precision:
         if self.dtype == torch.float16 and device.type == "cpu":
             raise UserError("TRAIN.MIXED_PRECISION is 'fp16' on a CPU: set it to 'bf16' or 'no'")
 
-    def autocast(self):
-        """Context manager in which the network's forward pass runs."""
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the forward pass of the network must run."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
-    def place(self, x):
-        """Move a module or a batch (4D or 5D) to the device, in the memory format that the precision asks for."""
+    @overload
+    def place(self, x: Tensor) -> Tensor: ...
+
+    @overload
+    def place(self, x: Network) -> Network: ...
+
+    def place(self, x: Any) -> Any:
+        """Move a module or a batch (4D or 5D) to the device, in the memory layout that the precision needs."""
         if self.dtype is None:
             return x.to(self.device)
-        dims = max(p.ndim for p in x.parameters()) if isinstance(x, torch.nn.Module) else x.ndim
+        dims = max(p.ndim for p in x.parameters()) if isinstance(x, nn.Module) else x.ndim
         memory_format = torch.channels_last if dims == 4 else torch.channels_last_3d
         return x.to(self.device, memory_format=memory_format)

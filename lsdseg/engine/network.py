@@ -1,6 +1,7 @@
-"""From a config to what takes raw data to predictions: one network, or the two of an auto-context type."""
+"""Build the network that predicts from raw data: one U-Net, or both networks of an auto-context type."""
 
 from torch import nn
+from yacs.config import CfgNode
 
 from lsdseg.config.loader import derived_config
 from lsdseg.config.model_types import MODEL_TYPES
@@ -9,16 +10,24 @@ from lsdseg.models import AutoContext, build_model
 from lsdseg.models.checkpoint import load_checkpoint
 
 
-def from_raw(cfg, network: nn.Module) -> nn.Module:
-    """What takes raw data to the predictions of `network`: itself, or both networks of an auto-context type.
+def complete_network(cfg: CfgNode, network: nn.Module) -> nn.Module:
+    """Complete a network so that it predicts from raw data.
+
+    Args:
+        cfg: the config.
+        network: the model type's own network, as `build_model` returns it.
+
+    Returns:
+        `network` itself. For an auto-context type, a module that runs the first network before it, with the weights
+        TRAIN.CHECKPOINT_AC.
 
     Raises:
-        UserError: the weights TRAIN.CHECKPOINT_AC of the first network cannot be used.
+        UserError: the weights of the first network cannot be used.
     """
     model_type = MODEL_TYPES[cfg.TRAIN.MODEL_TYPE]
     if model_type.first is None:
         return network
-    first_cfg = first_config(cfg)
+    first_cfg = first_network_config(cfg)
     first = build_model(first_cfg)
     load_checkpoint(cfg.TRAIN.CHECKPOINT_AC, first, first_cfg, key="TRAIN.CHECKPOINT_AC")
     model = cfg.MODEL
@@ -26,19 +35,19 @@ def from_raw(cfg, network: nn.Module) -> nn.Module:
     return AutoContext(first, network, model_type.inputs, fit=lambda size: input_shape_within(size, *shapes))
 
 
-def load_weights(cfg) -> nn.Module:
-    """The configured model type from raw to predictions, with the weights TRAIN.CHECKPOINT.
+def load_network(cfg: CfgNode) -> nn.Module:
+    """Build the network that predicts from raw data, and load the weights TRAIN.CHECKPOINT.
 
     Raises:
-        UserError: they cannot be used, or those of an auto-context type's first network cannot.
+        UserError: its weights, or those of an auto-context type's first network, cannot be used.
     """
     network = build_model(cfg)
     load_checkpoint(cfg.TRAIN.CHECKPOINT, network, cfg)
-    return from_raw(cfg, network)
+    return complete_network(cfg, network)
 
 
-def first_config(cfg):
-    """The config by which the first network of an auto-context type is trained, in folders `first` of its own."""
+def first_network_config(cfg: CfgNode) -> CfgNode:
+    """Return the config that trains the first network of an auto-context type, in subfolders named `first`."""
     section, suffix = "MODEL_ISO" if cfg.DATA.FIB else "MODEL_ANISO", "_2D" * cfg.DATA.DIM_2D
     names = ("LOG_DIR", "CKPT_FOLDER", "OUTPUT_DIR")
     folders = {f"{section}.{name}{suffix}": f"{cfg.MODEL[name]}/first" for name in names}

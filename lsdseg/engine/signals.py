@@ -1,13 +1,14 @@
-"""Handlers for signals, installed for as long as a block of code runs."""
+"""Signal handlers that stay installed while a piece of code runs."""
 
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
 @contextmanager
-def signal_handlers(handler: Callable, *numbers: signal.Signals) -> Iterator[None]:
-    """Let `handler(number, frame)` take the signals in the body; afterwards the handlers of before do again."""
+def signal_handlers(handler: Callable[[int, FrameType | None], object], *numbers: signal.Signals) -> Iterator[None]:
+    """Handle signals with `handler(number, frame)` inside the context, and restore the previous handlers after it."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield

@@ -1,6 +1,6 @@
-"""Scores of all segmentations of a volume, in tables and a plot beside its output zarr.
+"""Score all segmentations of the test volumes. Tables and a plot are written beside the output zarr.
 
-Volumes are read block by block and never copied: only the table of overlaps is kept, see
+Volumes are read slab by slab and never copied. Only the table of overlaps stays in memory, see
 `lsdseg.engine.evaluate.metrics`.
 """
 
@@ -8,36 +8,45 @@ import csv
 import io
 import itertools
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from funlib.geometry import Coordinate, Roi
+from funlib.persistence import Array
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from tqdm import tqdm
+from yacs.config import CfgNode
 
 from lsdseg.data_utils.labels import is_labeled
 from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, scores_path
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, slabs, voxels_of
 from lsdseg.engine.evaluate.metrics import count_overlaps, scores
-from lsdseg.engine.sample import samples_of
+from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.engine.sections import ids_by_section, scored_by_section
 from lsdseg.errors import UserError
 from lsdseg.files import write_whole
 
 SCORES = ("voi_split", "voi_merge", "voi_sum", "adapted_rand_error", "segments")
 COLUMNS = ("dataset", "method", "merge_function", "threshold", *SCORES)
-# Okabe and Ito's colours, which colour-blind readers tell apart
+# Colors of Okabe and Ito, which color-blind readers can tell apart.
 COLORS = {"voi_split": "#0072B2", "voi_merge": "#D55E00", "voi_sum": "#000000"}
 LINE_STYLES = ("-", "--", ":", "-.")
 
+# What `score_sample` returns.
+Report = dict[str, Any]
 
-def evaluate(cfg):
-    """Score every segmentation of every test volume that has ground truth (DATA.NEURON_LABELS in its zarr).
 
-    Sections that were not linked are scored one by one: an object is another one in each of them. Writes
+def evaluate(cfg: CfgNode) -> None:
+    """Score every segmentation of every test volume that has ground truth, DATA.NEURON_LABELS in its zarr.
+
+    If sections were not linked, they are scored one by one: an object counts as a new object in each section. Writes
     SAMPLE_scores.json, .csv and .png beside the output zarr, and prints the table.
 
     Raises:
-        UserError: no volume has ground truth, or one that has was not segmented.
+        UserError: no volume has ground truth, or a volume that has was not segmented.
     """
     work = []
     for sample in samples_of(cfg):
@@ -59,11 +68,11 @@ def evaluate(cfg):
         ):
             with write_whole(scores_path(sample.output, suffix)) as partial:
                 partial.write_bytes(content)
-        print(f"best: {report['best']}; scores in {scores_path(sample.output)}, and there as .csv and .png")
+        print(f"best: {report['best']}; scores in {scores_path(sample.output)}, and beside it as .csv and .png")
 
 
-def segmentations_in(path):
-    """Names of the segmentations in an output zarr, led by the fragments if they are there.
+def segmentations_in(path: Path) -> list[str]:
+    """Return the names of the segmentations in an output zarr. If there are fragments, they come first.
 
     Raises:
         UserError: there is no segmentation.
@@ -75,29 +84,38 @@ def segmentations_in(path):
     return [FRAGMENTS] * (FRAGMENTS in names) + segmentations
 
 
-def score_sample(sample, names):
-    """Score datasets of a sample's output against its ground truth.
+def score_sample(sample: Sample, names: Sequence[str]) -> Report:
+    """Score datasets in a sample's output against its ground truth.
 
     Returns:
-        dict: sample, ground_truth, by_section (whether sections were scored one by one), objects, voxels (both of the
-        ground truth that was compared), best (the dataset of lowest VOI sum, fragments aside) and scores, a list of
-        dicts with the keys COLUMNS.
+        sample: path of the volume.
+        ground_truth: name of its labels.
+        by_section: whether sections were scored one by one.
+        objects: number of objects in the ground truth that was compared.
+        voxels: number of voxels in the ground truth that was compared.
+        best: the segmentation with the lowest VOI sum.
+        scores: a list of dicts with the keys COLUMNS, one per dataset.
 
     Raises:
-        UserError: as `overlaps`, or no voxel in common is labelled.
+        UserError: there is no ground truth, it shares no labeled voxel with a dataset, or their voxels do not coincide
+            (see `overlaps`).
     """
     truth_name = sample.cfg.DATA.NEURON_LABELS
-    rows, by_section = [], scored_by_section(sample.cfg)
+    if sample.ground_truth is None:
+        raise UserError(f"{sample.volume} has no ground truth {truth_name}: add it, or name it in DATA.NEURON_LABELS")
+    rows: list[dict[str, Any]] = []
+    by_section = scored_by_section(sample.cfg)
     for name in names:
         segmentation = open_array(sample.output, name)
-        arrays = segmentation, sample.ground_truth, sample.ground_truth_mask
-        shared = overlaps(*arrays, by_section=by_section, description=name)
+        shared = overlaps(
+            segmentation, sample.ground_truth, sample.ground_truth_mask, by_section=by_section, description=name
+        )
         try:
             row = scores(*count_overlaps(shared))
         except ValueError as error:
             raise UserError(f"{name} in {sample.output} and {truth_name} in {sample.volume}: {error}") from error
-        labels = {key: segmentation.attrs.get(key) for key in ("method", "merge_function", "threshold")}
-        rows.append({"dataset": name, **labels, **row})
+        made_with = {key: segmentation.attrs.get(key) for key in ("method", "merge_function", "threshold")}
+        rows.append({"dataset": name, **made_with, **row})
     best = min((row for row in rows if row["dataset"] != FRAGMENTS), key=lambda row: row["voi_sum"])
     return {
         "sample": str(sample.volume),
@@ -110,19 +128,31 @@ def score_sample(sample, names):
     }
 
 
-def overlaps(segmentation, ground_truth, mask=None, *, by_section=False, max_bytes=2**27, description=None):
-    """Yield blocks (segmentation, ground truth) of two label volumes on disk, where both have voxels.
+def overlaps(
+    segmentation: Array,
+    ground_truth: Array,
+    mask: Array | None = None,
+    *,
+    by_section: bool = False,
+    max_bytes: int = 2**27,
+    description: str | None = None,
+) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    """Read two label volumes slab by slab in the ROI that they share.
 
     Args:
-        segmentation, ground_truth: arrays with their place in the world, as `open_array` gives them.
-        mask: a third one; the ground truth reads 0 where it is 0, and where an id says that a voxel is not labelled.
-            Only the ROI that all share is read.
-        by_section: give segments and objects another id in every section.
-        max_bytes: size of a block of the segmentation.
-        description: name on the progress bar.
+        segmentation: array on disk, as `open_array` returns it.
+        ground_truth: the same.
+        mask: a third array, which restricts the ROI too. The ground truth becomes 0 where the mask is 0, and where its
+            id means "unlabeled".
+        by_section: give segments and objects different ids in each section.
+        max_bytes: size of a slab of the segmentation.
+        description: text on the progress bar.
+
+    Yields:
+        A slab of the segmentation, and the same voxels of the ground truth.
 
     Raises:
-        ValueError: voxels of different size, or voxel grids shifted by parts of a voxel.
+        ValueError: the voxels differ in size, or their grids are shifted by part of a voxel.
     """
     arrays = [segmentation, ground_truth] + ([mask] if mask is not None else [])
     voxel_size = segmentation.voxel_size
@@ -133,7 +163,8 @@ def overlaps(segmentation, ground_truth, mask=None, *, by_section=False, max_byt
         if any((array.offset - segmentation.offset) % voxel_size):
             raise ValueError(f"offsets {segmentation.offset} and {array.offset} nm differ by part of a voxel")
         roi = roi.intersect(array.roi)
-    segment_numbers, object_numbers = {}, {}
+    segment_numbers: dict[int, int] = {}
+    object_numbers: dict[int, int] = {}
     for slab in tqdm(slabs(segmentation, max_bytes), description, unit="slab", leave=False, delay=2):
         begin = segmentation.offset + Coordinate(s.start for s in slab) * voxel_size
         part = Roi(begin, Coordinate(s.stop - s.start for s in slab) * voxel_size).intersect(roi)
@@ -148,8 +179,8 @@ def overlaps(segmentation, ground_truth, mask=None, *, by_section=False, max_byt
         yield labels, np.where(known, truth, 0)
 
 
-def format_table(report):
-    """The scores of a `score_sample` report as lines of text, one per segmentation."""
+def format_table(report: Report) -> str:
+    """Format the scores in a report as text, with one line per dataset."""
     width = max(len(row["dataset"]) for row in report["scores"])
     lines = [
         f"{report['sample']}: {report['objects']} objects, {report['voxels'] / 1e6:.2f} million voxels"
@@ -164,7 +195,7 @@ def format_table(report):
     return "\n".join(lines)
 
 
-def _csv(report):
+def _csv(report: Report) -> str:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
@@ -172,9 +203,12 @@ def _csv(report):
     return text.getvalue()
 
 
-def _plot(report):
-    """PNG of the VOI over the thresholds, a style of line for each merge function, and for each method without them."""
-    series = {}
+def _plot(report: Report) -> bytes:
+    """Plot the VOI over the thresholds, as a PNG.
+
+    Each merge function has its own line style, and so has each method without thresholds.
+    """
+    series: dict[str, list[Mapping[str, Any]]] = {}
     for row in report["scores"]:
         if row["dataset"] != FRAGMENTS:
             kind, _, rest = row["dataset"].removeprefix("volumes/").partition("segmentation_")
@@ -192,7 +226,8 @@ def _plot(report):
             axes.plot(thresholds, values, style, color=color, marker="o", label=label)
     axes.set(xlabel="threshold", ylabel="VOI (bits)", ylim=(0, None), title=f"best: {report['best']}")
     if series:
-        figure.legend(loc="outside lower center", ncols=min(3, len(series)), fontsize="small")
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(series)), fontsize="small")
     image = io.BytesIO()
     figure.savefig(image, dpi=150)
     return image.getvalue()

@@ -1,10 +1,11 @@
-"""One picture that shows how far a segmentation got: every step of the pipeline on the same section.
+"""Draw one picture that shows how far a segmentation got: every step of the pipeline on the same section.
 
-It is made for colour-blind readers too: labels have black outlines and colours that most eyes tell apart,
-the same colour for the same neuron in segmentation and ground truth; all else is shown by lightness.
+The picture works for color-blind readers too. Labels have black outlines and colors that most eyes can tell apart, and
+a neuron has the same color in segmentation and ground truth. Everything else is shown by lightness.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from funlib.geometry import Coordinate, Roi
@@ -13,6 +14,7 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
@@ -25,32 +27,34 @@ from lsdseg.engine.sample import Sample
 
 OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 WIDTH = 1200  # pixels, the width of a README
-WIDEST_CROP = 512  # voxels; in wider sections neurites would be too small to see
+MAX_CROP = 512  # voxels; in wider sections, neurites would be too small to see
+
+RGBImage = NDArray[np.uint8]  # RGB, (y, x, 3)
 
 
 def draw_segmentation_figure(
     path_png: Path | str,
     *,
-    raw: np.ndarray,
-    affinities: np.ndarray,
-    lsds: np.ndarray | None,
-    fragments: np.ndarray | None,
-    segmentation: np.ndarray,
-    ground_truth: np.ndarray | None = None,
+    raw: NDArray[Any],
+    affinities: NDArray[Any],
+    lsds: NDArray[Any] | None,
+    fragments: NDArray[Any] | None,
+    segmentation: NDArray[Any],
+    ground_truth: NDArray[Any] | None = None,
     section: int | None = None,
     title: str | None = None,
 ) -> None:
     """Write a PNG, 1200 pixels wide, with one section of each array side by side in two rows.
 
     Args:
-        path_png: where to write.
-        raw: (z, y, x), any number type.
-        affinities: (channels, z, y, x), uint8 (0..255) or float (0..1); shown is their mean.
-        lsds: (10 or 6, z, y, x), as affinities, or None; shown is how far the local centre of mass is.
-        fragments: labels (z, y, x) or None; 0 is background here and below.
+        path_png: the file to write.
+        raw: (z, y, x) of any number type.
+        affinities: (channels, z, y, x), uint8 (0..255) or float (0..1). Their mean is shown.
+        lsds: (10 or 6, z, y, x), uint8 (0..255) or float (0..1). The distance to the local center of mass is shown.
+        fragments: labels (z, y, x); 0 is background here and below.
         segmentation: labels (z, y, x).
-        ground_truth: labels (z, y, x) or None.
-        section: z index; the middle one if None.
+        ground_truth: labels (z, y, x).
+        section: its z index. By default, the middle section.
         title: text above the panels.
     """
     z = raw.shape[0] // 2 if section is None else section
@@ -58,30 +62,30 @@ def draw_segmentation_figure(
     if ground_truth is not None:
         labels, truth = match_labels(segmentation[z], ground_truth[z])
     panels = {
-        "raw": _shade(_stretch(raw[z]), "gray"),
-        "affinities (mean)": _shade(_unit(affinities[:, z]).mean(axis=0), "gray"),
+        "raw": _intensity_image(_stretch_contrast(raw[z]), "gray"),
+        "affinities (mean)": _intensity_image(_to_unit_range(affinities[:, z]).mean(axis=0), "gray"),
     }
     if lsds is not None:
-        offsets = 2 * _unit(lsds[: 3 if len(lsds) == 10 else 2, z]) - 1
-        panels["LSDs (distance to local centre)"] = _shade(np.linalg.norm(offsets, axis=0), "cividis")
+        offsets = 2 * _to_unit_range(lsds[: 3 if len(lsds) == 10 else 2, z]) - 1
+        panels["LSDs (distance to local center)"] = _intensity_image(np.linalg.norm(offsets, axis=0), "cividis")
     if fragments is not None:
-        panels["fragments"] = _paint(fragments[z])
-    panels["segmentation"] = _paint(labels)
+        panels["fragments"] = _label_image(fragments[z])
+    panels["segmentation"] = _label_image(labels)
     if truth is not None:
-        panels["ground truth"] = _paint(truth)
+        panels["ground truth"] = _label_image(truth)
     _write_panels(path_png, panels, title)
 
 
 def draw_sample(sample: Sample, segmentation_dataset: str, png: Path | str) -> None:
-    """Draw the middle section of one segmented sample; of wide sections the central 512 voxels.
+    """Draw the middle section of a segmented sample, or the central 512 voxels of a wide section.
 
-    Only that section is read: raw, affinities, the segmentation and, if they are there, LSDs, fragments and ground
-    truth.
+    Only this section is read: of raw, affinities and segmentation, and of LSDs, fragments and ground truth if they
+    exist.
 
     Args:
-        sample: what to draw.
-        segmentation_dataset: name of the segmentation in the sample's output.
-        png: where to write.
+        sample: the sample.
+        segmentation_dataset: the segmentation in the sample's output.
+        png: the file to write.
 
     Raises:
         UserError: raw, affinities or segmentation are missing.
@@ -89,38 +93,40 @@ def draw_sample(sample: Sample, segmentation_dataset: str, png: Path | str) -> N
     output = sample.output
     segmentation = open_array(output, segmentation_dataset)
     voxel_size, voxels = segmentation.voxel_size, Coordinate(segmentation.shape)
-    shape = Coordinate(1, *(min(n, WIDEST_CROP) for n in voxels[1:]))
+    shape = Coordinate(1, *(min(n, MAX_CROP) for n in voxels[1:]))
     roi = Roi(segmentation.roi.offset + (voxels // 2 - shape // 2) * voxel_size, shape * voxel_size)
 
-    # Long-range affinities are low far from membranes, and would make these look thick.
+    # Long-range affinities are low far from membranes too, and would make membranes look thick.
     direct = [offset in DIRECT_NEIGHBORS for offset in sample.offsets]
 
-    def section(array: Array | None) -> np.ndarray | None:
-        return None if array is None else array.to_ndarray(roi, fill_value=0)
+    def section(array: Array) -> NDArray[Any]:
+        voxels: NDArray[Any] = array.to_ndarray(roi, fill_value=0)
+        return voxels
 
-    def optional(dataset: str) -> Array | None:
-        return open_array(output, dataset) if has_array(output, dataset) else None
+    def section_if_present(dataset: str) -> NDArray[Any] | None:
+        return section(open_array(output, dataset)) if has_array(output, dataset) else None
 
     draw_segmentation_figure(
         png,
         raw=section(sample.raw),
         affinities=section(sample.affinities)[direct],
-        lsds=section(optional(prediction_name("lsds"))),
-        fragments=section(optional(FRAGMENTS)),
+        lsds=section_if_present(prediction_name("lsds")),
+        fragments=section_if_present(FRAGMENTS),
         segmentation=section(segmentation),
-        ground_truth=section(sample.ground_truth),
+        ground_truth=None if sample.ground_truth is None else section(sample.ground_truth),
         title=f"{output.stem}: {segmentation_dataset}",
     )
 
 
-def match_labels(segmentation: np.ndarray, ground_truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Renumber two label arrays of one shape so that a segment and its neuron have the same number.
+def match_labels(segmentation: NDArray[Any], ground_truth: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Renumber two label arrays of the same shape so that a segment and its neuron have the same number.
 
-    Pairs are one to one and share as many voxels as possible in all; a neuron's other pieces get numbers that
-    no neuron has, so a split shows. 0 stays 0.
+    Pairs are one to one, and share as many voxels as possible in total. The other pieces of a neuron get numbers that
+    no neuron has, so splits are visible. 0 stays 0.
 
     Returns:
-        segmentation, ground_truth: int64, shaped as given.
+        segmentation: int64, in the shape of the input.
+        ground_truth: the same.
     """
     segments, segment_of = np.unique(np.append(0, segmentation), return_inverse=True)
     neurons, neuron_of = np.unique(np.append(0, ground_truth), return_inverse=True)
@@ -135,18 +141,18 @@ def match_labels(segmentation: np.ndarray, ground_truth: np.ndarray) -> tuple[np
     return number[segment_of].reshape(np.shape(segmentation)), neuron_of.reshape(np.shape(ground_truth))
 
 
-def label_palette() -> np.ndarray:
-    """RGB colours of labels, (14, 3) in 0..1: seven hues for colour-blind eyes, each plain and lighter.
+def label_palette() -> NDArray[np.float64]:
+    """Return RGB colors for labels, (14, 3) in 0..1: seven hues for color-blind eyes, each plain and lighter.
 
     The hues are those of Okabe and Ito, Color Universal Design, 2008 (https://jfly.uni-koeln.de/color/).
     """
     hues = np.array([to_rgb(hue) for hue in OKABE_ITO])
-    # Any lighter, and two of them look alike to red-blind or green-blind eyes.
+    # If they were any lighter, two of them would look alike to red-blind or green-blind eyes.
     return np.concatenate([hues, hues + 0.3 * (1 - hues)])
 
 
-def _paint(labels):
-    """RGB uint8 image (y, x, 3) of a label section (y, x), enlarged so that its black outlines are thin."""
+def _label_image(labels: NDArray[Any]) -> RGBImage:
+    """Color a section of labels (y, x), enlarged so that its black outlines are thin."""
     zoom = max(1, WIDTH // 2 // max(labels.shape))
     labels = labels.repeat(zoom, axis=0).repeat(zoom, axis=1)
     palette = label_palette()
@@ -156,24 +162,24 @@ def _paint(labels):
     return (255 * image).astype(np.uint8)
 
 
-def _shade(section, colormap):
-    """RGB uint8 image (y, x, 3) of a section (y, x) of values in 0..1."""
+def _intensity_image(section: NDArray[Any], colormap: str) -> RGBImage:
+    """Color a section (y, x) of values in 0..1 with a color map."""
     return colormaps[colormap](section, bytes=True)[..., :3]
 
 
-def _stretch(section):
-    """A raw section with its grey values spread over 0..1; the outermost 0.5 % at either end are clipped."""
+def _stretch_contrast(section: NDArray[Any]) -> NDArray[np.floating[Any]]:
+    """Spread the gray values of a raw section over 0..1, clipping the outermost 0.5 % at either end."""
     low, high = np.percentile(section, (0.5, 99.5))
     return np.clip((section - low) / max(high - low, 1e-6), 0, 1)
 
 
-def _unit(values):
-    """Network output as floats in 0..1."""
+def _to_unit_range(values: NDArray[Any]) -> NDArray[np.floating[Any]]:
+    """Convert network output to floats in 0..1."""
     return values / np.float32(255) if values.dtype == np.uint8 else values
 
 
-def _write_panels(path_png, panels, title):
-    """Write images (y, x, 3), given by their titles, in two rows."""
+def _write_panels(path_png: Path | str, panels: dict[str, RGBImage], title: str | None) -> None:
+    """Write images in two rows, each with its title."""
     columns = (len(panels) + 1) // 2
     height, width = panels["raw"].shape[:2]
     panel_width = WIDTH / columns
@@ -187,5 +193,5 @@ def _write_panels(path_png, panels, title):
     figure.suptitle(title or "", fontsize=13)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    # 256 colours: a third of the size, and no difference that can be seen.
+    # With 256 colors, the file has a third of the size and looks the same.
     Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(256).save(path_png, "PNG")

@@ -1,31 +1,39 @@
-"""Scores of a segmentation from its overlaps with the ground truth.
+"""Scores of a segmentation, computed from its overlaps with the ground truth.
 
-All scores depend on the volumes only through a sparse contingency table: how many voxels each pair of a
-segment and a ground truth object shares. It adds up over blocks, so that volumes of any size need only one
-block in memory.
+All scores depend on the volumes only through a sparse contingency table: the number of voxels that each pair of a
+segment and a ground truth object shares. The tables of parts of a volume add up, so a volume of any size needs only one
+part in memory.
 """
+
+from collections.abc import Iterable
+from typing import Any
 
 import fastremap
 import numpy as np
+from numpy.typing import NDArray
+
+# Pairs of a segment and an object that overlap (uint64, n x 2), and how many voxels each pair shares (int64, n).
+Table = tuple[NDArray[np.uint64], NDArray[np.int64]]
 
 
-def count_overlaps(blocks):
-    """The sparse contingency table of a segmentation and the ground truth.
+def count_overlaps(parts: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> Table:
+    """Make the sparse contingency table of a segmentation and the ground truth.
 
-    Voxels with ground truth 0 are left out. Segment 0 counts as a segment like any other: where there is
-    ground truth, leaving a voxel out is an error too.
+    Voxels with ground truth 0 are ignored. Segment 0 counts as a segment like any other: a voxel without a segment is
+    an error too if it has ground truth.
 
     Args:
-        blocks: pairs (segmentation, ground_truth) of unsigned integer arrays of one shape.
+        parts: pairs (segmentation, ground truth) of unsigned integer arrays of the same shape, the parts of a volume.
 
     Returns:
         pairs: uint64 (n, 2), rows of a segment and an object that overlap, each pair once, sorted.
-        counts: int64 (n,), voxels that they share.
+        counts: int64 (n,), the voxels that they share.
     """
     pairs, counts = np.empty((0, 2), np.uint64), np.empty(0, np.int64)
-    pending, pending_size = [], 0
-    for segmentation, ground_truth in blocks:
-        pending.append(_count_block(segmentation, ground_truth))
+    pending: list[Table] = []
+    pending_size = 0
+    for segmentation, ground_truth in parts:
+        pending.append(_count_part(segmentation, ground_truth))
         pending_size += len(pending[-1][1])
         if pending_size > max(len(counts), 2**20):  # sort rarely, in memory proportional to the table
             pairs, counts = _add([(pairs, counts), *pending])
@@ -33,26 +41,26 @@ def count_overlaps(blocks):
     return _add([(pairs, counts), *pending])
 
 
-def _count_block(segmentation, ground_truth):
-    labelled = ground_truth != 0
-    if not labelled.any():
+def _count_part(segmentation: NDArray[Any], ground_truth: NDArray[Any]) -> Table:
+    labeled = ground_truth != 0
+    if not labeled.any():
         return np.empty((0, 2), np.uint64), np.empty(0, np.int64)
-    segments, segment_ids = _number(segmentation[labelled])
-    objects, object_ids = _number(ground_truth[labelled])
+    segments, segment_ids = _renumber(segmentation[labeled])
+    objects, object_ids = _renumber(ground_truth[labeled])
     pairs, counts = fastremap.unique(segments * len(object_ids) + objects, return_counts=True)
     return np.stack([segment_ids[pairs // len(object_ids)], object_ids[pairs % len(object_ids)]], axis=1), counts
 
 
-def _number(labels):
-    """Labels as numbers from 1 (uint64), and the array that maps the numbers back."""
+def _renumber(labels: NDArray[Any]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Return the labels as numbers from 1, and the array that maps the numbers back to labels."""
     numbers, mapping = fastremap.renumber(labels.astype(np.uint64), preserve_zero=False)
     ids = np.zeros(len(mapping) + 1, np.uint64)
     ids[np.fromiter(mapping.values(), np.int64)] = np.fromiter(mapping.keys(), np.uint64)
     return numbers.astype(np.uint64), ids
 
 
-def _add(tables):
-    """Join tables; pairs that occur in several add up."""
+def _add(tables: list[Table]) -> Table:
+    """Join tables, adding up the counts of pairs that occur in several of them."""
     pairs = np.concatenate([pairs for pairs, _ in tables])
     counts = np.concatenate([counts for _, counts in tables]).astype(np.int64)
     order = np.lexsort(pairs.T[::-1])
@@ -63,15 +71,15 @@ def _add(tables):
     return pairs[starts], np.add.reduceat(counts, starts) if len(starts) else counts
 
 
-def evaluate(segmentation, ground_truth):
-    """Score a segmentation that is in memory.
+def evaluate(segmentation: NDArray[Any], ground_truth: NDArray[Any]) -> dict[str, float]:
+    """Score a segmentation in memory.
 
     Args:
         segmentation: unsigned ids, any shape.
-        ground_truth: unsigned ids, the same shape; voxels where it is 0 are left out.
+        ground_truth: unsigned ids, the same shape; voxels where it is 0 are ignored.
 
     Returns:
-        The dict of `scores`.
+        What `scores` returns.
 
     Raises:
         ValueError: the ground truth is 0 everywhere.
@@ -79,21 +87,29 @@ def evaluate(segmentation, ground_truth):
     return scores(*count_overlaps([(segmentation, ground_truth)]))
 
 
-def scores(pairs, counts):
-    """Variation of information and adapted Rand error of a contingency table, as `count_overlaps` makes it.
+def scores(pairs: NDArray[np.uint64], counts: NDArray[np.int64]) -> dict[str, float]:
+    """Compute the variation of information and the adapted Rand error of a contingency table.
 
-    Variation of information (Meila, J. Multivariate Analysis 2007), in bits: `voi_split` is H(segmentation |
-    ground truth), what remains unknown of the segment of a voxel when its object is known, 0 if no object is
-    split; `voi_merge` is H(ground truth | segmentation), 0 if no segment holds parts of two objects;
-    `voi_sum` is their sum. Adapted Rand error (Arganda-Carreras et al., Front. Neuroanat. 2015): 1 - F-score
-    of the pairs of voxels that lie in one segment, against those that lie in one object. All equal
-    scikit-image's `variation_of_information` and `adapted_rand_error` with `ignore_labels=(0,)`.
+    Variation of information (Meila, J. Multivariate Analysis 2007), in bits: `voi_split` is H(segmentation | ground
+    truth), the uncertainty about the segment of a voxel whose object is known. It is 0 if no object is split.
+    `voi_merge` is H(ground truth | segmentation), and 0 if no segment contains parts of two objects. `voi_sum` is their
+    sum.
+
+    Adapted Rand error (Arganda-Carreras et al., Front. Neuroanat. 2015): 1 - F-score of the pairs of voxels that lie in
+    one segment, compared with those that lie in one object.
+
+    All scores equal those of scikit-image's `variation_of_information` and `adapted_rand_error` with
+    `ignore_labels=(0,)`.
+
+    Args:
+        pairs: segments and objects, as `count_overlaps` returns them.
+        counts: the voxels that they share.
 
     Returns:
-        dict of voi_split, voi_merge, voi_sum, adapted_rand_error, segments, objects, voxels.
+        voi_split, voi_merge, voi_sum, adapted_rand_error, segments, objects and voxels; the last three are integers.
 
     Raises:
-        ValueError: an empty table.
+        ValueError: the table is empty.
     """
     if not len(counts):
         raise ValueError("no voxel with ground truth")
@@ -105,7 +121,7 @@ def scores(pairs, counts):
     object_sizes = np.bincount(object_, together)
     split = together @ np.log2(object_sizes[object_] / together) / voxels
     merge = together @ np.log2(segment_sizes[segment] / together) / voxels
-    # ordered pairs of different voxels in one cell of the table, in one segment, in one object
+    # The numbers of ordered pairs of different voxels in one cell of the table, in one segment, and in one object.
     in_both, in_segment, in_object = (n @ n - voxels for n in (together, segment_sizes, object_sizes))
     f_score = 2 * in_both / (in_segment + in_object) if in_segment + in_object else 1.0
     return {

@@ -1,4 +1,4 @@
-"""Prediction of a numpy array: what `predicter.py` does, without folders and config files."""
+"""Prediction of a numpy array. It does what `predicter.py` does, without folders and config files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lsdseg.engine.predict.tiles import TilePredictor
 from lsdseg.errors import UserError
 from lsdseg.models.checkpoint import read_checkpoint
 
-# Voxels of input that tiles are cut for, as nearly as the network can take it, where no config says it.
+# Without a config, the input of a tile is as close to this many voxels along each axis as the network allows.
 INPUT_SIZE = 128
 
 
@@ -25,41 +25,41 @@ def predict(raw: NDArray[Any], checkpoint: Path | str, cfg: CfgNode | None = Non
     """Predict a volume with trained weights, tile by tile.
 
     Args:
-        raw: (z, y, x), uint8, or floating point in 0..1, with voxels of the size that the network was trained on.
+        raw: (z, y, x), uint8, or floating point in 0..1. Its voxels must have the size that the network was trained on.
         checkpoint: a file model_checkpoint_N.
-        cfg: a loaded config. By default, that which training left beside the checkpoint, else one that is made from the
+        cfg: a loaded config. By default, the one that training wrote beside the checkpoint, or else one made from the
             settings in the checkpoint itself.
 
     Returns:
-        What the network predicts, by the names of its tasks ("affs", "lsds", "mito"): (channels, z, y, x) in 0..1, with
-        raw's z, y, x.
+        Task ("affs", "lsds", "mito") -> what the network predicts, (channels, z, y, x) in 0..1, on the voxels of `raw`.
 
     Raises:
-        ValueError: raw has another shape, type or range.
-        UserError: the checkpoint cannot be used, or it is too old to hold the network's settings and there is no cfg.
+        ValueError: `raw` has another shape, type or range.
+        UserError: the checkpoint cannot be used, or it is too old to contain the network's settings and `cfg` is
+            missing.
     """
     if raw.ndim != 3 or (raw.dtype != np.uint8 and raw.dtype.kind != "f"):
         raise ValueError(f"raw must be (z, y, x), uint8 or floating point, not {raw.shape}, {raw.dtype}")
     if raw.dtype.kind == "f" and not (raw.min() >= 0 and raw.max() <= 1):
-        raise ValueError("floating point raw must lie in 0..1, without NaN")
-    cfg = config_of(checkpoint) if cfg is None else cfg
+        raise ValueError("floating-point raw must lie in 0..1, without NaN")
+    cfg = config_for(checkpoint) if cfg is None else cfg
     predictor = TilePredictor(cfg)
     voxel_size = (*(1,) * (3 - len(cfg.MODEL.VOXEL_SIZE)), *cfg.MODEL.VOXEL_SIZE)
-    return predictor.region(Array(raw, (0, 0, 0), voxel_size), (0, 0, 0), raw.shape)
+    return predictor.predict_box(Array(raw, (0, 0, 0), voxel_size), (0, 0, 0), raw.shape)
 
 
-def config_of(checkpoint: Path | str) -> CfgNode:
-    """The config to predict with a checkpoint.
+def config_for(checkpoint: Path | str) -> CfgNode:
+    """Find or make the config to predict with a checkpoint.
 
     Args:
         checkpoint: a file model_checkpoint_N.
 
     Returns:
-        `config_predict.yaml` beside the file if there is one; else the defaults, with the network's settings as the
-        checkpoint holds them.
+        `config_predict.yaml` beside the file if it exists. Otherwise the defaults, with the settings of the network
+        that the checkpoint contains.
 
     Raises:
-        UserError: there is no such file, or it holds no settings.
+        UserError: the file does not exist, or it contains no settings.
     """
     checkpoint = Path(checkpoint).absolute()
     overrides = ["TRAIN.CHECKPOINT", str(checkpoint)]
@@ -68,14 +68,14 @@ def config_of(checkpoint: Path | str) -> CfgNode:
         return load_config(beside, overrides)
     settings = dict(read_checkpoint(checkpoint).get("network_settings", {}))
     if not settings:
-        raise UserError(f"{checkpoint} does not hold the settings of its network: give a config (cfg)")
+        raise UserError(f"{checkpoint} does not contain the settings of its network: pass a config as cfg")
     section = next(key.partition(".")[0] for key in settings if key.startswith("MODEL_"))
     network = {key.partition(".")[2]: value for key, value in settings.items() if key.startswith(f"{section}.")}
     shapes = [network[key] for key in ("DOWNSAMPLE_FACTORS", "KERNEL_SIZE_DOWN", "KERNEL_SIZE_UP", "PAD_CONV")]
     dims = len(shapes[0][0])
     (input_shape, _), *_ = nearest_input_shapes((INPUT_SIZE,) * dims, *shapes)
     settings[f"{section}.INPUT_SHAPE"] = input_shape
-    if dims == 2:  # what a network of sections is built from are the keys with the suffix
+    if dims == 2:  # a 2D network is built from the keys with the suffix
         model_type = settings.pop("TRAIN.MODEL_TYPE")
         settings = {f"{key}_2D": value for key, value in settings.items()} | {"TRAIN.MODEL_TYPE": model_type}
     settings |= {"DATA.FIB": int(section == "MODEL_ISO"), "DATA.DIM_2D": dims == 2}

@@ -1,7 +1,7 @@
-"""Prediction block by block on many workers: one tile of the network is one block, one GPU or core group one worker.
+"""Prediction block by block on many workers. A block is one tile of the network; a worker has one GPU or a few cores.
 
-Tiles do not depend on each other (see `tiles.py`), and chunks on disk divide a tile, so workers never touch the same
-file. What `predicter.py` gives, this gives too.
+Tiles do not depend on each other (see `tiles.py`), and each chunk on disk lies in one tile, so two workers never write
+to the same file. The result is the same as that of `predicter.py`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from lsdseg.data_utils.masks import open_mask, read_mask
 from lsdseg.data_utils.volumes import is_stored, list_arrays, open_array, voxels_of
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
-from lsdseg.engine.network import load_weights
-from lsdseg.engine.predict.predict import create_predictions, name_predictions, prediction_channels, write_tile
+from lsdseg.engine.network import load_network
+from lsdseg.engine.predict.predict import create_predictions, finalize_predictions, prediction_channels, write_tile
 from lsdseg.engine.predict.tiles import TilePredictor, tile_voxels
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.engine.sections import along_zyx
 from lsdseg.files import PARTIAL
 
-# The keys that a prediction depends on, beside those of the network, which go with its weights.
+# The keys that a prediction depends on. Those of the network are not listed: they belong to its weights.
 SETTINGS = ("TRAIN.CHECKPOINT", "TRAIN.CHECKPOINT_AC", "DATA.AFFS_DTYPE")
 MASK_SETTINGS = ("INS_SEGMENT.MASK_FILE", "INS_SEGMENT.MASK_DATASET")
 
@@ -38,15 +38,15 @@ def predict_blockwise(cfg: CfgNode, skip_empty: bool = False) -> None:
 
     Args:
         cfg: the config.
-        skip_empty: leave out blocks outside INS_SEGMENT.MASK_FILE and blocks without any stored chunk of raw.
+        skip_empty: skip blocks outside INS_SEGMENT.MASK_FILE and blocks where raw has no stored chunk.
 
     Raises:
         UserError: before anything is written, if a volume or the checkpoint cannot be used; later, if blocks fail.
     """
     samples = samples_of(cfg)
-    names = {prediction_name(kind) for kind in prediction_channels(cfg)}
+    names = {prediction_name(task) for task in prediction_channels(cfg)}
     partial = {f"{name}{PARTIAL}" for name in names}
-    load_weights(cfg)
+    load_network(cfg)
     if skip_empty:
         open_mask(cfg.INS_SEGMENT)
     for sample in samples:
@@ -54,9 +54,10 @@ def predict_blockwise(cfg: CfgNode, skip_empty: bool = False) -> None:
     for sample in samples:
         step = _predict_step(sample)
         existing = set(list_arrays(sample.output))
-        begun = step.markers.is_dir()  # if not, partial arrays are not from here: type and chunks may be others
+        # Without markers, partial arrays are from another kind of run: their type and chunks may differ.
+        begun = step.markers.is_dir()
         if names <= existing and not begun and not cfg.DATA.DROP_DS_MONGOTABLE:
-            print(f"{sample.output} is predicted already; DATA.DROP_DS_MONGOTABLE True predicts it anew")
+            print(f"{sample.output} is predicted already; to predict it again, set DATA.DROP_DS_MONGOTABLE True")
             continue
         if cfg.DATA.DROP_DS_MONGOTABLE or not (begun and (partial <= existing or names <= existing)):
             create_predictions(sample)
@@ -65,17 +66,25 @@ def predict_blockwise(cfg: CfgNode, skip_empty: bool = False) -> None:
             step.settings |= _values(cfg, MASK_SETTINGS)
         run_blocks(cfg, step)
         if partial <= set(list_arrays(sample.output)):
-            name_predictions(sample)
+            finalize_predictions(sample)
         print(f"{', '.join(sorted(names))} in {sample.output}")
 
 
 def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:
-    """Open what a worker needs; returns what it does with each block: the network is loaded once, then tiles follow."""
+    """Load the network and open the arrays, once per worker.
+
+    Args:
+        cfg: the config.
+        arguments: those of the step, see `_predict_step`.
+
+    Returns:
+        A function that predicts one block.
+    """
     sample = Sample.of_arguments(cfg, arguments)
     raw, tile = sample.raw, tuple(arguments["tile"])
     predictor = TilePredictor(cfg)
     arrays = {
-        kind: open_array(sample.output, f"{prediction_name(kind)}{PARTIAL}", "r+") for kind in prediction_channels(cfg)
+        task: open_array(sample.output, f"{prediction_name(task)}{PARTIAL}", "r+") for task in prediction_channels(cfg)
     }
 
     def process(block: daisy.Block) -> None:
@@ -86,6 +95,7 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
 
 
 def _predict_step(sample: Sample) -> BlockStep:
+    """Describe the step that predicts a sample, one tile per block."""
     cfg, raw = sample.cfg, sample.raw
     tile = Coordinate(tile_voxels(cfg, raw.shape))
     context = Coordinate(along_zyx(cfg.MODEL.CONTEXT, 0)) * raw.voxel_size
@@ -105,12 +115,16 @@ def _predict_step(sample: Sample) -> BlockStep:
 
 
 def _values(cfg: CfgNode, keys: tuple[str, ...]) -> dict[str, Any]:
-    """The values of keys SECTION.NAME."""
+    """Return SECTION.NAME -> value of config keys."""
     return {key: cfg[key.partition(".")[0]][key.partition(".")[2]] for key in keys}
 
 
 def _blocks_to_skip(sample: Sample, step: BlockStep) -> NDArray[np.bool_]:
-    """Which blocks need no prediction, and says why; looks at file names and at the mask, not at raw's voxels."""
+    """Find the blocks that need no prediction, from file names and the mask only, and print how many there are.
+
+    Returns:
+        True for the blocks to skip, in the shape of the grid of blocks.
+    """
     raw, mask, block = sample.raw, sample.mask, step.write_roi.shape
     grid = tuple(-(-size // width) for size, width in zip(raw.roi.shape, block, strict=True))
     empty, outside = np.zeros(grid, bool), np.zeros(grid, bool)
@@ -120,7 +134,7 @@ def _blocks_to_skip(sample: Sample, step: BlockStep) -> NDArray[np.bool_]:
         inside = read_mask(mask, roi, raw.voxel_size)
         outside[index] = inside is not None and not inside.any()
     print(
-        f"{sample.volume.name}: of {empty.size} blocks {np.count_nonzero(empty)} are skipped because raw has no chunk "
-        f"there, {np.count_nonzero(outside & ~empty)} more because they lie outside the mask"
+        f"{sample.volume.name}: of {empty.size} blocks, {np.count_nonzero(empty)} are skipped because raw has no chunk "
+        f"there, and {np.count_nonzero(outside & ~empty)} more because they lie outside the mask"
     )
     return empty | outside

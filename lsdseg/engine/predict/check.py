@@ -1,4 +1,4 @@
-"""What a volume must be for a network that was trained on another one: all of it is looked at before hours of work."""
+"""Checks before `segment.py` starts: can this network segment this volume? They run before hours of work do."""
 
 from __future__ import annotations
 
@@ -6,28 +6,35 @@ import math
 import sys
 from pathlib import Path
 
+from yacs.config import CfgNode
+
 from lsdseg.data_utils.checks import check_raw
 from lsdseg.data_utils.volumes import open_array
 from lsdseg.engine.device import resolve_device
-from lsdseg.engine.network import load_weights
-from lsdseg.engine.predict.predict import LEAST_COMPRESSED, prediction_channels
+from lsdseg.engine.network import load_network
+from lsdseg.engine.predict.predict import MIN_COMPRESSED_SHARE, prediction_channels
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk
 
 
-def check_before_segmenting(path: Path, output: Path, cfg) -> None:
-    """Check that raw can be rescaled to MODEL.VOXEL_SIZE, segmented with TRAIN.CHECKPOINT and written to a new zarr.
+def check_before_segmenting(path: Path, output: Path, cfg: CfgNode) -> None:
+    """Check that a volume can be rescaled, segmented and written. Warn if its voxels differ by more than a factor of 2.
+
+    Args:
+        path: zarr with the raw data, of any voxel size. It will be rescaled to MODEL.VOXEL_SIZE.
+        output: zarr to write.
+        cfg: the config of the network with the weights TRAIN.CHECKPOINT.
 
     Raises:
-        UserError: raw's voxel size is unknown or not the same along all axes, or raw is otherwise refused by
-            `check_raw`; the output exists; the weights or the device cannot be used; there is no room on disk.
+        UserError: the voxel size of the raw data is unknown or differs between axes; `check_raw` refuses the raw data;
+            the output exists; the weights or the device cannot be used; the disk has no room.
     """
     raw = open_array(path, cfg.DATA.RAW)
     where, own, trained = f"{cfg.DATA.RAW} in {path}", tuple(raw.voxel_size), cfg.MODEL.VOXEL_SIZE
     if own != (own[0],) * 3:
         raise UserError(
-            f"{where} has voxel size {own} nm, and these weights are for isotropic volumes: make its voxels "
-            "cubes with data_utils/rescale.py if they nearly are, else train a network on data like it (trainer.py)"
+            f"{where} has voxel size {own} nm, but these weights are for isotropic volumes: make its voxels cubes with "
+            "data_utils/rescale.py if they almost are, otherwise train a network on similar data (trainer.py)"
         )
     own_size = cfg.clone()
     own_size.defrost()
@@ -36,15 +43,15 @@ def check_before_segmenting(path: Path, output: Path, cfg) -> None:
     if output.exists():
         raise UserError(f"{output} exists: delete it, or name another output")
     resolve_device(cfg)
-    load_weights(cfg)
+    load_network(cfg)
 
     voxels = math.prod(raw.roi.shape) / math.prod(trained)
     values = voxels * (raw.dtype.itemsize + sum(prediction_channels(cfg).values()))
-    with room_on_disk(output, int(values * LEAST_COMPRESSED)):
+    with room_on_disk(output, int(values * MIN_COMPRESSED_SHARE)):
         pass
     if not 0.5 <= own[0] / trained[0] <= 2:
         print(
-            f"warning: {where} has voxels of {own[0]} nm and the network was trained on {trained[0]} nm: "
-            "beyond a factor of 2, expect little of the segmentation",
+            f"warning: {where} has voxels of {own[0]} nm, but the network was trained on {trained[0]} nm: "
+            "beyond a factor of 2, expect a poor segmentation",
             file=sys.stderr,
         )

@@ -1,13 +1,15 @@
-"""Prediction in one process: every volume in the test folder, from raw to affinities and LSDs on disk."""
+"""Prediction in one process: from raw data to affinities and LSDs on disk, for every volume in the test folder."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from funlib.persistence import Array
+from numpy.typing import NDArray
 from tqdm import tqdm
 from yacs.config import CfgNode
 
@@ -21,8 +23,8 @@ from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.errors import UserError
 from lsdseg.files import PARTIAL, room_on_disk
 
-# Predictions compress to about this part of their size; less room than that is certainly too little.
-LEAST_COMPRESSED = 0.25
+# Compressed predictions take at least about this share of their size, so a disk with less room is certainly too small.
+MIN_COMPRESSED_SHARE = 0.25
 
 
 def predict(cfg: CfgNode) -> None:
@@ -45,10 +47,12 @@ def predict(cfg: CfgNode) -> None:
 
 
 def predict_sample(predictor: TilePredictor, sample: Sample) -> list[str]:
-    """Predict one sample; returns the names of the datasets in its output.
+    """Predict the whole ROI of one sample.
 
-    The datasets cover raw's whole ROI. They get their names when the last tile is written, so that an interrupted run
-    leaves nothing that looks like a prediction.
+    The datasets get their names after the last tile, so an interrupted run leaves nothing that looks like a prediction.
+
+    Returns:
+        The names of the datasets in the sample's output.
     """
     cfg, raw = sample.cfg, sample.raw
     tiles = list(predictor.tiles(raw.shape))
@@ -59,11 +63,14 @@ def predict_sample(predictor: TilePredictor, sample: Sample) -> list[str]:
             for begin, shape in bar:
                 done += write_tile(cfg, arrays, predictor(raw, begin, shape), begin, raw.shape)
                 bar.set_postfix_str(f"{done / 1e6 / (time.monotonic() - began):.2f} Mvoxel/s")
-        return name_predictions(sample)
+        return finalize_predictions(sample)
 
 
 def prediction_channels(cfg: CfgNode) -> dict[str, int]:
-    """What is predicted -> number of channels: the network's tasks and, if configured, the inverted affinities.
+    """Return how many channels each prediction has.
+
+    Returns:
+        Name -> number of channels, for the network's tasks and, with DATA.INVERT_PRED_AFFS, the inverted affinities.
 
     Raises:
         UserError: there are no affinities to invert.
@@ -79,17 +86,20 @@ def prediction_channels(cfg: CfgNode) -> dict[str, int]:
 
 
 def create_predictions(sample: Sample) -> dict[str, Array]:
-    """Empty datasets on raw's voxels, named PARTIAL until `name_predictions`, in chunks that no two tiles share.
+    """Create empty datasets on raw's voxels, in chunks that no two tiles share.
 
-    What is recorded of blocks that were done in earlier ones is forgotten.
+    Their names end in PARTIAL until `finalize_predictions`. The markers of blocks in earlier datasets are deleted.
+
+    Returns:
+        Name, as in `prediction_channels` -> array.
 
     Raises:
-        UserError: the disk has certainly too little room; workers of another run are writing.
+        UserError: the disk is certainly too small, or the workers of another run are writing.
     """
     cfg, raw, output = sample.cfg, sample.raw, sample.output
     dtype = np.dtype(cfg.DATA.AFFS_DTYPE)
     channels = prediction_channels(cfg)
-    needed = sum(channels.values()) * math.prod(raw.shape) * dtype.itemsize * LEAST_COMPRESSED
+    needed = sum(channels.values()) * math.prod(raw.shape) * dtype.itemsize * MIN_COMPRESSED_SHARE
     with room_on_disk(output, int(needed)):
         discard_markers(sample.markers("predict"))
         return {
@@ -110,29 +120,40 @@ def create_predictions(sample: Sample) -> dict[str, Array]:
 def write_tile(
     cfg: CfgNode,
     arrays: dict[str, Array],
-    results: dict[str, np.ndarray],
+    results: dict[str, NDArray[np.float32]],
     begin: Sequence[int],
     volume_shape: Sequence[int],
 ) -> int:
-    """Write what `TilePredictor` gave for a tile; returns how many of its voxels lie in the volume."""
+    """Write the predictions of one tile.
+
+    Args:
+        cfg: the config.
+        arrays: what `create_predictions` returned.
+        results: what `TilePredictor` returned.
+        begin: first voxel of the tile in the volume.
+        volume_shape: voxels of the volume. Whatever lies beyond it is cut off.
+
+    Returns:
+        The number of voxels of the tile that lie in the volume.
+    """
     if cfg.DATA.INVERT_PRED_AFFS:
         results = results | {"affs_inverted": 1 - results["affs"].mean(axis=0, keepdims=True)}
     shape = next(iter(results.values())).shape[1:]
     inside = tuple(slice(b, min(b + s, size)) for b, s, size in zip(begin, shape, volume_shape, strict=True))
     for task, result in results.items():
         cropped = result[:, *(slice(s.stop - s.start) for s in inside)]
-        arrays[task][:, *inside] = stored(cropped, np.dtype(cfg.DATA.AFFS_DTYPE))
+        arrays[task][:, *inside] = to_stored(cropped, np.dtype(cfg.DATA.AFFS_DTYPE))
     return math.prod(s.stop - s.start for s in inside)
 
 
-def name_predictions(sample: Sample) -> list[str]:
-    """Give complete datasets of `create_predictions` their names, which are returned."""
+def finalize_predictions(sample: Sample) -> list[str]:
+    """Give the complete datasets of `create_predictions` their final names, and return these."""
     names = [prediction_name(task) for task in prediction_channels(sample.cfg)]
     for name in names:
         rename_array(sample.output, f"{name}{PARTIAL}", name)
     return names
 
 
-def stored(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Values in 0..1 as they are stored: uint8 as 0..255, rounded; floats as they are."""
+def to_stored(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Convert values in 0..1 to the type on disk: rounded to 0..255 for uint8, unchanged for floats."""
     return np.rint(values * 255).astype(dtype) if dtype == np.uint8 else values.astype(dtype)

@@ -1,73 +1,81 @@
 """Run a trained network over a volume of any size, tile by tile.
 
-A tile's output starts on a multiple of the network's down-sampling, where shifting the input shifts the output by
-exactly as much; and it is computed from as much context as the network can see. So a voxel's prediction does not
-depend on the tile that it falls into, and volumes can be cut into tiles of any size, or into blocks on many machines.
+The output of a tile starts at a multiple of the network's down-sampling, where shifting the input shifts the output by
+exactly as much. It is computed from all the context that the network can see. The prediction of a voxel therefore does
+not depend on the tile that contains it. A volume can be cut into tiles of any size, or into blocks on many machines.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
 from funlib.persistence import Array
+from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
+from yacs.config import CfgNode
 
 from lsdseg.config.network_shapes import total_factor
 from lsdseg.data_utils.volumes import read
 from lsdseg.engine.device import Precision, explain_device_errors, resolve_device
 from lsdseg.engine.intensity import network_intensity
-from lsdseg.engine.network import load_weights
+from lsdseg.engine.network import load_network
 from lsdseg.engine.sections import along_zyx
 
 SECTIONS_PER_TILE = 8
 
 
 class TilePredictor:
-    """A network on its device with the weights TRAIN.CHECKPOINT.
+    """A network that predicts tiles of a volume.
 
     Args:
-        cfg: resolved config.
-        model, precision: a network from raw to predictions to use in place of those weights, and its precision.
+        cfg: the config.
+        model: network from raw data to predictions. By default, it is built from the config and gets the weights
+            TRAIN.CHECKPOINT.
+        precision: the precision and the device of the network. By default, those of the config.
 
     Attributes:
-        factor: voxels along z, y, x of which tile begins and shapes are multiples.
-        context: voxels of raw along z, y, x that a tile needs on every side of its output.
+        precision: the precision and the device of the network.
+        model: the network, in evaluation mode.
+        factor: voxels along z, y, x; the begins and shapes of tiles are multiples of it.
+        context: voxels of raw data along z, y, x that a tile needs on each side of its output.
 
     Raises:
         UserError: the device or the checkpoint cannot be used.
     """
 
-    def __init__(self, cfg, model: nn.Module | None = None, precision: Precision | None = None):
+    def __init__(self, cfg: CfgNode, model: nn.Module | None = None, precision: Precision | None = None) -> None:
         self.cfg = cfg
         self.precision = precision or Precision(cfg.TRAIN.MIXED_PRECISION, resolve_device(cfg))
-        self.model = self.precision.place(load_weights(cfg) if model is None else model).eval()
+        self.model = self.precision.place(load_network(cfg) if model is None else model).eval()
         self.factor = along_zyx(total_factor(cfg.MODEL.DOWNSAMPLE_FACTORS), 1)
         self.context = along_zyx(cfg.MODEL.CONTEXT, 0)
         self.keeps_size = cfg.MODEL.PAD_CONV == "same"
 
     @torch.inference_mode()
-    def __call__(self, raw: Array, begin: Sequence[int], shape: Sequence[int]) -> dict[str, np.ndarray]:
-        """Predict an output block.
+    def __call__(self, raw: Array, begin: Sequence[int], shape: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+        """Predict a tile.
 
         Args:
-            raw: (z, y, x) array on disk; mirrored where the block's context reaches beyond it.
-            begin, shape: the block in voxels of `raw`, multiples of `factor`.
+            raw: (z, y, x) array. It is mirrored where the context of the tile reaches beyond it.
+            begin: first output voxel of the tile in `raw`, a multiple of `factor`.
+            shape: output voxels of the tile, a multiple of `factor`.
 
         Returns:
-            task -> (channels, *shape) float32 in 0..1.
+            Task -> float32 (channels, *shape) in 0..1.
 
         Raises:
-            UserError: too little memory.
+            UserError: there is not enough memory.
         """
-        begin_in = [b - c for b, c in zip(begin, self.context, strict=True)]
-        shape_in = [s + 2 * c for s, c in zip(shape, self.context, strict=True)]
-        block = torch.from_numpy(network_intensity(read_mirrored(raw, begin_in, shape_in), self.cfg))
-        batch = block[:, None] if self.cfg.DATA.DIM_2D else block[None, None]
-        with explain_device_errors("make GROW_INPUT of the network's section smaller"), self.precision.autocast():
+        input_begin = [b - c for b, c in zip(begin, self.context, strict=True)]
+        input_shape = [s + 2 * c for s, c in zip(shape, self.context, strict=True)]
+        voxels = torch.from_numpy(network_intensity(read_mirrored(raw, input_begin, input_shape), self.cfg))
+        batch = voxels[:, None] if self.cfg.DATA.DIM_2D else voxels[None, None]
+        with explain_device_errors("reduce GROW_INPUT in the network's section"), self.precision.autocast():
             outputs = self.model(self.precision.place(batch))
         results = {}
         for task, output in outputs._asdict().items():
@@ -77,8 +85,8 @@ class TilePredictor:
             results[task] = volume.float().cpu().numpy()
         return results
 
-    def region(self, raw: Array, begin: Sequence[int], shape: Sequence[int]) -> dict[str, np.ndarray]:
-        """Predict a box of a volume that fits in memory, tile by tile.
+    def predict_box(self, raw: Array, begin: Sequence[int], shape: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+        """Predict a box of a volume tile by tile, in memory.
 
         Args:
             raw: (z, y, x) array.
@@ -86,12 +94,12 @@ class TilePredictor:
             shape: voxels of the box.
 
         Returns:
-            task -> (channels, *shape) float32 in 0..1.
+            Task -> float32 (channels, *shape) in 0..1.
 
         Raises:
-            UserError: too little memory.
+            UserError: there is not enough memory.
         """
-        results: dict[str, np.ndarray] = {}
+        results: dict[str, NDArray[np.float32]] = {}
         for first, tile in tqdm(list(self.tiles(shape)), desc="predicting", unit="tile", delay=10, leave=False):
             inside = tuple(slice(f, min(f + t, size)) for f, t, size in zip(first, tile, shape, strict=True))
             predicted = self(raw, [b + f for b, f in zip(begin, first, strict=True)], tile)
@@ -101,16 +109,17 @@ class TilePredictor:
         return results
 
     def tiles(self, volume_shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """(begin, shape) in voxels of the tiles that cover a volume; those at its end may reach beyond it."""
+        """Yield (begin, shape) in voxels of the tiles that cover a volume. The last ones may reach beyond its end."""
         shape = tile_voxels(self.cfg, volume_shape)
         for begin in product(*(range(0, size, s) for size, s in zip(volume_shape, shape, strict=True))):
             yield begin, shape
 
 
-def tile_voxels(cfg, volume_shape: Sequence[int]) -> tuple[int, ...]:
-    """Output voxels of a tile along z, y, x: OUTPUT_SHAPE + GROW_INPUT of the config, less where the volume is smaller.
+def tile_voxels(cfg: CfgNode, volume_shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the output voxels of a tile along z, y, x.
 
-    In 2D a tile is a few sections, which go through the network as one batch.
+    A tile has OUTPUT_SHAPE + GROW_INPUT voxels, and fewer if the volume is smaller. In 2D, it is a few sections that go
+    through the network as one batch.
     """
     network = cfg.MODEL
     sizes = zip(
@@ -123,12 +132,16 @@ def tile_voxels(cfg, volume_shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(min(output + grow, -(-size // factor) * factor) for output, grow, size, factor in sizes)
 
 
-def read_mirrored(array: Array, begin: Sequence[int], shape: Sequence[int]) -> np.ndarray:
-    """Voxels of a box that may reach beyond the array, mirrored at its faces (whose voxels are not repeated)."""
+def read_mirrored(array: Array, begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
+    """Read a box that may reach beyond the array.
+
+    Beyond its faces, the array is mirrored. The voxels at the faces are not repeated.
+    """
     indices = []
     for first, count, size in zip(begin, shape, array.shape, strict=True):
         period = max(1, 2 * (size - 1))
         index = np.arange(first, first + count) % period
         indices.append(np.minimum(index, period - index))
-    block = read(array, tuple(slice(index.min(), index.max() + 1) for index in indices))
-    return block[np.ix_(*(index - index.min() for index in indices))]
+    box = read(array, tuple(slice(index.min(), index.max() + 1) for index in indices))
+    mirrored: NDArray[Any] = box[np.ix_(*(index - index.min() for index in indices))]
+    return mirrored

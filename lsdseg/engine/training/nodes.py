@@ -1,40 +1,43 @@
-"""gunpowder nodes that gunpowder does not have, or has only slower than the training step.
+"""gunpowder nodes that gunpowder lacks, or whose versions there are slower than the training step.
 
-Batches are made in forked worker processes. Each node is written for one batch element at a time, without state
-from one request to the next.
+Batches are made in forked worker processes. Each node handles one batch element at a time, and keeps no state between
+requests.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+from typing import Any
 
 import fastremap
 import gunpowder as gp
 import numpy as np
+from numpy.typing import NDArray
 
 from lsdseg.data_utils.labels import is_labeled
 from lsdseg.engine.training.lsd import local_shape_descriptors
 
 
-class SeedSamples(gp.BatchFilter):
-    """Give every patch its own seed, drawn from the run's seed and the patch's number.
+class SeedPatches(gp.BatchFilter):
+    """Give every patch its own seed, drawn from the seed of the run and the number of the patch.
 
-    Workers share one counter, so they never make the same patch twice, a resumed run goes on with new ones, and one
-    worker gives the same patches in the same order every time. Processes that train together count in steps.
+    Workers share one counter, so they never make the same patch twice, and a resumed run continues with new patches.
+    One worker always makes the same patches in the same order.
 
     Args:
-        seed: the run's seed.
-        first, step: number of the first patch, and from each to the next.
+        seed: the seed of the run.
+        first: the number of the first patch.
+        stride: the difference between the numbers of two patches in a row. With several ranks, each counts in strides.
     """
 
-    def __init__(self, seed: int, first: int, step: int):
-        self.seed, self.step = seed, step
+    def __init__(self, seed: int, first: int, stride: int) -> None:
+        self.seed, self.stride = seed, stride
         self.next_number = multiprocessing.Value("q", first)
 
-    def provide(self, request):
+    def provide(self, request: gp.BatchRequest) -> gp.Batch:
         with self.next_number.get_lock():
             number = self.next_number.value
-            self.next_number.value += self.step
+            self.next_number.value += self.stride
         state = np.random.SeedSequence([self.seed, number]).generate_state(1)
         seeded = gp.BatchRequest(random_seed=int(state[0]))
         for key, spec in request.items():
@@ -42,108 +45,124 @@ class SeedSamples(gp.BatchFilter):
         return self.get_upstream_provider().request_batch(seeded)
 
 
-class LabelledLocation(gp.RandomLocation):
-    """Random locations of which at least half is labelled.
+class LabeledLocation(gp.RandomLocation):
+    """Choose random locations of which at least half is labeled.
 
-    gunpowder's own `min_masked` draws locations until one fits, for ever if none can: a strong deformation asks for
-    more than a small labelled volume has. Here every miss lowers what the next location has to have.
+    gunpowder's own `min_masked` draws locations until one fits, forever if none can: a strong deformation needs more
+    than a small labeled volume has. Here, every miss lowers the share that the next location must have.
+
+    Args:
+        mask: key of the labels mask.
+        known: ROI of the labels mask without its margins.
     """
 
-    LEAST_LABELLED = 0.5
-    PATIENCE = 0.98
+    MIN_LABELED = 0.5
+    MISS_FACTOR = 0.98
 
-    def __init__(self, mask: gp.ArrayKey, known: gp.Roi):
-        """known: ROI of the labels mask without its margins."""
+    def __init__(self, mask: gp.ArrayKey, known: gp.Roi) -> None:
         super().__init__()
-        self.labels_mask, self.known, self.least = mask, known, self.LEAST_LABELLED
+        self.labels_mask, self.known, self.required_share = mask, known, self.MIN_LABELED
 
-    def setup(self):
+    def setup(self) -> None:
         super().setup()
         request = gp.BatchRequest({self.labels_mask: gp.ArraySpec(self.known)})
-        # Counting in a box takes milliseconds; sums that spare it would take eight bytes for each of these.
-        self.labelled = self.get_upstream_provider().request_batch(request)[self.labels_mask].data > 0
+        # Counting voxels in a box takes milliseconds. Sums that would save that time need eight bytes per voxel.
+        self.labeled = self.get_upstream_provider().request_batch(request)[self.labels_mask].data > 0
 
-    def accepts(self, request):
+    def accepts(self, request: gp.BatchRequest) -> bool:
         box = (request[self.labels_mask].roi - self.known.offset) / self.spec[self.labels_mask].voxel_size
-        inside = box.intersect(gp.Roi((0,) * box.dims, self.labelled.shape))
-        share = np.count_nonzero(self.labelled[inside.to_slices()]) / box.size
-        accepted = share >= self.least
-        self.least = self.LEAST_LABELLED if accepted else self.least * self.PATIENCE
+        inside = box.intersect(gp.Roi((0,) * box.dims, self.labeled.shape))
+        share = np.count_nonzero(self.labeled[inside.to_slices()]) / box.size
+        accepted = bool(share >= self.required_share)
+        self.required_share = self.MIN_LABELED if accepted else self.required_share * self.MISS_FACTOR
         return accepted
 
 
 class Relabel(gp.BatchFilter):
-    """Replace labels by `new_labels` of them, of type `dtype`."""
+    """Replace labels by what `new_labels` returns for them.
 
-    dtype: type
+    Args:
+        labels: key of the labels.
 
-    def __init__(self, labels: gp.ArrayKey):
+    Attributes:
+        dtype: the type of the new labels.
+    """
+
+    dtype: type[np.unsignedinteger[Any]]
+
+    def __init__(self, labels: gp.ArrayKey) -> None:
         self.labels = labels
 
-    def new_labels(self, labels: np.ndarray) -> np.ndarray:
-        """What becomes of labels (z, y, x)."""
+    def new_labels(self, labels: NDArray[Any]) -> NDArray[Any]:
+        """Return what replaces labels (z, y, x)."""
         raise NotImplementedError
 
-    def setup(self):
+    def setup(self) -> None:
         self.enable_autoskip()
         spec = self.spec[self.labels].copy()
         spec.dtype = self.dtype
         self.updates(self.labels, spec)
 
-    def prepare(self, request):
+    def prepare(self, request: gp.BatchRequest) -> gp.BatchRequest:
         deps = gp.BatchRequest()
         deps[self.labels] = request[self.labels].copy()
         deps[self.labels].dtype = None
         return deps
 
-    def process(self, batch, request):
+    def process(self, batch: gp.Batch, request: gp.BatchRequest) -> None:
         array = batch[self.labels]
         array.data = self.new_labels(array.data).astype(self.dtype)
         array.spec.dtype = self.dtype
 
 
 class CompactLabels(Relabel):
-    """Renumber labels to 1..n as uint32; background stays 0, and ids that mean "not labelled" become 0.
+    """Renumber labels to 1..n as uint32. Background stays 0, and ids that mean "unlabeled" become 0.
 
-    Deforming goes through float64 and affinities through int32: ids of large volumes would collide in either.
+    Deformation converts labels to float64 and affinities convert them to int32. The ids of large volumes would collide
+    in either.
     """
 
     dtype = np.uint32
 
-    def new_labels(self, labels):
-        return fastremap.renumber(np.where(is_labeled(labels), labels, 0), preserve_zero=True)[0]
+    def new_labels(self, labels: NDArray[Any]) -> NDArray[Any]:
+        renumbered: NDArray[Any] = fastremap.renumber(np.where(is_labeled(labels), labels, 0), preserve_zero=True)[0]
+        return renumbered
 
 
 class Binarize(Relabel):
-    """Replace labels by 1, uint8, where they are not 0."""
+    """Replace all labels other than 0 by 1, as uint8."""
 
     dtype = np.uint8
 
-    def new_labels(self, labels):
+    def new_labels(self, labels: NDArray[Any]) -> NDArray[Any]:
         return labels != 0
 
 
 class PadLabels(gp.BatchFilter):
-    """Provide labels in all of a ROI (nm), 0 where there are none.
+    """Provide labels in a whole ROI, 0 where there are none.
 
-    gunpowder's node warns of requests that lie wholly outside of what is known, and then fails.
+    gunpowder's own node warns about requests that lie entirely outside the labels, and then fails.
+
+    Args:
+        labels: key of the labels.
+        roi: where to provide them, in nm.
     """
 
-    def __init__(self, labels: gp.ArrayKey, roi: gp.Roi):
+    def __init__(self, labels: gp.ArrayKey, roi: gp.Roi) -> None:
         self.labels, self.roi = labels, roi
 
-    def setup(self):
+    def setup(self) -> None:
         self.enable_autoskip()
         spec = self.spec[self.labels].copy()
         spec.roi = self.roi
         self.updates(self.labels, spec)
 
-    def prepare(self, request):
+    def prepare(self, request: gp.BatchRequest) -> None:
         known = self.get_upstream_provider().spec[self.labels].roi
         inside = request[self.labels].roi.intersect(known)
         request[self.labels].roi = gp.Roi(known.begin, known.shape * 0) if inside.empty else inside
 
-    def process(self, batch, request):
+    def process(self, batch: gp.Batch, request: gp.BatchRequest) -> None:
         array, roi = batch[self.labels], request[self.labels].roi
         padded = np.zeros(roi.shape / array.spec.voxel_size, array.data.dtype)
         padded[((array.spec.roi - roi.begin) / array.spec.voxel_size).to_slices()] = array.data
@@ -151,19 +170,24 @@ class PadLabels(gp.BatchFilter):
 
 
 class GrowBoundary(gp.BatchFilter):
-    """Erode every label by `steps` voxels (6-neighborhood, in-plane 4-neighborhood with `only_xy`).
+    """Erode every label.
 
-    Same result as gunpowder's node of this name, for all labels at once instead of one after the other.
+    The result is the same as that of gunpowder's node of this name, which erodes one label after the other.
+
+    Args:
+        labels: key of the labels.
+        steps: voxels to erode.
+        only_xy: erode in the plane (4-neighborhood), not in 3D (6-neighborhood).
     """
 
-    def __init__(self, labels: gp.ArrayKey, steps: int, only_xy: bool):
+    def __init__(self, labels: gp.ArrayKey, steps: int, only_xy: bool) -> None:
         self.labels, self.steps, self.axes = labels, steps, (1, 2) if only_xy else (0, 1, 2)
 
-    def setup(self):
+    def setup(self) -> None:
         self.enable_autoskip()
         self.updates(self.labels, self.spec[self.labels])
 
-    def process(self, batch, request):
+    def process(self, batch: gp.Batch, request: gp.BatchRequest) -> None:
         labels = batch[self.labels].data.copy()
         for _ in range(self.steps):
             boundary = np.zeros(labels.shape, dtype=bool)
@@ -178,23 +202,35 @@ class GrowBoundary(gp.BatchFilter):
 
 
 class AddLocalShapeDescriptors(gp.BatchFilter):
-    """Add LSDs of the labels, and their weights: 1 where a voxel is labelled and inside the mask.
+    """Add the LSDs of labels, and their weights: 1 where a voxel is labeled and inside the mask.
+
+    The node requests labels up to 3 sigma around the LSDs. Voxels farther away have no weight in them.
 
     Args:
-        labels, mask: keys of the labels and of the labels mask.
-        lsds, weights: keys to provide, both (10 or 6, z, y, x) float32.
+        labels: key of the labels.
+        mask: key of the labels mask.
+        lsds: key of the LSDs to provide, float32 (10 or 6, z, y, x).
+        weights: key of the weights to provide, of the same type and shape.
         sigma: standard deviation in nm.
-        downsample: every n-th voxel only.
-        sections: compute the six LSDs of each section by itself.
-
-    Asks for 3 sigma of labels around the LSDs, beyond which a voxel has no weight in them.
+        downsample: use only every n-th voxel.
+        sections: compute six LSDs for each section separately.
     """
 
-    def __init__(self, labels, mask, lsds, weights, *, sigma: float, downsample: int, sections: bool = False):
+    def __init__(
+        self,
+        labels: gp.ArrayKey,
+        mask: gp.ArrayKey,
+        lsds: gp.ArrayKey,
+        weights: gp.ArrayKey,
+        *,
+        sigma: float,
+        downsample: int,
+        sections: bool = False,
+    ) -> None:
         self.labels, self.mask, self.lsds, self.weights = labels, mask, lsds, weights
         self.sigma, self.downsample, self.sections = sigma, downsample, sections
 
-    def setup(self):
+    def setup(self) -> None:
         self.enable_autoskip()
         spec = self.spec[self.labels].copy()
         spec.dtype, spec.interpolatable = np.float32, True
@@ -202,14 +238,14 @@ class AddLocalShapeDescriptors(gp.BatchFilter):
         self.provides(self.weights, spec.copy())
         self.context = lsd_context(self.sigma, spec.voxel_size, self.downsample, self.sections)
 
-    def prepare(self, request):
+    def prepare(self, request: gp.BatchRequest) -> gp.BatchRequest:
         roi = request[self.lsds].roi
         deps = gp.BatchRequest()
         deps[self.labels] = gp.ArraySpec(roi=roi.grow(self.context, self.context))
         deps[self.mask] = gp.ArraySpec(roi=roi)
         return deps
 
-    def process(self, batch, request):
+    def process(self, batch: gp.Batch, request: gp.BatchRequest) -> gp.Batch:
         roi, labels = request[self.lsds].roi, batch[self.labels]
         voxel_size = labels.spec.voxel_size
         if self.sections:
@@ -233,14 +269,24 @@ class AddLocalShapeDescriptors(gp.BatchFilter):
 
 
 class DefectAugment(gp.DefectAugment):
-    """gunpowder's node, which at the end calls a method that its artifact source does not have."""
+    """gunpowder's node, with a teardown that works: the original calls a method that its artifact source lacks."""
 
-    def teardown(self):
+    def teardown(self) -> None:
         self.artifact_source.internal_teardown()
 
 
 def lsd_context(sigma: float, voxel_size: gp.Coordinate, downsample: int, sections: bool = False) -> gp.Coordinate:
-    """Labels needed around LSDs, in nm: 3 sigma, up to a multiple of the down-sampled voxel; in z none for sections."""
-    step = voxel_size * downsample
-    context = gp.Coordinate(int(np.ceil(3 * sigma / s)) * s for s in step)
+    """Return how many nm of labels LSDs need on each side.
+
+    Args:
+        sigma: standard deviation in nm.
+        voxel_size: z, y, x in nm.
+        downsample: LSDs use every n-th voxel.
+        sections: LSDs are computed for each section separately.
+
+    Returns:
+        3 sigma along z, y, x, rounded up to whole down-sampled voxels. With `sections`, 0 along z.
+    """
+    coarse_voxel = voxel_size * downsample
+    context = gp.Coordinate(int(np.ceil(3 * sigma / size)) * size for size in coarse_voxel)
     return gp.Coordinate(0, *context[1:]) if sections else context

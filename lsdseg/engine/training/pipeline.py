@@ -1,7 +1,7 @@
-"""Training batches: from labelled volumes to augmented raw data with its targets and weights.
+"""Training batches: from labeled volumes to augmented raw data with its targets and weights.
 
-The order matters. Geometric augmentation comes before the targets, since LSDs and affinities have directions;
-boundaries are grown after it, since deforming would close a one-voxel boundary again.
+The order matters. Geometric augmentation comes before the targets, because LSDs and affinities have directions.
+Boundaries are grown after it, because deformation would close a one-voxel boundary again.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gunpowder as gp
 import numpy as np
+from numpy.typing import NDArray
+from yacs.config import CfgNode
 
 from lsdseg.config.implementations import resolve
 from lsdseg.config.model_types import LABELS, TASKS, label_keys
@@ -26,44 +28,49 @@ from lsdseg.engine.training.nodes import (
     CompactLabels,
     DefectAugment,
     GrowBoundary,
-    LabelledLocation,
+    LabeledLocation,
     PadLabels,
-    SeedSamples,
+    SeedPatches,
     lsd_context,
 )
 from lsdseg.engine.training.targets import Target
 
 RAW = gp.ArrayKey("RAW")
-# Key of DATA that names labels -> keys of the labels and of their mask.
+# Key of DATA that names a labels dataset -> array keys of the labels and of their mask.
 LABEL_ARRAYS = {key: (gp.ArrayKey(key), gp.ArrayKey(f"{key}_MASK")) for key in LABELS}
 NEURONS, NEURONS_MASK = LABEL_ARRAYS["NEURON_LABELS"]
-# Keys of MODEL that may hold a list of two, for two passes of elastic augmentation.
+# Keys of MODEL that may be a list of two values, for two passes of elastic augmentation.
 PER_PASS = ("PROB_ELASTIC", "CONTROL_POINT_SPACING", "JITTER_SIGMA", "PROB_SLIP", "PROB_SHIFT", "MAX_MISALIGN")
 
 
 class TrainingBatch(NamedTuple):
-    """One batch; in 2D without the axis z.
+    """One batch. In 2D, the axis z is missing.
 
-    raw: (batch, 1, z, y, x) float32, the network's input.
-    labels: (batch, z, y, x) uint32 of the output's shape, boundaries grown.
-    targets, weights: task -> (batch, channels, z, y, x) float32.
+    Attributes:
+        raw: (batch, 1, z, y, x) float32, the input of the network.
+        labels: (batch, z, y, x) uint32, on the voxels of the output, boundaries grown.
+        targets: task -> (batch, channels, z, y, x) float32.
+        weights: task -> weights of the target, of the same shape and type.
     """
 
-    raw: np.ndarray
-    labels: np.ndarray
-    targets: dict[str, np.ndarray]
-    weights: dict[str, np.ndarray]
+    raw: NDArray[np.float32]
+    labels: NDArray[np.uint32]
+    targets: dict[str, NDArray[np.float32]]
+    weights: dict[str, NDArray[np.float32]]
 
 
 @contextmanager
-def training_batches(cfg, volumes: list[Path], tasks: tuple[str, ...], first_sample: int = 0, step: int = 1):
-    """Context manager that gives an endless iterator of `TrainingBatch`.
+def training_batches(
+    cfg: CfgNode, volumes: list[Path], tasks: tuple[str, ...], first_patch: int = 0, stride: int = 1
+) -> Iterator[Iterator[TrainingBatch]]:
+    """Start to make batches. The context provides an endless iterator of them.
 
     Args:
-        cfg: resolved config.
-        volumes: zarrs with raw, labels and labels mask.
-        tasks: which targets to make.
-        first_sample, step: number of the first patch, and from each to the next (see `SeedSamples`).
+        cfg: the config.
+        volumes: zarrs with raw data, labels and labels mask.
+        tasks: the tasks to make targets for.
+        first_patch: the number of the first patch, see `SeedPatches`.
+        stride: the difference between the numbers of two patches in a row.
     """
     voxel_size = open_array(volumes[0], cfg.DATA.RAW, **source_defaults(cfg)).voxel_size
     targets = {task: resolve(TASKS[task].target)(cfg, *LABEL_ARRAYS[TASKS[task].labels]) for task in tasks}
@@ -74,7 +81,7 @@ def training_batches(cfg, volumes: list[Path], tasks: tuple[str, ...], first_sam
     for key, shape in shapes.items():
         request.add(key, shape * voxel_size)
 
-    pipeline = _pipeline(cfg, volumes, targets, request) + SeedSamples(cfg.TRAIN.SEED, first_sample, step)
+    pipeline = _pipeline(cfg, volumes, targets, request) + SeedPatches(cfg.TRAIN.SEED, first_patch, stride)
     pipeline += gp.Stack(cfg.TRAIN.BATCH_SIZE)
     if cfg.SYSTEM.NUM_WORKERS:
         pipeline += gp.PreCache(cache_size=cfg.SYSTEM.CACHE_SIZE, num_workers=cfg.SYSTEM.NUM_WORKERS)
@@ -82,10 +89,14 @@ def training_batches(cfg, volumes: list[Path], tasks: tuple[str, ...], first_sam
         yield _batches(provider, request, targets, sections=cfg.DATA.DIM_2D)
 
 
-def _batches(provider, request, targets: dict[str, Target], sections: bool) -> Iterator[TrainingBatch]:
-    def data(batch, key, axes: int) -> np.ndarray:
-        """With the given number of axes: a channel axis is added, and in 2D the axis z goes."""
-        array = batch[key].data[..., 0, :, :] if sections else batch[key].data
+def _batches(
+    provider: Any, request: gp.BatchRequest, targets: dict[str, Target], sections: bool
+) -> Iterator[TrainingBatch]:
+    """Yield batches forever."""
+
+    def data(batch: gp.Batch, key: gp.ArrayKey, axes: int) -> NDArray[Any]:
+        """Return an array with this number of axes: add a missing channel axis, and in 2D drop the axis z."""
+        array: NDArray[Any] = batch[key].data[..., 0, :, :] if sections else batch[key].data
         return array[:, None] if array.ndim < axes else array
 
     axes = 4 if sections else 5
@@ -99,10 +110,11 @@ def _batches(provider, request, targets: dict[str, Target], sections: bool) -> I
         )
 
 
-def _pipeline(cfg, volumes: list[Path], targets: dict[str, Target], request: gp.BatchRequest):
+def _pipeline(cfg: CfgNode, volumes: list[Path], targets: dict[str, Target], request: gp.BatchRequest) -> gp.Pipeline:
+    """Connect sources, augmentation and targets. The result provides one patch per request."""
     model = cfg.MODEL
     sources = tuple(_source(cfg, path, request) for path in volumes)
-    pipeline = sources + gp.RandomProvider([_labelled_size(cfg, path) for path in volumes])
+    pipeline = sources + gp.RandomProvider([_labels_size(cfg, path) for path in volumes])
     for key in label_keys(cfg):
         pipeline += CompactLabels(LABEL_ARRAYS[key][0])
 
@@ -116,7 +128,7 @@ def _pipeline(cfg, volumes: list[Path], targets: dict[str, Target], request: gp.
             scale_max=model.INTENSITYAUG_SCALE_MAX,
             shift_min=model.INTENSITYAUG_SHIFT_MIN,
             shift_max=model.INTENSITYAUG_SHIFT_MAX,
-            # Sections of an anisotropic volume are imaged one by one, each with its own brightness.
+            # The sections of an anisotropic volume are imaged one by one, each with its own brightness.
             slab=None if cfg.DATA.FIB else (1, -1, -1),
         )
         if model.DEFECT_AUGMENT:
@@ -130,10 +142,11 @@ def _pipeline(cfg, volumes: list[Path], targets: dict[str, Target], request: gp.
     return pipeline + gp.IntensityScaleShift(RAW, *network_scale_shift(cfg))
 
 
-def _source(cfg, path: Path, request: gp.BatchRequest):
-    """One volume at random locations near its neuron labels, with margins as wide as any request can need.
+def _source(cfg: CfgNode, path: Path, request: gp.BatchRequest) -> gp.Pipeline:
+    """Provide one volume at random locations near its neuron labels, with margins that are wide enough for any request.
 
-    Raw is mirrored there, and the labels are unlabelled; others than those of neurons may cover less of the volume.
+    In the margins, raw data is mirrored and labels are 0. Labels of other kinds may cover less of the volume than those
+    of neurons.
     """
     names = {RAW: cfg.DATA.RAW}
     for key in label_keys(cfg):
@@ -155,27 +168,29 @@ def _source(cfg, path: Path, request: gp.BatchRequest):
     reachable = data[NEURONS].roi.grow(margin, margin)
     for key in label_keys(cfg):
         labels, mask = LABEL_ARRAYS[key]
-        # Weights are multiplied with the mask.
+        # The mask must be 0 or 1: weights are multiplied by it.
         source += Binarize(mask)
         source += PadLabels(mask, reachable)
         source += PadLabels(labels, reachable)
-    return source + LabelledLocation(NEURONS_MASK, data[NEURONS_MASK].roi)
+    return source + LabeledLocation(NEURONS_MASK, data[NEURONS_MASK].roi)
 
 
-def _labelled_size(cfg, path: Path) -> int:
-    return open_array(path, cfg.DATA.NEURON_LABELS, **source_defaults(cfg)).roi.size
+def _labels_size(cfg: CfgNode, path: Path) -> int:
+    """Return the size of the labels in nm^3. The larger it is, the more patches come from the volume."""
+    size: int = open_array(path, cfg.DATA.NEURON_LABELS, **source_defaults(cfg)).roi.size
+    return size
 
 
-def _elastic_augments(model) -> list[gp.BatchFilter]:
-    """One elastic augmentation, or two in a row where any key is a list of two, one value for each."""
-    # A value for both is a number or a tuple.
+def _elastic_augments(model: CfgNode) -> list[gp.BatchFilter]:
+    """Make one elastic augmentation, or two in a row if any key is a list of two values, one for each."""
+    # A value that both passes share is a number or a tuple.
     two = any(isinstance(model[key], list) for key in PER_PASS)
 
-    def of_pass(key: str, number: int):
+    def of_pass(key: str, number: int) -> Any:
         return model[key][number] if isinstance(model[key], list) else model[key]
 
     with warnings.catch_warnings():
-        # Its successor knows no slipped and shifted sections, and the config's lengths are in voxels as here.
+        # gunpowder's new node cannot slip or shift sections. Lengths in the config are in voxels, as in this node.
         warnings.simplefilter("ignore", DeprecationWarning)
         return [
             gp.ElasticAugment(
@@ -192,8 +207,8 @@ def _elastic_augments(model) -> list[gp.BatchFilter]:
         ]
 
 
-def _defect_augment(cfg):
-    """Missing, low-contrast and (from the configured zarr) damaged sections."""
+def _defect_augment(cfg: CfgNode) -> DefectAugment:
+    """Make sections missing, low in contrast, or damaged as in the zarr MODEL.DEFECT_AUGMENT."""
     artifacts, artifacts_mask = gp.ArrayKey("ARTIFACTS"), gp.ArrayKey("ARTIFACTS_MASK")
     path = cfg.MODEL.DEFECT_AUGMENT
     raw, mask = open_array(path, "defect_sections/raw"), open_array(path, "defect_sections/mask")

@@ -1,28 +1,38 @@
-"""What the network sees and says during training, as zarrs and as TensorBoard images."""
+"""Write what the network sees and predicts during training, as zarrs and as TensorBoard images."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from yacs.config import CfgNode
 
 from lsdseg.data_utils.volumes import write_array
 from lsdseg.engine.intensity import display_intensity
 from lsdseg.engine.training.pipeline import TrainingBatch
 
 
-def write_snapshot(cfg, iteration: int, batch: TrainingBatch, predictions: dict[str, torch.Tensor]) -> Path:
-    """Write the first element of a batch to OUTPUT_DIR/snapshot_N.zarr and return its path.
+def write_snapshot(cfg: CfgNode, iteration: int, batch: TrainingBatch, predictions: dict[str, torch.Tensor]) -> Path:
+    """Write the first element of a batch as a zarr.
 
-    `volumes/raw`, `volumes/labels/neuron_ids`, and per task `volumes/gt_TASK` and `volumes/pred_TASK`, all placed
-    so that the output lies in the middle of raw.
+    Args:
+        cfg: the config.
+        iteration: the number in the name of the zarr.
+        batch: the batch.
+        predictions: task -> predictions for the batch.
+
+    Returns:
+        The path OUTPUT_DIR/snapshot_N.zarr. It contains `volumes/raw`, `volumes/labels/neuron_ids`, and for each task
+        `volumes/gt_TASK` and `volumes/pred_TASK`. Their offsets put the output in the middle of raw.
     """
     path = Path(cfg.MODEL.OUTPUT_DIR) / f"snapshot_{iteration}.zarr"
     voxel_size = tuple(cfg.MODEL.VOXEL_SIZE)
     margin = [(i - o) // 2 for i, o in zip(batch.raw.shape[2:], batch.labels.shape[1:], strict=True)]
     offset = tuple(m * v for m, v in zip(margin, voxel_size, strict=True))
-    arrays = {
+    arrays: dict[str, tuple[NDArray[Any], tuple[int, ...]]] = {
         "volumes/raw": (display_intensity(batch.raw[0, 0], cfg), (0,) * len(voxel_size)),
         "volumes/labels/neuron_ids": (batch.labels[0].astype(np.uint64), offset),
     }
@@ -34,10 +44,12 @@ def write_snapshot(cfg, iteration: int, batch: TrainingBatch, predictions: dict[
     return path
 
 
-def sample_images(batch: TrainingBatch, predictions: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Middle sections of a batch's first element: name -> (3, y, x) float32 in 0..1.
+def preview_images(batch: TrainingBatch, predictions: dict[str, torch.Tensor]) -> dict[str, NDArray[np.float32]]:
+    """Return the middle sections of the first element of a batch.
 
-    Raw in grey; of every task the first three channels (affinities z, y, x; LSD offsets z, y, x).
+    Returns:
+        Name -> float32 (3, y, x) in 0..1. Raw is gray. Of each task, the first three channels are shown (affinities z,
+        y, x; LSD offsets z, y, x).
     """
     raw = _section(batch.raw)
     images = {"raw": (raw - raw.min()) / max(np.ptp(raw), 1e-6)}
@@ -47,7 +59,7 @@ def sample_images(batch: TrainingBatch, predictions: dict[str, torch.Tensor]) ->
     return images
 
 
-def _section(array: np.ndarray) -> np.ndarray:
-    """Middle section, (3, y, x), of a batch's first element: its first three channels."""
+def _section(array: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the middle section of the first element of a batch: its first three channels, (3, y, x)."""
     element = array[0] if array.ndim == 4 else array[0, :, array.shape[2] // 2]
     return element[np.minimum([0, 1, 2], len(element) - 1)]

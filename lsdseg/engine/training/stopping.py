@@ -1,68 +1,81 @@
-"""How a run ends early: by SIGINT or SIGTERM, after the step in progress, and with a checkpoint."""
+"""Stop a run early, on SIGINT or SIGTERM: finish the current iteration, then save a checkpoint."""
 
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from tqdm import tqdm
 
 from lsdseg.engine.signals import signal_handlers
 
 
-class _Stopped(BaseException):
-    """Raised where a signal comes while there is no step to end."""
+class _Interrupted(BaseException):
+    """Raised if a signal arrives while the process only waits."""
 
 
-class Stop:
-    """What the first signal did. `number` is its number, None before it came."""
+class StopRequest:
+    """Whether a signal has asked the run to stop. It is the signal handler.
 
-    def __init__(self):
-        self.number: int | None = None
+    Attributes:
+        signal_number: the number of the first signal, None if none arrived.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
         self._process = os.getpid()
         self._waiting = False
 
     @contextmanager
-    def while_waiting(self) -> Iterator[None]:
-        """Context manager whose body a signal ends at once: the program goes on behind it."""
+    def interruptible(self) -> Iterator[None]:
+        """Let a signal end the body of this context at once. The program continues after it."""
         self._waiting = True
         try:
             yield
-        except _Stopped:
+        except _Interrupted:
             pass
         finally:
             self._waiting = False
 
-    def __call__(self, number: int, _frame) -> None:
-        """Handle a signal. The second one ends the process at once."""
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        """Handle a signal. The second one ends the process at once.
+
+        Raises:
+            KeyboardInterrupt: this is the second signal.
+            _Interrupted: the process is in the context `interruptible`.
+        """
         if os.getpid() != self._process:
-            self._in_worker(number)
+            self._handle_in_worker(number)
             return
-        if self.number:
+        if self.signal_number:
             raise KeyboardInterrupt
-        self.number = number
+        self.signal_number = number
         tqdm.write(f"{signal.Signals(number).name}: saving a checkpoint")
         if self._waiting:
-            raise _Stopped
+            raise _Interrupted
 
-    def _in_worker(self, number: int) -> None:
-        """Handle a signal in a process that was forked meanwhile; terminals and schedulers send it to all of them.
+    def _handle_in_worker(self, number: int) -> None:
+        """Handle a signal in a process that was forked later. Terminals and schedulers send signals to all processes.
 
-        Ctrl-C leaves them alone: the first process decides when they end. By SIGTERM gunpowder ends those that make
-        batches. The one that looks after these ends them and itself, by an exception, so that it lets go of the locks
-        that it shares with the first process, which would wait for them for ever.
+        Workers ignore Ctrl-C: the main process decides when they end. gunpowder ends workers that make batches with
+        SIGTERM. The process that watches over these workers ends them, and itself by an exception. It then releases the
+        locks that it shares with the main process, which would otherwise wait for them forever.
+
+        Raises:
+            _Interrupted: this is the process that watches over the others.
         """
-        if number == signal.SIGINT or self.number:
+        if number == signal.SIGINT or self.signal_number:
             return
         if os.getppid() != self._process:
             os._exit(128 + number)
-        self.number = number
-        raise _Stopped
+        self.signal_number = number
+        raise _Interrupted
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[Stop]:
-    """Context manager that gives a `Stop`, which takes SIGINT and SIGTERM until its end."""
-    stop = Stop()
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Handle SIGINT and SIGTERM in this context, which provides the `StopRequest`."""
+    stop = StopRequest()
     with signal_handlers(stop, signal.SIGINT, signal.SIGTERM):
         yield stop

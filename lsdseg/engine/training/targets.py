@@ -1,7 +1,7 @@
-"""Targets of the tasks: from labels, as they are after augmentation, to what a head should predict, and its weights.
+"""Training targets of the tasks: what a head should predict, made from augmented labels, and the weights of its loss.
 
-`config.model_types.TASKS` names the function of each task. It is called as function(cfg, labels, mask) with the keys of
-the task's labels and of the mask of what is labeled, and returns a `Target`.
+`config.model_types.TASKS` names the function of each task. It is called as function(cfg, labels, mask), with the keys
+of the task's labels and of the mask that says what is labeled. It returns a `Target`.
 """
 
 from typing import NamedTuple
@@ -17,9 +17,9 @@ class Target(NamedTuple):
     """What a task is trained on.
 
     Attributes:
-        values: key of the target, (channels, z, y, x) in 0..1; without an axis for channels if there is one.
-        weights: key of the weights of its entries, the same shape; 0 where nothing is known.
-        nodes: what makes the two.
+        values: key of the target, (channels, z, y, x) in 0..1. If there is only one channel, its axis is missing.
+        weights: key of the weights, of the same shape; 0 where the target is unknown.
+        nodes: the nodes that make both.
     """
 
     values: gp.ArrayKey
@@ -28,18 +28,22 @@ class Target(NamedTuple):
 
 
 def lsd_target(cfg: CfgNode, labels: gp.ArrayKey, mask: gp.ArrayKey) -> Target:
-    """Local shape descriptors of the labels."""
+    """Train on the local shape descriptors of the labels."""
     lsds, weights = gp.ArrayKey("LSDS"), gp.ArrayKey("LSDS_WEIGHTS")
-    options = {
-        "sigma": cfg.MODEL.LSD_SIGMA,
-        "downsample": cfg.MODEL.LSD_DOWNSAMPLE,
-        "sections": cfg.DATA.DIM_2D,
-    }
-    return Target(lsds, weights, [AddLocalShapeDescriptors(labels, mask, lsds, weights, **options)])
+    node = AddLocalShapeDescriptors(
+        labels,
+        mask,
+        lsds,
+        weights,
+        sigma=cfg.MODEL.LSD_SIGMA,
+        downsample=cfg.MODEL.LSD_DOWNSAMPLE,
+        sections=cfg.DATA.DIM_2D,
+    )
+    return Target(lsds, weights, [node])
 
 
 def affinity_target(cfg: CfgNode, labels: gp.ArrayKey, mask: gp.ArrayKey) -> Target:
-    """Affinities of the labels, weighted so that 0 and 1 count the same in each patch."""
+    """Train on the affinities of the labels, weighted so that 0 and 1 count the same in each patch."""
     affs, known, weights = gp.ArrayKey("AFFS"), gp.ArrayKey("AFFS_MASK"), gp.ArrayKey("AFFS_WEIGHTS")
     offsets = affinity_offsets(cfg)
     nodes = [
@@ -50,6 +54,6 @@ def affinity_target(cfg: CfgNode, labels: gp.ArrayKey, mask: gp.ArrayKey) -> Tar
 
 
 def foreground_target(cfg: CfgNode, labels: gp.ArrayKey, mask: gp.ArrayKey) -> Target:
-    """1 where there are labels, 0 elsewhere, weighted so that both count the same in each patch."""
+    """Train on 1 where there are labels and 0 elsewhere, weighted so that both count the same in each patch."""
     weights = gp.ArrayKey(f"{labels.identifier}_WEIGHTS")
     return Target(labels, weights, [Binarize(labels), gp.BalanceLabels(labels, weights, mask=mask)])

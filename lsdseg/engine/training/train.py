@@ -1,8 +1,8 @@
 """The training loop: plain PyTorch around the batches of `pipeline.py`.
 
-A run is its checkpoint folder. Started again, it goes on from the latest checkpoint there, with new batches and
-the learning rate of that iteration, so that stopping and resuming is the same as never having stopped. An auto-context
-type is two such runs, one after the other, the first one in folders of its own.
+A run is its checkpoint folder. When you start it again, it continues from the latest checkpoint there, with new batches
+and the learning rate of that iteration. Stopping and resuming therefore gives the same result as running without a
+stop. An auto-context type is two such runs, one after the other; the first one has its own folders.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import random
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from yacs.config import CfgNode
 
 from lsdseg.config.loader import derived_config, dump_config
 from lsdseg.config.model_types import MODEL_TYPES
@@ -26,23 +28,23 @@ from lsdseg.data_utils.labels import create_labels_mask
 from lsdseg.data_utils.layout import PREDICT_CONFIG, volumes_in
 from lsdseg.data_utils.volumes import source_defaults
 from lsdseg.engine.device import Precision, resolve_device
-from lsdseg.engine.network import first_config
-from lsdseg.engine.training.pipeline import training_batches
+from lsdseg.engine.network import first_network_config
+from lsdseg.engine.training.pipeline import TrainingBatch, training_batches
 from lsdseg.engine.training.ranks import Ranks
-from lsdseg.engine.training.snapshot import sample_images, write_snapshot
-from lsdseg.engine.training.step import Trainer, learning_rate
+from lsdseg.engine.training.snapshot import preview_images, write_snapshot
 from lsdseg.engine.training.stopping import stop_on_signal
+from lsdseg.engine.training.trainer import Trainer, learning_rate
 from lsdseg.engine.training.validate import Validation
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk
 from lsdseg.models.checkpoint import checkpoint_path, checkpoints_in, latest_checkpoint
 
 
-def train(cfg) -> None:
-    """Train the configured model type on the zarrs in the train folder, the first DATA.TRAIN_TEST_SPLIT of them.
+def train(cfg: CfgNode) -> None:
+    """Train the configured model type on the first zarrs in the train folder, a share DATA.TRAIN_TEST_SPLIT of them.
 
-    Leaves `model_checkpoint_N`, a config for `predicter.py` beside it, TensorBoard logs and snapshots. Ended by
-    SIGINT or SIGTERM, it saves the iteration that it has reached and exits with the shell's status for that signal.
+    Writes checkpoints `model_checkpoint_N`, a config for `predicter.py` beside them, TensorBoard logs and snapshots.
+    After SIGINT or SIGTERM, it saves the current iteration and exits with the shell's status for that signal.
 
     Raises:
         UserError: before anything is written, if the data, the config or a checkpoint cannot be used.
@@ -54,58 +56,68 @@ def train(cfg) -> None:
     check_training_volumes(volumes, cfg)
     device = resolve_device(cfg, cfg.SYSTEM.NUM_WORKERS, ranks.local_rank, ranks.local_size)
     validation = Validation(cfg, left_out) if cfg.TRAIN.VALIDATE_EVERY else None
-    if cfg.PREPROCESS.USE_WANDB and ranks.first:
+    if cfg.PREPROCESS.USE_WANDB and ranks.is_first:
         _start_wandb(cfg)
     with ranks.connected(device):
         if MODEL_TYPES[cfg.TRAIN.MODEL_TYPE].first and not cfg.TRAIN.CHECKPOINT_AC:
-            first = first_config(cfg)
-            if ranks.first:
-                print(f"{first.TRAIN.MODEL_TYPE} network first, {first.TRAIN.EPOCHS} iterations, then its successor")
+            first = first_network_config(cfg)
+            if ranks.is_first:
+                print(
+                    f"training the first network, {first.TRAIN.MODEL_TYPE}, for {first.TRAIN.EPOCHS} iterations; "
+                    "the second one follows"
+                )
             weights = _train_network(first, volumes, device, ranks, None)
             cfg = derived_config(cfg, {"TRAIN.CHECKPOINT_AC": str(weights)})
         _train_network(cfg, volumes, device, ranks, validation)
 
 
 def seed_everything(seed: int) -> None:
-    """Seed every random generator of this process."""
+    """Seed all random generators of this process."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
-def _train_network(cfg, volumes: list[Path], device, ranks: Ranks, validation: Validation | None) -> Path:
-    """Train one network from its latest checkpoint to TRAIN.EPOCHS; returns its last checkpoint."""
+def _train_network(
+    cfg: CfgNode, volumes: list[Path], device: torch.device, ranks: Ranks, validation: Validation | None
+) -> Path | None:
+    """Train one network from its latest checkpoint to TRAIN.EPOCHS.
+
+    Returns:
+        Its last checkpoint, None if there is none.
+    """
     seed_everything(cfg.TRAIN.SEED)
     trainer = Trainer(cfg, Precision(cfg.TRAIN.MIXED_PRECISION, device), ranks)
     folder = Path(cfg.MODEL.CKPT_FOLDER)
     latest = latest_checkpoint(folder)
     start = trainer.load(latest) if latest else 0
-    say = print if ranks.first else _nothing
+    report: Callable[[str], None] = print if ranks.is_first else _discard
     if start >= cfg.TRAIN.EPOCHS:
-        say(f"{latest} has all TRAIN.EPOCHS {cfg.TRAIN.EPOCHS} iterations: nothing to do")
+        report(f"{latest} already has all TRAIN.EPOCHS {cfg.TRAIN.EPOCHS} iterations: nothing to do")
         return latest
-    trainer.connect()
-    say(f"{f'resuming from {latest}' if latest else 'starting a new run'}: {len(volumes)} volume(s), {device}")
+    trainer.prepare()
+    report(f"{f'resuming from {latest}' if latest else 'starting a new run'}: {len(volumes)} volume(s), {device}")
 
-    if ranks.first:
+    if ranks.is_first:
         for path in volumes:
             for labels, mask in label_datasets(cfg):
                 create_labels_mask(path, labels, mask, **source_defaults(cfg))
         folder.mkdir(parents=True, exist_ok=True)
     ranks.wait()
-    samples = start * cfg.TRAIN.ACCUMULATE * cfg.TRAIN.BATCH_SIZE * ranks.size
+    patches = start * cfg.TRAIN.ACCUMULATE * cfg.TRAIN.BATCH_SIZE * ranks.size
     with (
         room_on_disk(folder),
-        SummaryWriter(cfg.MODEL.LOG_DIR, purge_step=start) if ranks.first else nullcontext() as log,
-        training_batches(cfg, volumes, trainer.tasks, samples + ranks.rank, ranks.size) as batches,
+        SummaryWriter(cfg.MODEL.LOG_DIR, purge_step=start) if ranks.is_first else nullcontext() as log,
+        training_batches(cfg, volumes, trainer.tasks, patches + ranks.rank, ranks.size) as batches,
     ):
-        reached, signal_number = _loop(cfg, trainer, batches, start, Records(cfg, trainer, folder, log, validation))
-    ranks.wait()  # for the first one to have saved its last checkpoint
+        outputs = RunOutputs(cfg, trainer, folder, log, validation) if log else None
+        reached, signal_number = _run_iterations(cfg, trainer, batches, start, outputs)
+    ranks.wait()  # until the first rank has saved its last checkpoint
 
     last = latest_checkpoint(folder)
-    say(f"{'stopped' if signal_number else 'trained'} at iteration {reached} of {cfg.TRAIN.EPOCHS}")
+    report(f"{'stopped' if signal_number else 'trained'} at iteration {reached} of {cfg.TRAIN.EPOCHS}")
     if last:
-        say(
+        report(
             f"checkpoint   {last}\n"
             f"TensorBoard  tensorboard --logdir {cfg.MODEL.LOG_DIR}\n"
             f"snapshots    {cfg.MODEL.OUTPUT_DIR}\n"
@@ -116,69 +128,106 @@ def _train_network(cfg, volumes: list[Path], device, ranks: Ranks, validation: V
     return last
 
 
-def _nothing(*_) -> None:
-    """What the other ranks say."""
+def _discard(_message: str) -> None:
+    """Print nothing: only the first rank reports."""
 
 
-def _loop(cfg, trainer: Trainer, batches, start: int, records: Records) -> tuple[int, int]:
-    """Train until TRAIN.EPOCHS or a signal; returns the last iteration, which is saved, and the signal or 0."""
+def _run_iterations(
+    cfg: CfgNode, trainer: Trainer, batches: Iterator[TrainingBatch], start: int, outputs: RunOutputs | None
+) -> tuple[int, int]:
+    """Train until TRAIN.EPOCHS or a signal, and save the last iteration.
+
+    Args:
+        cfg: the config.
+        trainer: the network to train.
+        batches: an endless iterator.
+        start: the number of iterations before this call.
+        outputs: where to log and save; None in all ranks but the first.
+
+    Returns:
+        The number of iterations, and the number of the signal or 0.
+    """
     ranks, iteration, pace = trainer.ranks, start, Pace()
-    if ranks.first:
+    if ranks.is_first:
         print("waiting for the first batch ...", flush=True)
-    bar = tqdm(total=cfg.TRAIN.EPOCHS, initial=start, unit="it", disable=not ranks.first)
+    bar = tqdm(total=cfg.TRAIN.EPOCHS, initial=start, unit="it", disable=not ranks.is_first)
     with stop_on_signal() as stop, bar:
         while iteration < cfg.TRAIN.EPOCHS:
-            with pace.wait(), stop.while_waiting():
-                # A signal may have ended those who make batches, too.
-                together = [] if stop.number else [next(batches) for _ in range(cfg.TRAIN.ACCUMULATE)]
-            # Ranks wait for each other, so all of them have to end after the same iteration.
-            if ranks.largest(stop.number or 0):
+            with pace.timed_wait(), stop.interruptible():
+                # After a signal, the workers that make batches may have ended too.
+                taken = [] if stop.signal_number else [next(batches) for _ in range(cfg.TRAIN.ACCUMULATE)]
+            # Ranks wait for each other, so all of them must end after the same iteration.
+            if ranks.largest(stop.signal_number or 0):
                 break
-            losses, predictions = trainer.step(together, iteration)
+            losses, predictions = trainer.run_iteration(taken, iteration)
             iteration += 1
             bar.update()
-            bar.set_postfix_str(f"loss {losses['total']:.4f}, {pace.waiting:.0%} waiting for batches")
+            bar.set_postfix_str(f"loss {losses['total']:.4f}, {pace.share_waiting:.0%} waiting for batches")
             if not math.isfinite(losses["total"]):
                 raise UserError(
                     f"the loss is {losses['total']} at iteration {iteration}: lower TRAIN.INITIAL_LR "
                     f"or set TRAIN.MIXED_PRECISION to 'no', and resume from {latest_checkpoint(cfg.MODEL.CKPT_FOLDER)}"
                 )
-            if ranks.first:
-                records.add(iteration, losses, pace, together[-1], predictions)
-        if ranks.first and iteration > records.saved:
-            records.save(iteration)
-        return iteration, int(ranks.largest(stop.number or 0))
+            if outputs:
+                outputs.add(iteration, losses, pace, taken[-1], predictions)
+        if outputs and iteration > outputs.saved:
+            outputs.save(iteration)
+        return iteration, int(ranks.largest(stop.signal_number or 0))
 
 
-class Records:
-    """What a run leaves: checkpoints with a config to predict with, scalars, images and snapshots.
+class RunOutputs:
+    """The outputs of a run: checkpoints with a config to predict with, TensorBoard logs and snapshots.
+
+    Args:
+        cfg: the config.
+        trainer: the network in training.
+        folder: the checkpoint folder.
+        log: the TensorBoard log.
+        validation: scores the network every TRAIN.VALIDATE_EVERY iterations. None: it is not scored.
 
     Attributes:
         saved: the iteration of the last checkpoint.
     """
 
-    def __init__(self, cfg, trainer: Trainer, folder: Path, log: SummaryWriter, validation: Validation | None):
+    def __init__(
+        self, cfg: CfgNode, trainer: Trainer, folder: Path, log: SummaryWriter, validation: Validation | None
+    ) -> None:
         self.cfg, self.trainer, self.folder, self.log, self.validation = cfg, trainer, folder, log, validation
         latest = latest_checkpoint(folder)
         self.saved = int(latest.name.rpartition("_")[2]) if latest else 0
 
-    def add(self, iteration: int, losses: dict[str, float], pace: Pace, batch, predictions) -> None:
-        """Record an iteration, as often as the config says; `predictions` are those for `batch`."""
+    def add(
+        self,
+        iteration: int,
+        losses: dict[str, float],
+        pace: Pace,
+        batch: TrainingBatch,
+        predictions: dict[str, torch.Tensor],
+    ) -> None:
+        """Log, save and validate after an iteration, as often as the config says.
+
+        Args:
+            iteration: the number of iterations so far.
+            losses: those of the iteration, by task and `total`.
+            pace: how fast the run is.
+            batch: the last batch.
+            predictions: those for `batch`, by task.
+        """
         every = self.cfg.TRAIN
         if iteration % every.LOG_EVERY == 0:
             scalars = {f"loss/{task}": loss for task, loss in losses.items()}
             scalars["learning_rate"] = learning_rate(self.cfg, iteration - 1)
-            self._log(scalars | pace.lap(), iteration)
+            self._log(scalars | pace.read_and_reset(), iteration)
         if iteration % every.SAVE_EVERY == 0 or iteration == every.EPOCHS:
             self.save(iteration)
             write_snapshot(self.cfg, iteration, batch, predictions)
-            for name, image in sample_images(batch, predictions).items():
+            for name, image in preview_images(batch, predictions).items():
                 self.log.add_image(name, image, iteration)
         if self.validation and iteration % every.VALIDATE_EVERY == 0:
             self._log(self.validation.run(self.trainer, iteration), iteration)
 
     def save(self, iteration: int) -> None:
-        """Write a checkpoint and the config to predict with it, and remove old ones."""
+        """Write a checkpoint and the config to predict with it, and remove old checkpoints."""
         cfg, path = self.cfg, checkpoint_path(self.folder, iteration)
         self.trainer.save(path, iteration)
         self.saved = iteration
@@ -194,39 +243,49 @@ class Records:
 
 
 class Pace:
-    """Iterations per second, and the share of time in which the network waits for batches."""
+    """Measure iterations per second, and the share of time in which the network waits for batches.
 
-    def __init__(self):
-        self.lap_began = self.cycle_began = time.monotonic()
-        self.iterations, self.waited, self.cycled = 0, 0.0, 0.0
+    Attributes:
+        iterations: number of iterations since the last reset.
+        waited: seconds of waiting since the last reset.
+        elapsed: seconds of training and waiting since the last reset.
+    """
+
+    def __init__(self) -> None:
+        self.last_reset = self.last_batch = time.monotonic()
+        self.iterations, self.waited, self.elapsed = 0, 0.0, 0.0
 
     @contextmanager
-    def wait(self):
-        """Context manager around waiting for a batch, which ends a cycle of training and waiting."""
+    def timed_wait(self) -> Iterator[None]:
+        """Measure how long this context waits for batches. It ends one cycle of training and waiting."""
         before = time.monotonic()
         yield
         now = time.monotonic()
         self.iterations += 1
         self.waited += now - before
-        self.cycled += now - self.cycle_began
-        self.cycle_began = now
+        self.elapsed += now - self.last_batch
+        self.last_batch = now
 
     @property
-    def waiting(self) -> float:
+    def share_waiting(self) -> float:
         """Share of the time spent waiting."""
-        return self.waited / self.cycled if self.cycled else 0.0
+        return self.waited / self.elapsed if self.elapsed else 0.0
 
-    def lap(self) -> dict[str, float]:
-        """The two numbers since the last lap."""
+    def read_and_reset(self) -> dict[str, float]:
+        """Return both numbers since the last reset, by the names that they have in TensorBoard."""
         now = time.monotonic()
-        speed = self.iterations / max(now - self.lap_began, 1e-6)
-        numbers = {"pace/iterations_per_second": speed, "pace/share_waiting_for_batches": self.waiting}
-        self.lap_began, self.iterations, self.waited, self.cycled = now, 0, 0.0, 0.0
-        return numbers
+        speed = self.iterations / max(now - self.last_reset, 1e-6)
+        scalars = {"pace/iterations_per_second": speed, "pace/share_waiting_for_batches": self.share_waiting}
+        self.last_reset, self.iterations, self.waited, self.elapsed = now, 0, 0.0, 0.0
+        return scalars
 
 
-def _start_wandb(cfg) -> None:
-    """Have Weights & Biases copy everything that TensorBoard gets."""
+def _start_wandb(cfg: CfgNode) -> None:
+    """Let Weights & Biases copy everything that goes to TensorBoard.
+
+    Raises:
+        UserError: wandb is not installed.
+    """
     try:
         import wandb
     except ImportError:

@@ -1,6 +1,7 @@
-"""Validation during training: what counts is the segmentation, so that is what is scored.
+"""Validation during training. What counts is the segmentation, so the segmentation is scored.
 
-A labelled crop that is not trained on is predicted and segmented as `predicter.py` and `instance_segmenter.py` do it.
+A labeled crop that is not used for training is predicted and segmented in the same way as `predicter.py` and
+`instance_segmenter.py` do it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from funlib.persistence import Array
+from numpy.typing import NDArray
 from tqdm import tqdm
+from yacs.config import CfgNode
 
 from lsdseg.config.model_types import affinity_offsets, task_channels
 from lsdseg.data_utils.checks import check_training_volume
@@ -20,6 +24,7 @@ from lsdseg.engine.post.methods import method_of
 from lsdseg.engine.post.whole import check_settings, segmentations
 from lsdseg.engine.predict.tiles import TilePredictor
 from lsdseg.engine.sections import ids_by_section, scored_by_section
+from lsdseg.engine.training.trainer import Trainer
 from lsdseg.errors import UserError
 from lsdseg.models.checkpoint import read_checkpoint
 
@@ -27,18 +32,18 @@ BEST = "model_checkpoint_best"
 
 
 class Validation:
-    """A crop to score segmentations on.
+    """Score the segmentation of a crop of a volume.
 
     Args:
-        cfg: resolved config.
-        left_out: labelled volumes that are not trained on.
+        cfg: the config.
+        left_out: labeled volumes that are not used for training.
 
     Raises:
-        UserError: there is no volume to validate on, or it cannot be used, or the model type predicts no affinities,
-            or INS_SEGMENT cannot be used for them.
+        UserError: there is no volume to validate on, or it cannot be used; the model type predicts no affinities; the
+            settings INS_SEGMENT cannot be used for them.
     """
 
-    def __init__(self, cfg, left_out: list[Path]):
+    def __init__(self, cfg: CfgNode, left_out: list[Path]) -> None:
         if "affs" not in task_channels(cfg):
             raise UserError(
                 f"TRAIN.VALIDATE_EVERY is {cfg.TRAIN.VALIDATE_EVERY}, but {cfg.TRAIN.MODEL_TYPE} predicts no "
@@ -46,8 +51,8 @@ class Validation:
             )
         if not cfg.TRAIN.VALIDATION_VOLUME and not left_out:
             raise UserError(
-                f"TRAIN.VALIDATE_EVERY is {cfg.TRAIN.VALIDATE_EVERY}, but every volume is trained on: name another one "
-                "in TRAIN.VALIDATION_VOLUME, lower DATA.TRAIN_TEST_SPLIT, or set it to 0"
+                f"TRAIN.VALIDATE_EVERY is {cfg.TRAIN.VALIDATE_EVERY}, but all volumes are used for training: name "
+                "another one in TRAIN.VALIDATION_VOLUME, lower DATA.TRAIN_TEST_SPLIT, or set it to 0"
             )
         self.cfg, self.path = cfg, Path(cfg.TRAIN.VALIDATION_VOLUME or left_out[0])
         try:
@@ -59,28 +64,30 @@ class Validation:
         self.raw, self.begin, self.labels = self._read_crop()
         self.best: float | None = None
 
-    def run(self, trainer, iteration: int) -> dict[str, float]:
-        """Score the weights, and keep them as model_checkpoint_best if they are the best so far.
+    def run(self, trainer: Trainer, iteration: int) -> dict[str, float]:
+        """Score the current weights, and save them as model_checkpoint_best if they are the best so far.
 
         Returns:
-            The lowest VOI sum over INS_SEGMENT.THRESHOLDS, with its split, merge and threshold, for TensorBoard.
+            The lowest VOI sum over INS_SEGMENT.THRESHOLDS, with its split, merge and threshold, by the names that they
+            have in TensorBoard.
         """
-        found = self._score(trainer)
+        best = self._score(trainer)
         path = Path(self.cfg.MODEL.CKPT_FOLDER) / BEST
         if self.best is None:
             self.best = read_checkpoint(path).get("validation_voi", np.inf) if path.is_file() else np.inf
-        text = f"iteration {iteration}: VOI sum {found['voi_sum']:.3f} at threshold {found['threshold']:.2f}"
-        if found["voi_sum"] < self.best:
-            self.best = found["voi_sum"]
-            trainer.save(path, iteration, validation_voi=found["voi_sum"])
+        text = f"iteration {iteration}: VOI sum {best['voi_sum']:.3f} at threshold {best['threshold']:.2f}"
+        if best["voi_sum"] < self.best:
+            self.best = best["voi_sum"]
+            trainer.save(path, iteration, validation_voi=best["voi_sum"])
             text += f", the best so far: {path}"
         tqdm.write(text)
-        return {f"validation/{name}": value for name, value in found.items()}
+        return {f"validation/{name}": value for name, value in best.items()}
 
-    def _score(self, trainer) -> dict[str, float]:
+    def _score(self, trainer: Trainer) -> dict[str, float]:
+        """Return the scores at the best threshold."""
         cfg, labels = self.cfg, self.labels
-        predictor = TilePredictor(cfg, trainer.predicting, trainer.precision)
-        affinities = predictor.region(self.raw, self.begin, labels.shape)["affs"]
+        predictor = TilePredictor(cfg, trainer.prediction_network, trainer.precision)
+        affinities = predictor.predict_box(self.raw, self.begin, labels.shape)["affs"]
         affinities = method_of(cfg.INS_SEGMENT).channels(affinities, self.offsets)
         found = []
         for name, segmentation, attributes in segmentations(affinities, self.offsets, cfg.INS_SEGMENT):
@@ -92,8 +99,12 @@ class Validation:
                 found.append(voi | {"threshold": attributes.get("threshold", 0.0)})
         return min(found, key=lambda row: row["voi_sum"])
 
-    def _read_crop(self):
-        """Raw, where the crop begins in it (voxels), and the crop's labels, 0 where nothing is known; uint64."""
+    def _read_crop(self) -> tuple[Array, tuple[int, ...], NDArray[np.uint64]]:
+        """Open raw and read the labels in the middle of the volume.
+
+        Returns:
+            Raw, the first voxel of the crop in it, and the labels of the crop, 0 where they are unknown.
+        """
         cfg, defaults = self.cfg, source_defaults(self.cfg)
         raw = open_array(self.path, cfg.DATA.RAW, **defaults)
         labels = open_array(self.path, cfg.DATA.NEURON_LABELS, **defaults)
@@ -106,11 +117,11 @@ class Validation:
             known &= read(open_array(self.path, cfg.DATA.NEURON_LABELS_MASK, **defaults), where) > 0
         if scored_by_section(cfg):
             truth = ids_by_section(truth, 0, {})
-        truth = np.where(known, truth, 0)
+        truth = np.where(known, truth, np.uint64(0))
         if not known.any():
             raise UserError(
                 f"{cfg.DATA.NEURON_LABELS} in {self.path} labels nothing in the {shape} voxels in its middle "
-                "(TRAIN.VALIDATION_SHAPE): take another TRAIN.VALIDATION_VOLUME, or a larger shape"
+                "(TRAIN.VALIDATION_SHAPE): choose another TRAIN.VALIDATION_VOLUME, or a larger shape"
             )
         begin = (labels.roi.begin - raw.roi.begin) / raw.voxel_size
         return raw, tuple(b + i for b, i in zip(begin, inside, strict=True)), truth

@@ -1,18 +1,24 @@
-"""One optimizer step: batches in, losses and new weights out."""
+"""One training iteration: from batches to losses and new weights."""
 
 from __future__ import annotations
 
 import math
 from contextlib import nullcontext
 from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from yacs.config import CfgNode
 
 from lsdseg.config.model_types import TASKS
 from lsdseg.engine.device import Precision, explain_device_errors
-from lsdseg.engine.network import from_raw
+from lsdseg.engine.network import complete_network
 from lsdseg.engine.training.pipeline import TrainingBatch
 from lsdseg.engine.training.ranks import Ranks
 from lsdseg.models import build_model
@@ -20,27 +26,32 @@ from lsdseg.models.checkpoint import load_checkpoint, network_settings, read_che
 from lsdseg.models.losses import weighted_mse
 
 
-def learning_rate(cfg, iteration: int) -> float:
-    """Learning rate of an iteration (the first is 0): linear warm-up, then constant or a cosine down to zero."""
-    rate = cfg.TRAIN.INITIAL_LR
+def learning_rate(cfg: CfgNode, iteration: int) -> float:
+    """Return the learning rate: a linear warm-up, then constant or a cosine down to zero. The first iteration is 0."""
+    rate: float = cfg.TRAIN.INITIAL_LR
     if cfg.TRAIN.LR_SCHEDULE == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * iteration / cfg.TRAIN.EPOCHS))
     return rate * min(1.0, (iteration + 1) / max(1, cfg.TRAIN.WARMUP))
 
 
 class Trainer:
-    """The network that is trained, its optimizer, and, with TRAIN.EMA, the average of its weights.
+    """A network in training, its optimizer and, with TRAIN.EMA, the average of its weights.
+
+    Args:
+        cfg: the config.
+        precision: the precision and the device of the network.
+        ranks: the processes that train together.
 
     Attributes:
         network: the model type's own network, whose weights are trained and saved.
         tasks: names of the network's tasks.
     """
 
-    def __init__(self, cfg, precision: Precision, ranks: Ranks):
+    def __init__(self, cfg: CfgNode, precision: Precision, ranks: Ranks) -> None:
         self.cfg, self.precision, self.ranks = cfg, precision, ranks
         self.network = precision.place(build_model(cfg))
         self.tasks = self.network.tasks
-        self.averaged = None
+        self.averaged: AveragedModel | None = None
         if cfg.TRAIN.EMA:
             self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(cfg.TRAIN.EMA))
         self.optimizer = torch.optim.Adam(
@@ -48,8 +59,15 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.dtype == torch.float16)
 
-    def load(self, path) -> int:
-        """Go on from a checkpoint; returns its iteration. Raises UserError as `load_checkpoint`."""
+    def load(self, path: Path | str) -> int:
+        """Continue from a checkpoint.
+
+        Returns:
+            The iteration at which it was saved.
+
+        Raises:
+            UserError: the checkpoint cannot be used; see `load_checkpoint`.
+        """
         iteration = load_checkpoint(path, self.network, self.cfg, self.optimizer)
         if self.averaged:
             load_checkpoint(path, self.averaged.module, self.cfg)
@@ -58,42 +76,57 @@ class Trainer:
             self.scaler.load_state_dict(scale)
         return iteration
 
-    def save(self, path, iteration: int, **more) -> None:
-        """Write a checkpoint. Raises UserError if there is no room."""
+    def save(self, path: Path | str, iteration: int, **more: Any) -> None:
+        """Write a checkpoint.
+
+        Args:
+            path: the file.
+            iteration: the number of iterations so far.
+            more: further entries of the file.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         if self.averaged:
             more["ema_state_dict"] = self.averaged.module.state_dict()
         if self.scaler.is_enabled():
             more["scaler_state_dict"] = self.scaler.state_dict()
         save_checkpoint(path, self.network, self.optimizer, iteration, network_settings(self.cfg), **more)
 
-    def connect(self) -> None:
-        """Make the network ready to be trained, by all ranks together; once, after weights were loaded."""
-        self.parallel = None
-        forward = self.network
+    def prepare(self) -> None:
+        """Get ready to train, together with all ranks. Call this once, after `load`."""
+        self.parallel: DistributedDataParallel | None = None
+        forward: nn.Module = self.network
         if self.ranks.size > 1:
             forward = self.parallel = DistributedDataParallel(self.network)
         if self.cfg.TRAIN.COMPILE:
-            forward = torch.compile(forward)
-        self.model = self.precision.place(from_raw(self.cfg, forward))
+            forward = cast(nn.Module, torch.compile(forward))
+        self.model = self.precision.place(complete_network(self.cfg, forward))
 
     @cached_property
-    def predicting(self) -> torch.nn.Module:
-        """What predicts from raw data with the weights that a checkpoint of now would have, trained or averaged."""
-        return from_raw(self.cfg, self.averaged.module if self.averaged else self.network)
+    def prediction_network(self) -> nn.Module:
+        """A network that predicts from raw data, with the averaged weights if there are any, else the trained ones.
 
-    @explain_device_errors("make INPUT_SHAPE or NUM_FMAPS of the network's section, or TRAIN.BATCH_SIZE, smaller")
-    def step(self, batches: list[TrainingBatch], iteration: int) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-        """Train on batches, whose gradients are added up over all of them and over all ranks.
+        A checkpoint that is saved now predicts with the same weights.
+        """
+        return complete_network(self.cfg, self.averaged.module if self.averaged else self.network)
 
-        The loss is the mean over all their weighted entries, so it does not matter how patches are spread over batches
-        and ranks.
+    @explain_device_errors("reduce INPUT_SHAPE or NUM_FMAPS in the network's section, or TRAIN.BATCH_SIZE")
+    def run_iteration(self, batches: list[TrainingBatch], iteration: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Train on batches. Gradients are added up over all of them and over all ranks.
+
+        The loss is the mean over all their weighted entries. It therefore does not matter how patches are distributed
+        over batches and ranks.
+
+        Args:
+            batches: the batches of this rank.
+            iteration: the number of the iteration, from 0.
 
         Returns:
-            Losses by task name and `total`; predictions for the last batch by task name, (batch, channels, z, y, x)
-            float32.
+            Losses by task and `total`, and predictions for the last batch by task, float32 (batch, channels, z, y, x).
 
         Raises:
-            UserError: too little memory, or TRAIN.COMPILE failed.
+            UserError: there is not enough memory, or TRAIN.COMPILE failed.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.cfg, iteration)
@@ -103,11 +136,12 @@ class Trainer:
         entries = dict(zip(self.tasks, self.ranks.total(counts), strict=True))
         sums = dict.fromkeys(self.tasks, 0.0)
         for number, batch in enumerate(batches, start=1):
-            alone = self.parallel is not None and number < len(batches)
-            with self.parallel.no_sync() if alone else nullcontext():
+            # Ranks exchange gradients once, after the last batch.
+            more_follow = number < len(batches)
+            with self.parallel.no_sync() if self.parallel is not None and more_follow else nullcontext():
                 losses, predictions = self._losses(batch, entries)
                 total = sum(getattr(self.cfg.TRAIN, TASKS[task].loss_weight) * loss for task, loss in losses.items())
-                # DistributedDataParallel takes the mean over ranks of what is to be added up.
+                # DistributedDataParallel averages over ranks, but the sum is needed.
                 self.scaler.scale(total * self.ranks.size).backward()
             for task, loss in losses.items():
                 sums[task] += loss.item()
@@ -119,8 +153,18 @@ class Trainer:
         values["total"] = sum(getattr(self.cfg.TRAIN, TASKS[task].loss_weight) * loss for task, loss in values.items())
         return values, {task: prediction.detach() for task, prediction in predictions.items()}
 
-    def _losses(self, batch: TrainingBatch, entries: dict[str, float]):
-        def on_device(array):
+    def _losses(self, batch: TrainingBatch, entries: dict[str, float]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Run the network on one batch.
+
+        Args:
+            batch: the batch.
+            entries: task -> number of weighted entries in all batches of the iteration, by which its loss is divided.
+
+        Returns:
+            Losses by task, and predictions by task.
+        """
+
+        def on_device(array: NDArray[np.float32]) -> Tensor:
             return self.precision.place(torch.from_numpy(array))
 
         with self.precision.autocast():
