@@ -1,4 +1,4 @@
-"""Affinities to fragments and graph nodes, block by block: python 02_extract_fragments_blockwise.py -c FILE"""
+"""Extract fragments and graph nodes block by block: python 02_extract_fragments_blockwise.py -c FILE"""
 
 from lsdseg.cli import run_script
 from lsdseg.engine.post.steps.fragments import extract_fragments_blockwise

@@ -1,4 +1,4 @@
-"""Fragments to graph edges with merge scores, block by block: python 03_agglomerate_blockwise.py -c FILE"""
+"""Score the edges between fragments block by block: python 03_agglomerate_blockwise.py -c FILE"""
 
 from lsdseg.cli import run_script
 from lsdseg.engine.post.steps.edges import agglomerate_blockwise

@@ -1,11 +1,13 @@
-"""Graph to look-up tables: python 04_find_segments_full.py -c FILE -mf hist_quant_50 -th 0.7"""
+"""Make look-up tables from the graph: python 04_find_segments_full.py -c FILE -mf hist_quant_50 -th 0.7"""
+
+from argparse import ArgumentParser
 
 from lsdseg.cli import add_merge_function, run_script
 from lsdseg.engine.post.steps.tables import find_segments
 
 
-def add_arguments(parser):
-    """The merge function, and one threshold instead of all."""
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the merge function and the threshold."""
     add_merge_function(parser)
     parser.add_argument("-th", "--threshold", type=float, help="one threshold (default: all INS_SEGMENT.THRESHOLDS)")
 

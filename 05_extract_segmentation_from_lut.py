@@ -1,11 +1,13 @@
-"""A look-up table to a segmentation: python 05_extract_segmentation_from_lut.py -c FILE -mf hist_quant_50 -th 0.7"""
+"""Apply a look-up table: python 05_extract_segmentation_from_lut.py -c FILE -mf hist_quant_50 -th 0.7"""
+
+from argparse import ArgumentParser
 
 from lsdseg.cli import add_merge_function, run_script
 from lsdseg.engine.post.steps.relabel import extract_segmentation
 
 
-def add_arguments(parser):
-    """The merge function and the threshold of the look-up table."""
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the merge function and the threshold of the look-up table."""
     add_merge_function(parser)
     parser.add_argument("-th", "--threshold", type=float, required=True, help="threshold, as given to 04")
 

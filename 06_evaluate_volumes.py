@@ -6,7 +6,7 @@ from lsdseg.engine.evaluate.evaluate import evaluate
 if __name__ == "__main__":
     run_script(
         evaluate,
-        description="Score the segmentations of test volumes that have ground truth: VOI and adapted Rand.",
+        description="Score the segmentations of all test volumes with ground truth: VOI and adapted Rand error.",
         example="python 06_evaluate_volumes.py -c config/config_predict.py",
         default_config="config/config_predict.py",
     )

@@ -1,6 +1,6 @@
-"""The whole pipeline on data that it makes itself: python demo.py (or `make demo`, which sets everything up first).
+"""Run the whole pipeline on synthetic data: python demo.py (or `make demo`, which sets everything up first).
 
-Runs the same commands that a user would type, prints each, and ends with a picture and a score.
+The demo makes its own data, prints and runs the commands that a user would type, and ends with a picture and a score.
 """
 
 import json
@@ -20,23 +20,23 @@ from lsdseg.models.checkpoint import save_untrained
 CHECKOUT = Path(__file__).resolve().parent
 HOME = CHECKOUT / "demo_data"
 CONFIG = CHECKOUT / "config" / "config_demo.py"
-# Training volumes differ from the test volume in their seed alone.
+# Name -> voxels along each axis, and the seed. Training and test volumes differ in their seeds.
 VOLUMES = {"train/phantom_1": (128, 1), "train/phantom_2": (128, 2), "test/phantom_3": (112, 3)}
 
 
 def main() -> None:
-    """Make phantoms, train, predict, segment, score and draw; then score an untrained network on the same volume."""
+    """Make phantoms, train, predict, segment and score. Compare with an untrained network, and draw a picture."""
     began = time.monotonic()
     cfg = load_config(CONFIG, ["DATA.HOME", str(HOME)])
-    step("make synthetic volumes")
+    print_title("make synthetic volumes")
     for name, (size, seed) in VOLUMES.items():
-        split, sample = name.split("/")
-        path = data_folder(cfg, split) / f"{sample}.zarr"
+        split, stem = name.split("/")
+        path = data_folder(cfg, split) / f"{stem}.zarr"
         if not path.exists():
             write_phantom(path, (size,) * 3, seed=seed, voxel_size=tuple(cfg.MODEL.VOXEL_SIZE))
         print(path)
 
-    step("train")
+    print_title("train")
     call_script("trainer.py", "-c", CONFIG, "DATA.HOME", HOME, cwd=HOME)
     trained = Path(cfg.MODEL.CKPT_FOLDER) / PREDICT_CONFIG
     best, score = segment_and_score(trained, "trained")
@@ -46,7 +46,7 @@ def main() -> None:
     save_untrained(untrained_weights, build_model(cfg), cfg)
     _, score_untrained = segment_and_score(trained, "untrained", "TRAIN.CHECKPOINT", untrained_weights)
 
-    step("draw")
+    print_title("draw")
     predicted = load_config(trained)
     (sample,) = samples_of(predicted)
     picture = HOME / "segmentation.png"
@@ -59,11 +59,20 @@ def main() -> None:
     print(f"finished in {time.monotonic() - began:.0f} s")
 
 
-def segment_and_score(config: Path, what: str, *overrides) -> tuple[str, float]:
-    """Predict, segment block by block and evaluate; returns the best segmentation's dataset and VOI sum."""
+def segment_and_score(config: Path, network: str, *overrides: object) -> tuple[str, float]:
+    """Predict, segment block by block, and evaluate.
+
+    Args:
+        config: the config file.
+        network: what to call the network in titles.
+        overrides: KEY, VALUE, ...
+
+    Returns:
+        The dataset of the best segmentation, and its VOI sum.
+    """
     cfg = load_config(config, [str(value) for value in overrides])
-    merge_function = ["-mf", cfg.INS_SEGMENT.MERGE_FUNCTION]
-    steps = [
+    merge_function: list[object] = ["-mf", cfg.INS_SEGMENT.MERGE_FUNCTION]
+    steps: list[tuple[str, str, list[object]]] = [
         ("predict", "predicter.py", []),
         ("fragments", "02_extract_fragments_blockwise.py", []),
         ("agglomerate", "03_agglomerate_blockwise.py", []),
@@ -72,14 +81,14 @@ def segment_and_score(config: Path, what: str, *overrides) -> tuple[str, float]:
     for threshold in cfg.INS_SEGMENT.THRESHOLDS:
         steps.append(("segmentation", "05_extract_segmentation_from_lut.py", [*merge_function, "-th", threshold]))
     for title, script, options in [*steps, ("evaluate", "06_evaluate_volumes.py", [])]:
-        step(f"{title} ({what} network)")
+        print_title(f"{title} ({network} network)")
         call_script(script, "-c", config, *options, *overrides, cwd=HOME)
     report = json.loads(scores_path(samples_of(cfg)[0].output).read_text())
     return report["best"], next(row["voi_sum"] for row in report["scores"] if row["dataset"] == report["best"])
 
 
-def step(title: str) -> None:
-    """Print a headline."""
+def print_title(title: str) -> None:
+    """Print the title of the next step."""
     print(f"\n=== {title} ===", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Segment predicted affinities, in memory: python instance_segmenter.py -c CKPT_FOLDER/config_predict.yaml"""
+"""Segment predicted affinities in memory: python instance_segmenter.py -c CKPT_FOLDER/config_predict.yaml"""
 
 from lsdseg.cli import run_script
 from lsdseg.engine.post.whole import segment
@@ -6,7 +6,7 @@ from lsdseg.engine.post.whole import segment
 if __name__ == "__main__":
     run_script(
         segment,
-        description="Segment the affinities that predicter.py wrote, once for every INS_SEGMENT.THRESHOLDS.",
+        description="Segment the affinities that predicter.py wrote, once for each of INS_SEGMENT.THRESHOLDS.",
         example="python instance_segmenter.py -c config/config_predict.py INS_SEGMENT.MERGE_FUNCTION mean",
         default_config="config/config_predict.py",
     )

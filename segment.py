@@ -1,10 +1,13 @@
-"""Segment a volume with the weights that ship: python segment.py --raw volume.zarr (or `make segment RAW=volume.zarr`).
+"""Segment a volume with the shipped weights: python segment.py --raw volume.zarr (or `make segment RAW=volume.zarr`).
 
-A network knows voxels of one size: the volume is brought to that, and its segmentation back to the volume's own voxels.
-Commands that a user could type in the checkout do all of it, and are printed.
+A network works on voxels of one size. The volume is rescaled to that size, and the segmentation back to the voxels of
+the volume. The script prints and runs commands that a user could type in the checkout.
 """
 
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
+
+from yacs.config import CfgNode
 
 from lsdseg.cli import call_script, run_script
 from lsdseg.config.loader import find_config, load_config
@@ -15,8 +18,11 @@ from lsdseg.engine.predict.check import check_before_segmenting
 from lsdseg.engine.sample import Sample
 
 
-def main(_, args) -> None:
-    """Write `volumes/segmentation` (uint64) on the voxels of raw, and a picture of a section beside the zarr."""
+def main(_cfg: CfgNode | None, args: Namespace) -> None:
+    """Write `volumes/segmentation` (uint64) on the voxels of raw, and a picture of a section beside the zarr.
+
+    The config is loaded anew, with a work folder as DATA.HOME.
+    """
     raw = Path(args.raw).absolute()
     out = Path(args.out or raw.with_name(f"{raw.stem}_segmentation.zarr")).absolute()
     work = out.with_name(f"{out.stem}_work")
@@ -38,11 +44,17 @@ def main(_, args) -> None:
     print(f"a section     {out.with_suffix('.png')}\naffinities    {predicted}; delete {work} if you do not need them")
 
 
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the input and the output."""
+    parser.add_argument("--raw", metavar="ZARR", required=True, help="the volume")
+    parser.add_argument("--out", metavar="ZARR", help="zarr to write (default: NAME_segmentation.zarr beside --raw)")
+
+
 if __name__ == "__main__":
     run_script(
         main,
         description="Segment DATA.RAW of an isotropic volume (--raw) into --out, or NAME_segmentation.zarr beside it.",
         example="python segment.py --raw volume.zarr DATA.RAW volumes/em INS_SEGMENT.THRESHOLDS 0.6",
         default_config="pretrained/config_fib25.py",
-        add_arguments=lambda it: (it.add_argument("--raw", required=True), it.add_argument("--out")),
+        add_arguments=add_arguments,
     )

@@ -1,4 +1,4 @@
-"""Predict block by block where there is data: python super_predicter_daisy_chunkskipping.py -c FILE"""
+"""Predict block by block, only where there is data: python super_predicter_daisy_chunkskipping.py -c FILE"""
 
 from functools import partial
 
@@ -8,7 +8,7 @@ from lsdseg.engine.predict.blockwise import predict_blockwise
 if __name__ == "__main__":
     run_script(
         partial(predict_blockwise, skip_empty=True),
-        description="As super_predicter_daisy.py, without blocks outside the mask or without raw data.",
+        description="Do what super_predicter_daisy.py does, but skip blocks outside the mask or without raw data.",
         example="python super_predicter_daisy_chunkskipping.py INS_SEGMENT.MASK_FILE mask.zarr",
         default_config="config/config_predict.py",
     )

@@ -1,24 +1,28 @@
-"""What running a block costs besides its work: blocks that do nothing, on local workers.
+"""Measure the overhead of a block: local workers process blocks that do nothing.
 
     python benchmarks/block_overhead.py --blocks 2000 --workers 2
 
-The time that a run with one block per worker takes, in which the workers start, is subtracted.
+Starting the workers does not count. It is measured in a run with one block per worker, and subtracted.
 """
 
 import argparse
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from yacs.config import CfgNode
 
 
-def open_worker(cfg, arguments):
-    """A worker that does nothing with its blocks."""
+def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[Any], None]:
+    """Open a worker that does nothing with its blocks."""
     return lambda block: None
 
 
-def seconds(blocks, workers):
-    """Wall time of a run in an empty folder."""
+def seconds(blocks: int, workers: int) -> float:
+    """Return the wall time of a run in an empty folder."""
     from funlib.geometry import Roi
 
     from lsdseg.config.loader import load_config
@@ -38,17 +42,17 @@ def seconds(blocks, workers):
             arguments={},
             markers=Path(folder, "markers"),
         )
-        cfg = load_config(overrides=["SYSTEM.NUM_WORKERS", workers])
+        cfg = load_config(overrides=["SYSTEM.NUM_WORKERS", str(workers)])
         began = time.monotonic()
         run_blocks(cfg, step)
         return time.monotonic() - began
 
 
-def main():
+def main() -> None:
     """Measure and print one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=2000)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--blocks", type=int, default=2000, help="number of blocks (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="number of workers (default %(default)s)")
     args = parser.parse_args()
     start = seconds(args.workers, args.workers)
     total = seconds(args.blocks, args.workers)

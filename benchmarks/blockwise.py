@@ -1,16 +1,17 @@
-"""What every step of the blockwise way costs per voxel, for volumes of 1, 4 and 16 units: flat, if it scales.
+"""Measure the cost per voxel of each blockwise step, for volumes of 1, 4 and 16 units. If it is constant, steps scale.
 
     python benchmarks/blockwise.py --units 1 4 16
 
-A unit is 6 layers of 2 x 2 blocks of 48^3 voxels, and volumes grow along z. Blocks at a volume's faces have less
-context to read, and fewer fragments in it: they cost less, and a small volume has more of them. Six layers, and a
-context that is as small a part of the block as it is by default, leave little of that, so costs are simply per voxel.
+A unit is 6 layers of 2 x 2 blocks of 48^3 voxels, and volumes grow along z. Blocks at the faces of a volume cost less,
+because they have less context to read and fewer fragments in it, and a small volume has more such blocks. With six
+layers, and a context as small relative to the block as by default, this hardly matters. Costs are therefore simply
+divided by the number of voxels.
 
-Seconds are CPU seconds of the one worker, without starting it and without its first block, which loads compiled code.
-Bytes are its peak memory per voxel of a block, since it holds one block at a time. Look-up tables (nine thresholds) are
-made by the master from the whole graph: there, its CPU seconds and the peak of Python's and NumPy's memory are per
-voxel of the volume. Sizes are taken in the order 1, 4, 16, 4, 1, and the two runs of a size averaged, so that a machine
-that gets slower or faster cancels out. Ratios are to the smallest volume.
+Seconds are CPU seconds of the one worker, without its start and without its first block, which loads compiled code.
+Bytes are its peak memory per voxel of a block, because it holds one block at a time. Look-up tables (nine thresholds)
+are made by the master from the whole graph. For them, CPU seconds and the peak memory of Python and NumPy are per voxel
+of the volume. Sizes run in the order 1, 4, 16, 4, 1, and the two runs of a size are averaged, so that a machine that
+slows down or speeds up does not matter. Ratios are relative to the smallest volume.
 """
 
 import argparse
@@ -22,14 +23,17 @@ import tracemalloc
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from skimage.segmentation import find_boundaries
+from yacs.config import CfgNode
 
 from lsdseg.config.loader import load_config
 from lsdseg.data_utils.layout import data_folder, output_path
 from lsdseg.data_utils.phantom import make_phantom
 from lsdseg.data_utils.volumes import open_array, write_array
 from lsdseg.engine.blocks.run import run_blocks
+from lsdseg.engine.blocks.step import BlockStep, Summary
 from lsdseg.engine.post.steps import edges, fragments, relabel
 from lsdseg.engine.post.steps.tables import find_segments
 from lsdseg.engine.predict import blockwise as predict
@@ -60,8 +64,8 @@ SETTINGS = {
 COLUMNS = "{:<16}{:>6}{:>8}{:>16}{:>8}{:>18}{:>8}"
 
 
-def two_layers() -> tuple[np.ndarray, np.ndarray]:
-    """Raw (z, y, x) and affinities (3, z, y, x) of two layers of blocks, uint8: a noisy phantom."""
+def two_layers() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Make a noisy phantom of two layers of blocks: raw (z, y, x) and affinities (3, z, y, x)."""
     raw, labels, _ = make_phantom((2 * BLOCK,) * 3, seed=0)
     inside = np.where(find_boundaries(labels, mode="thick"), 0, labels)
     affinities = np.ones((3, *labels.shape), np.float32)
@@ -73,20 +77,30 @@ def two_layers() -> tuple[np.ndarray, np.ndarray]:
     return raw, np.rint(255 * (blurred + noise).clip(0, 1)).astype(np.uint8)
 
 
-def measure(units, raw, affinities):
-    """Take a volume of that many units through all steps: {step: (seconds, bytes)}, both per voxel."""
-    voxels = units * UNIT_BLOCKS * BLOCK**3
-    measured = {}
+def measure(units: int, raw: NDArray[np.uint8], affinities: NDArray[np.uint8]) -> dict[str, tuple[float, float]]:
+    """Run all steps on a volume.
 
-    def recorded(cfg, block_step):
+    Args:
+        units: size of the volume.
+        raw: two layers of blocks, repeated along z.
+        affinities: of `raw`.
+
+    Returns:
+        Step -> seconds and bytes, both per voxel.
+    """
+    voxels = units * UNIT_BLOCKS * BLOCK**3
+    measured: dict[str, tuple[float, float]] = {}
+
+    def measured_run(cfg: CfgNode, block_step: BlockStep) -> Summary:
         summary = run_blocks(cfg, block_step)
         log = (block_step.folder / "worker_0.log").read_text(encoding="utf-8")
         seconds = [float(found) for found in re.findall(r"^block .* ([\d.]+) s CPU$", log, re.MULTILINE)]
         step = block_step.name.partition("_")[0]
-        measured[step] = np.mean(seconds[1:]) / BLOCK**3, summary.peak_memory / BLOCK**3
+        measured[step] = float(np.mean(seconds[1:])) / BLOCK**3, summary.peak_memory / BLOCK**3
         return summary
 
-    fragments.run_blocks = edges.run_blocks = relabel.run_blocks = predict.run_blocks = recorded
+    for module in (predict, fragments, edges, relabel):
+        vars(module)["run_blocks"] = measured_run
     with tempfile.TemporaryDirectory() as home:
         os.chdir(home)
         paths = {"DATA.HOME": home, "TRAIN.CHECKPOINT": f"{home}/run/model_checkpoint_1"}
@@ -107,7 +121,7 @@ def measure(units, raw, affinities):
         began = time.process_time()
         find_segments(cfg, MERGE_FUNCTION, None)
         seconds = time.process_time() - began
-        tracemalloc.start()  # slows down, so not in the call that is timed
+        tracemalloc.start()  # this slows the call down, so it is not the one that is timed
         find_segments(cfg, MERGE_FUNCTION, None)
         _, memory = tracemalloc.get_traced_memory()
         tracemalloc.stop()
@@ -116,8 +130,8 @@ def measure(units, raw, affinities):
     return measured
 
 
-def main():
-    """Take volumes of several sizes through all steps and print a line per step and size."""
+def main() -> None:
+    """Run all steps on volumes of several sizes, and print a line per step and size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--units", type=int, nargs="+", default=[1, 4, 16], help="sizes of the volumes, in units, ascending"

@@ -1,31 +1,35 @@
-"""Time local shape descriptors against lsd-lite on real labels, both in one run with the same arguments.
+"""Compare local shape descriptors with lsd-lite on real labels, in one run and with the same arguments.
 
     python benchmarks/lsd_targets.py --data ../shared/data --quick
 
-Both use one thread. Ours is the median of three runs after one that compiles (its time is printed apart). lsd-lite
-runs once, label after label; at full resolution, where all labels take it up to half an hour, it gets every k-th label
-and its time is scaled up (~). The last two columns compare the results: correlations differ where a label is flat,
-since lsd-lite divides rounding errors there, and offsets where down-sampling leaves nothing of a label.
+Both use one thread. Our time is the median of three runs, after a run that compiles (its time is printed separately).
+lsd-lite runs once, label after label. At full resolution it would need up to half an hour for all labels, so it gets
+every k-th label and its time is scaled up (~). The last two columns compare the results. Correlations differ where a
+label is flat, because lsd-lite divides rounding errors there. Offsets differ where down-sampling leaves nothing of a
+label.
 """
 
 import argparse
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 from lsd_lite import get_lsds
+from numpy.typing import NDArray
 
 from lsdseg.engine.training.lsd import local_shape_descriptors
 
 SIGMA = 80.0  # nm, the default of MODEL_*.LSD_SIGMA
-FULL_RESOLUTION_LABELS = 16  # at least so many for lsd-lite at full resolution
+FULL_RESOLUTION_LABELS = 16  # lsd-lite gets at least this many at full resolution
 COLUMNS = "{:<9}{:>13}{:>8}{:>12}{:>12}{:>9}{:>8}{:>10}{:>9}"
 HEADER = ("labels of", "voxels", "labels", "downsample", "lsd-lite s", "ours s", "ratio", "max diff", "> 2e-3")
 
 
-def main():
+def main() -> None:
     """Measure two volumes, down-sampled by two and at full resolution, and print one line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of cremi_labels.npz and fib25_train.hdf")
@@ -49,21 +53,21 @@ def main():
         compare("CREMI", cremi_labels, (40, 4, 4), downsample)
 
 
-def compare(name, labels, voxel_size, downsample):
-    """Run both on one volume and print a line."""
+def compare(name: str, labels: NDArray[Any], voxel_size: tuple[int, ...], downsample: int) -> None:
+    """Run both on one volume, and print a line."""
     ids = np.unique(labels[labels > 0])
-    asked = ids if downsample > 1 else ids[:: max(1, len(ids) // FULL_RESOLUTION_LABELS)]
+    subset = ids if downsample > 1 else ids[:: max(1, len(ids) // FULL_RESOLUTION_LABELS)]
     runs = [timed(local_shape_descriptors, labels, SIGMA, voxel_size, downsample) for _ in range(3)]
     ours, seconds = runs[0][0], np.median([run[1] for run in runs])
-    theirs, their_seconds = timed(get_lsds, labels, SIGMA, voxel_size, labels=asked, downsample=downsample)
-    their_seconds *= len(ids) / len(asked)
-    difference = np.abs(ours - theirs).max(axis=0)[np.isin(labels, asked)]
+    theirs, their_seconds = timed(get_lsds, labels, SIGMA, voxel_size, labels=subset, downsample=downsample)
+    their_seconds *= len(ids) / len(subset)
+    difference = np.abs(ours - theirs).max(axis=0)[np.isin(labels, subset)]
     line = COLUMNS.format(
         name,
         "x".join(map(str, labels.shape)),
         len(ids),
         downsample,
-        f"{'~' if len(asked) < len(ids) else ''}{their_seconds:.2f}",
+        f"{'~' if len(subset) < len(ids) else ''}{their_seconds:.2f}",
         f"{seconds:.3f}",
         f"{their_seconds / seconds:.0f}",
         f"{difference.max():.4f}",
@@ -72,8 +76,8 @@ def compare(name, labels, voxel_size, downsample):
     print(line, flush=True)
 
 
-def timed(function, *args, **kwargs):
-    """The function's result and how long it took in seconds."""
+def timed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, float]:
+    """Return the result of a function, and how many seconds it took."""
     begin = time.perf_counter()
     result = function(*args, **kwargs)
     return result, time.perf_counter() - begin

@@ -1,17 +1,21 @@
-"""What each model type and each segmentation method scores when all of them get the same few iterations.
+"""Compare the scores of all model types and segmentation methods after the same few iterations.
 
-    make demo                                                  # makes the phantoms that are used here
+    make demo                                                  # makes the synthetic volumes
     python benchmarks/model_types.py -c config_demo.py DATA.HOME demo_data TRAIN.EPOCHS 600
 
-Every type is trained on the train folder of the config's data set, predicts the test folder, and is segmented by waterz
-(best of INS_SEGMENT.THRESHOLDS) and by mutex watershed, with the scripts that a user would call. All affinities are
-those of TRAIN.LR_NEIGHBORHOOD. In 2D, sections are trained on and segmented, and linked into 3D objects by overlap. One
-run each, so small differences say nothing. Everything lies below DATA.HOME/model_types; a run that is there is not
-repeated.
+Every type trains on the train folder of the config's data set and predicts the test folder. Predictions are segmented
+by waterz (best of INS_SEGMENT.THRESHOLDS) and by mutex watershed. All of this runs the scripts that a user would call.
+Affinities have the offsets TRAIN.LR_NEIGHBORHOOD. In 2D, networks train on sections, and segments are linked into 3D
+objects by overlap. There is one run each, so small differences mean nothing. All files are in DATA.HOME/model_types. A
+run that is already there is not repeated.
 """
 
 import json
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
+
+from yacs.config import CfgNode
 
 from lsdseg.cli import call_script, run_script
 from lsdseg.config.loader import load_config
@@ -25,7 +29,7 @@ NEIGHBORHOOD = {"TRAIN.NEIGHBORHOOD": "LR_NEIGHBORHOOD", "TRAIN.NEIGHBORHOOD_2D"
 COLUMNS = "{:<12}{:>5}{:>12}{:>12}{:>12}"
 
 
-def main(cfg, args) -> None:
+def main(cfg: CfgNode, args: Namespace) -> None:
     """Train, predict, segment and score every model type, and print a row for each."""
     has_mito = all(has_array(path, cfg.DATA.MITO_LABELS) for path in volumes_in(cfg, "train"))
     rows = []
@@ -39,8 +43,13 @@ def main(cfg, args) -> None:
         print(COLUMNS.format(*row))
 
 
-def train_and_score(cfg, args, model_type: str, flat: bool) -> tuple[str, str, str]:
-    """VOI sums of waterz with its best threshold, and of mutex watershed; "-" for a type without affinities."""
+def train_and_score(cfg: CfgNode, args: Namespace, model_type: str, flat: bool) -> tuple[str, str, str]:
+    """Train, predict, segment and score one model type.
+
+    Returns:
+        The VOI sum of waterz, its best threshold, and the VOI sum of mutex watershed; "-" for a type without
+        affinities.
+    """
     runs = Path(cfg.DATA.HOME) / "model_types"
     run = runs / f"{model_type}_{'2D' if flat else '3D'}"
     folders = {f"MODEL_ISO.{key}": run / key for key in ("LOG_DIR", "OUTPUT_DIR")} | {"MODEL_ISO.CKPT_FOLDER": run}
@@ -66,8 +75,8 @@ def train_and_score(cfg, args, model_type: str, flat: bool) -> tuple[str, str, s
     return f"{waterz['voi_sum']:.3f}", f"{waterz['threshold']:.2f}", f"{mutex['voi_sum']:.3f}"
 
 
-def pairs(settings: dict) -> list[str]:
-    """Settings as KEY VALUE arguments."""
+def pairs(settings: dict[str, Any]) -> list[str]:
+    """Return settings as the arguments KEY, VALUE, ..."""
     return [str(part) for item in settings.items() for part in item]
 
 

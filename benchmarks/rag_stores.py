@@ -1,11 +1,11 @@
-"""Edges per second that the stores of region adjacency graphs write and read, block by block and as one stream.
+"""Measure how many edges per second the graph stores write and read, block by block and as one stream.
 
     python benchmarks/rag_stores.py
     python benchmarks/rag_stores.py --uri mongodb://localhost --edges 200000
 
-Without --uri: Parquet files in a temporary folder (--folder chooses the disk). Every pass runs three times, and the
-median counts; writing again replaces what is there, as a block that is done twice does, so the first write is shown
-apart. One process, as each worker is one.
+Without --uri, the store is Parquet files in a temporary folder; --folder chooses the disk. Each pass runs three times,
+and the median counts. The first write is shown separately, because writing again replaces the edges, as a block that is
+processed twice does. The benchmark is one process, like a worker.
 """
 
 import argparse
@@ -17,34 +17,38 @@ from pathlib import Path
 
 import numpy as np
 import pymongo
+from numpy.typing import NDArray
 
 from lsdseg.rag import MongoStore, ParquetStore
 
 VOXELS_IN_BLOCK = 256**3
 ROW = "{:<26}{:>14}{:>12}"
 
+# u, v, scores.
+Edges = tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.float32]]
 
-def make_block(block, count):
-    """u, v and scores of a block: neighbours have ids close to each other, as fragments that touch do."""
+
+def make_block(block: int, count: int) -> Edges:
+    """Return u, v and scores of a block. Like fragments that touch, u and v have similar ids."""
     rng = np.random.default_rng(block)
     u = block * VOXELS_IN_BLOCK + 1 + np.sort(rng.integers(0, count // 5, count))
     v = u + np.arange(1, count + 1) % 5000 + 1
     return u.astype(np.uint64), v.astype(np.uint64), rng.random(count, dtype=np.float32)
 
 
-def measure(store, blocks):
-    """Print what a store does with these blocks."""
+def measure(store: MongoStore | ParquetStore, blocks: list[Edges]) -> None:
+    """Write and read blocks, and print the speed."""
     edges = sum(len(u) for u, _, _ in blocks)
 
-    def write():
+    def write() -> None:
         for block, arrays in enumerate(blocks):
             store.write_edges("mean", block, *arrays)
 
-    def read_blocks():
+    def read_blocks() -> None:
         for block in range(len(blocks)):
             store.read_edges("mean", *store.id_range(block))
 
-    def stream():
+    def stream() -> None:
         assert sum(len(u) for u, _, _ in store.edges("mean")) == edges
 
     for name, action, repeats in [
@@ -62,12 +66,12 @@ def measure(store, blocks):
         print(ROW.format(name, f"{edges / median / 1e6:.3f}", f"{1e3 * median / len(blocks):.2f}"), flush=True)
 
 
-def main():
+def main() -> None:
     """Measure one store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--edges", type=int, default=5_000_000)
-    parser.add_argument("--edges-per-block", type=int, default=50_000)
-    parser.add_argument("--folder", type=Path, help="where to write files; default: the folder for temporary files")
+    parser.add_argument("--edges", type=int, default=5_000_000, help="number of edges (default %(default)s)")
+    parser.add_argument("--edges-per-block", type=int, default=50_000, help="(default %(default)s)")
+    parser.add_argument("--folder", type=Path, help="where to write files (default: the system's temporary folder)")
     parser.add_argument("--uri", help="measure this MongoDB server; the database is dropped afterwards")
     args = parser.parse_args()
     blocks = [make_block(b, args.edges_per_block) for b in range(max(args.edges // args.edges_per_block, 1))]
