@@ -2,7 +2,7 @@
 # make segment RAW=volume.zarr   set up and segment a volume with the shipped weights (OUT=result.zarr DATASET=volumes/raw)
 # make setup   create the virtual environment with what the scripts need, and nothing else
 # make test    add what the tests need, and run them all
-# make lint    add the linters, and check the style
+# make lint    add the linters, and check style, spelling, imports and types
 # make dev     add both, and pre-commit
 # make clean   remove what the other targets made
 
@@ -11,7 +11,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --progress-bar off --constraint constraints.txt --editable
 
-.PHONY: demo segment raw-named test lint spelling dev setup clean
+.PHONY: demo segment raw-named test lint dev setup clean
 
 demo: setup
 	$(RUN) demo.py
@@ -28,9 +28,9 @@ test: $(VENV)/ready-test
 lint: $(VENV)/ready-lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-
-spelling: $(VENV)/ready-lint
 	$(VENV)/bin/codespell
+	$(VENV)/bin/lint-imports
+	$(RUN) -m mypy
 
 dev: $(VENV)/ready-dev
 
