@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lsdseg.config.loader import load_config
-from lsdseg.config.model_types import MODEL_TYPES, task_channels
+from lsdseg.config.model_types import MODEL_TYPES, TASKS, ModelType, task_channels
 from lsdseg.data_utils.labels import create_labels_mask
 from lsdseg.data_utils.layout import PREDICT_CONFIG, data_folder, output_path, volumes_in
 from lsdseg.data_utils.phantom import write_phantom
@@ -402,3 +403,10 @@ def test_sections_on_disk_equal_sections_of_a_volume(home):
     np.testing.assert_array_equal(batch.raw, flat_batch.raw)
     np.testing.assert_array_equal(batch.targets["lsds"], flat_batch.targets["lsds"])
     np.testing.assert_array_equal(affinities, flat_affinities)
+
+
+def test_entries_of_the_tables_name_what_exists():
+    with pytest.raises(ValueError, match=r"'boundry'.* not in TASKS: lsds, affs, mito"):
+        ModelType(("affs", "boundry"))
+    with pytest.raises(ValueError, match=r"'MITOS' .* not in LABELS: NEURON_LABELS"):
+        replace(TASKS["mito"], labels="MITOS")

@@ -209,6 +209,12 @@ def test_merge_function_rule():
         default_merge_function([0.33], 0.25)
 
 
+def test_a_merge_function_that_cannot_be_compiled_says_what_to_do(noisy, monkeypatch):
+    monkeypatch.setitem(MERGE_FUNCTIONS, "wrong", "OneMinus<NoSuchAffinity<RegionGraphType, ScoreValue>>")
+    with pytest.raises(UserError, match=r"'wrong' compiled, and compiling it failed: correct its type"):
+        list(agglomerate(noisy[:, :8, :8, :8], np.ones((8, 8, 8), np.uint64), [0.5], "wrong"))
+
+
 def test_segment_names():
     def names_at(*thresholds, method="waterz"):
         settings = CfgNode({"METHOD": method, "THRESHOLDS": list(thresholds)})

@@ -662,3 +662,9 @@ def test_a_store_is_added_with_one_entry(tmp_path, monkeypatch):
 )
 def test_sample_name(path, name):
     assert sample_name(path) == name
+
+
+def test_a_uri_without_its_slashes_is_refused(tmp_path):
+    cfg = load_config(overrides=["DATA.DB_HOST", "mongodb:/localhost:27017"])
+    with pytest.raises(UserError, match="begins with mongodb: but a URI begins with mongodb://"):
+        open_store(cfg, tmp_path / "a.zarr", "w")

@@ -11,6 +11,8 @@ import gunpowder as gp
 import numpy as np
 import pytest
 import torch
+from funlib.persistence import Array
+from scipy.ndimage import maximum_filter
 
 from lsdseg.config.loader import load_config
 from lsdseg.config.model_types import task_channels
@@ -19,7 +21,7 @@ from lsdseg.data_utils.phantom import write_phantom
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
 from lsdseg.engine.predict.predict import predict
 from lsdseg.engine.training.lsd import local_shape_descriptors
-from lsdseg.engine.training.nodes import CompactLabels, GrowBoundary, lsd_context
+from lsdseg.engine.training.nodes import CompactLabels, GrowBoundary, TargetFromLabels, lsd_context
 from lsdseg.engine.training.pipeline import training_batches
 from lsdseg.engine.training.train import train
 from lsdseg.engine.training.trainer import learning_rate
@@ -97,6 +99,21 @@ def filtered(node, labels):
     request.add(key, labels.shape)
     with gp.build(Source() + node(key)) as pipeline:
         return pipeline.request_batch(request)[key].data
+
+
+def test_a_target_sees_the_context_of_its_voxels_and_leaves_labels_alone():
+    labels = np.random.default_rng(0).integers(0, 9, (12, 13, 14), np.uint32)
+    key, target = gp.ArrayKey("IDS"), gp.ArrayKey("LARGEST_AROUND")
+    voxel_size = gp.Coordinate(2, 1, 1)
+    array = Array(labels, (0, 0, 0), voxel_size)
+    node = TargetFromLabels(key, target, lambda ids: maximum_filter(ids, (3, 5, 3)), context=(1, 2, 1))
+    request, roi = gp.BatchRequest(), gp.Roi((6, 4, 5), (8, 5, 6))
+    request[target], request[key] = gp.ArraySpec(roi), gp.ArraySpec(roi)
+    with gp.build(gp.ArraySource(key, array) + node) as pipeline:
+        batch = pipeline.request_batch(request)
+    box = (slice(3, 7), slice(4, 9), slice(5, 11))
+    np.testing.assert_array_equal(batch[target].data, maximum_filter(labels, (3, 5, 3))[box])
+    np.testing.assert_array_equal(batch[key].data, labels[box])
 
 
 @pytest.mark.parametrize(("steps", "only_xy"), [(1, False), (2, False), (1, True)])

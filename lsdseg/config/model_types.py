@@ -61,6 +61,10 @@ class Task:
     labels: str = "NEURON_LABELS"
     attributes: Callable[[CfgNode], dict[str, Any]] = lambda cfg: {}
 
+    def __post_init__(self) -> None:
+        if self.labels not in LABELS:
+            raise ValueError(f"labels {self.labels!r} of a task are not in LABELS: {', '.join(LABELS)}")
+
 
 TASKS = {
     "lsds": Task("lsd_head", "LSD_LOSS_WEIGHT", lsd_channels, "lsdseg.engine.training.targets:lsd_target"),
@@ -94,6 +98,10 @@ class ModelType:
     tasks: tuple[str, ...]
     inputs: tuple[str, ...] = ("raw",)
     first: str | None = None
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.tasks) - TASKS.keys():
+            raise ValueError(f"tasks {sorted(unknown)} of a model type are not in TASKS: {', '.join(TASKS)}")
 
 
 MODEL_TYPES = {

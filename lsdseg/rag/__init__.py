@@ -5,7 +5,6 @@ store is imported when a store of that kind is opened, so that nobody needs the 
 """
 
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,10 +61,15 @@ def open_store(cfg: CfgNode, output: Path | str, mode: Mode = "r") -> RagStore:
 
 
 def _scheme(uri: str) -> str:
+    """The scheme of a URI. HOST:PORT has none."""
     if not uri:
         return ""
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
-    return match[1] if match else DEFAULT_SCHEME
+    name, colon, rest = uri.partition(":")
+    if colon and rest.startswith("//"):
+        return name
+    if name in STORES:
+        raise UserError(f"LSD_DB_URI or DATA.DB_HOST begins with {name}: but a URI begins with {name}://")
+    return DEFAULT_SCHEME
 
 
 def __getattr__(name: str) -> Any:

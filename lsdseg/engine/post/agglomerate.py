@@ -116,8 +116,9 @@ def merge_stages(
         if type(error).__name__ != "CompileError":  # a class of setuptools, under a name that changes with its version
             raise
         raise UserError(
-            f"waterz does not ship the merge function {merge_function!r} compiled, and compiling it failed: install a "
-            "C++ compiler and the headers of Boost (Debian: g++, libboost-dev), or choose another one"
+            f"waterz does not ship the merge function {merge_function!r} compiled, and compiling it failed: correct "
+            "its type in MERGE_FUNCTIONS, install a C++ compiler and the headers of Boost (Debian: g++, libboost-dev), "
+            "or choose another merge function"
         ) from error
 
 

@@ -7,6 +7,7 @@ requests.
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import fastremap
@@ -199,6 +200,52 @@ class GrowBoundary(gp.BatchFilter):
                 boundary[after] |= differs
             labels[boundary] = 0
         batch[self.labels].data = labels
+
+
+class TargetFromLabels(gp.BatchFilter):
+    """Provide the target that a function on arrays makes from labels. The labels themselves stay as they are.
+
+    Args:
+        labels: key of the labels, (z, y, x).
+        target: key of the target to provide, (channels, z, y, x), or (z, y, x) if there is one channel.
+        function: from labels, uint32 (z, y, x), to the target on the same voxels.
+        context: voxels along z, y, x around the target of which the function needs the labels, too.
+        dtype: type of the target.
+    """
+
+    def __init__(
+        self,
+        labels: gp.ArrayKey,
+        target: gp.ArrayKey,
+        function: Callable[[NDArray[Any]], NDArray[Any]],
+        *,
+        context: Sequence[int] = (0, 0, 0),
+        dtype: type = np.float32,
+    ) -> None:
+        self.labels, self.target, self.function = labels, target, function
+        self.context_voxels, self.dtype = context, dtype
+
+    def setup(self) -> None:
+        self.enable_autoskip()
+        spec = self.spec[self.labels].copy()
+        spec.dtype = self.dtype
+        self.provides(self.target, spec)
+        self.context = gp.Coordinate(self.context_voxels) * spec.voxel_size
+
+    def prepare(self, request: gp.BatchRequest) -> gp.BatchRequest:
+        deps = gp.BatchRequest()
+        deps[self.labels] = gp.ArraySpec(roi=request[self.target].roi.grow(self.context, self.context))
+        return deps
+
+    def process(self, batch: gp.Batch, request: gp.BatchRequest) -> gp.Batch:
+        roi, labels = request[self.target].roi, batch[self.labels]
+        crop = ((roi - labels.spec.roi.offset) / labels.spec.voxel_size).to_slices()
+        target = self.function(labels.data)[..., *crop]
+        spec = self.spec[self.target].copy()
+        spec.roi = roi
+        result = gp.Batch()
+        result[self.target] = gp.Array(np.ascontiguousarray(target, dtype=self.dtype), spec)
+        return result
 
 
 class AddLocalShapeDescriptors(gp.BatchFilter):

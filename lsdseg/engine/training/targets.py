@@ -7,10 +7,11 @@ of the task's labels and of the mask that says what is labeled. It returns a `Ta
 from typing import NamedTuple
 
 import gunpowder as gp
+import numpy as np
 from yacs.config import CfgNode
 
 from lsdseg.config.model_types import affinity_offsets
-from lsdseg.engine.training.nodes import AddLocalShapeDescriptors, Binarize
+from lsdseg.engine.training.nodes import AddLocalShapeDescriptors, TargetFromLabels
 
 
 class Target(NamedTuple):
@@ -55,5 +56,9 @@ def affinity_target(cfg: CfgNode, labels: gp.ArrayKey, mask: gp.ArrayKey) -> Tar
 
 def foreground_target(cfg: CfgNode, labels: gp.ArrayKey, mask: gp.ArrayKey) -> Target:
     """Train on 1 where there are labels and 0 elsewhere, weighted so that both count the same in each patch."""
-    weights = gp.ArrayKey(f"{labels.identifier}_WEIGHTS")
-    return Target(labels, weights, [Binarize(labels), gp.BalanceLabels(labels, weights, mask=mask)])
+    foreground, weights = (gp.ArrayKey(f"{labels.identifier}_{name}") for name in ("FOREGROUND", "FOREGROUND_WEIGHTS"))
+    nodes = [
+        TargetFromLabels(labels, foreground, lambda ids: ids != 0, dtype=np.uint8),
+        gp.BalanceLabels(foreground, weights, mask=mask),
+    ]
+    return Target(foreground, weights, nodes)
