@@ -8,6 +8,7 @@ saved with them, so that a message about a mismatch can name the config key inst
 from __future__ import annotations
 
 import errno
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,7 +110,7 @@ def write_state(path: Path | str, state: dict[str, Any]) -> None:
         try:
             torch.save(state, partial)
         except RuntimeError as error:  # raised by torch's zip writer when it cannot write
-            raise OSError(errno.ENOSPC, str(error).splitlines()[0]) from error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 def save_untrained(path: Path | str, model: nn.Module, cfg: CfgNode) -> None:
