@@ -461,6 +461,21 @@ def test_a_server_that_goes_away_is_waited_for(tmp_path, caplog, monkeypatch):
         assert_same(joined([first, *batches]), expected)
 
 
+def test_a_worker_that_starts_while_the_server_is_away_waits_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("lsdseg.rag.mongo.SELECTION_SECONDS", 0.5)
+    with own_server(tmp_path) as server, ThreadPoolExecutor() as threads:
+        MongoStore(server.uri, "graphs", "sampleA", VOXELS, "r+").write_nodes(0, *make_nodes(0))
+        server.stop()
+        with pytest.raises(UserError, match="no MongoDB server answers"):
+            MongoStore(server.uri, "graphs", "sampleA", VOXELS, "r+")
+        monkeypatch.setenv("DAISY_CONTEXT", "as in a worker")
+        worker = threads.submit(MongoStore, server.uri, "graphs", "sampleA", VOXELS, "r+")
+        time.sleep(2)
+        assert not worker.done()
+        server.start()
+        assert_same(worker.result(timeout=60).read_nodes(0, 2**62), make_nodes(0))
+
+
 def away_for_a_while(server):
     server.stop()
     time.sleep(2)
