@@ -16,6 +16,7 @@ from scipy.ndimage import maximum_filter
 
 from lsdseg.config.loader import load_config
 from lsdseg.config.model_types import task_channels
+from lsdseg.data_utils.labels import create_labels_mask
 from lsdseg.data_utils.layout import PREDICT_CONFIG, data_folder
 from lsdseg.data_utils.phantom import write_phantom
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
@@ -81,24 +82,27 @@ def batches_of(cfg, count, first=0, stride=1):
         return [next(batches) for _ in range(count)]
 
 
-def filtered(node, labels):
-    """Pass labels through a node."""
-    key = gp.ArrayKey("LABELS")
-    spec = gp.ArraySpec(gp.Roi((0,) * 3, labels.shape), (1,) * 3, False, dtype=labels.dtype)
+def filtered(node, labels, mask=None):
+    """Pass labels, and a mask if there is one, through a node. `node` takes their keys."""
+    arrays = {gp.ArrayKey("LABELS"): labels} | ({} if mask is None else {gp.ArrayKey("MASK"): mask})
+    roi = gp.Roi((0,) * 3, labels.shape)
 
     class Source(gp.BatchProvider):
         def setup(self):
-            self.provides(key, spec)
+            for key, array in arrays.items():
+                self.provides(key, gp.ArraySpec(roi, (1,) * 3, False, dtype=array.dtype))
 
         def provide(self, request):
             batch = gp.Batch()
-            batch[key] = gp.Array(labels, spec)
+            for key, array in arrays.items():
+                batch[key] = gp.Array(array, self.spec[key])
             return batch
 
     request = gp.BatchRequest()
-    request.add(key, labels.shape)
-    with gp.build(Source() + node(key)) as pipeline:
-        return pipeline.request_batch(request)[key].data
+    for key in arrays:
+        request.add(key, labels.shape)
+    with gp.build(Source() + node(*arrays)) as pipeline:
+        return pipeline.request_batch(request)[next(iter(arrays))].data
 
 
 def test_a_target_sees_the_context_of_its_voxels_and_leaves_labels_alone():
@@ -120,10 +124,35 @@ def test_a_target_sees_the_context_of_its_voxels_and_leaves_labels_alone():
 def test_boundaries_grow_as_in_gunpowder(steps, only_xy):
     cubes = np.random.default_rng(0).integers(0, 4, (3, 4, 5), dtype=np.uint32)
     labels = cubes.repeat(5, 0).repeat(5, 1).repeat(5, 2)
-    ours = filtered(lambda key: GrowBoundary(key, steps, only_xy), labels)
-    theirs = filtered(lambda key: gp.GrowBoundary(key, steps=steps, only_xy=only_xy), labels.copy())
-    np.testing.assert_array_equal(ours, theirs)
-    assert 0 < (ours > 0).sum() < (labels > 0).sum()
+    mask = np.ones(labels.shape, np.uint8)
+    mask[5:10, 10:, :10] = mask[:, :, :2] = 0
+    for known in (np.ones_like(mask), mask):
+        ours = filtered(lambda key, mask_key: GrowBoundary(key, mask_key, steps, only_xy), labels, known)
+        theirs = filtered(
+            lambda key, mask_key: gp.GrowBoundary(key, mask_key, steps=steps, only_xy=only_xy), labels.copy(), known
+        )
+        np.testing.assert_array_equal(ours[known > 0], theirs[known > 0])
+        assert 0 < (ours > 0).sum() < (labels > 0).sum()
+
+
+def test_the_edge_of_what_is_labeled_is_no_boundary(home):
+    """One neurite, labeled only in the middle of raw, has no boundary, so no affinity with a weight is 0."""
+    labels = np.ones((28, 30, 34), np.uint64)
+    path = write_labels(home, labels, offset=(160, 240, 80))
+    create_labels_mask(path)
+    cfg = config(home)
+    touched = 0
+    for batch in batches_of(cfg, 12):
+        weights = batch.weights["affs"]
+        touched += (weights == 0).any()
+        assert (weights > 0).any()
+        assert (batch.targets["affs"][weights > 0] == 1).all()
+        # An affinity counts where both of its voxels are labeled.
+        known = batch.labels > 0
+        for axis in range(3):
+            here, counts = (np.moveaxis(array, axis + 1, 0) for array in (known, weights[:, axis] > 0))
+            np.testing.assert_array_equal(counts[1:], here[1:] & here[:-1])
+    assert touched > 6
 
 
 def test_large_ids_become_small_and_unlabeled_ones_zero():

@@ -171,31 +171,39 @@ class PadLabels(gp.BatchFilter):
 
 
 class GrowBoundary(gp.BatchFilter):
-    """Erode every label.
+    """Erode every label where it meets another one or background.
 
-    The result is the same as that of gunpowder's node of this name, which erodes one label after the other.
+    The result is the same as that of gunpowder's node of this name, which erodes one label after the other. Where the
+    mask is 0, nothing is known, so nothing grows from there: the outermost labeled voxels are no boundary.
 
     Args:
         labels: key of the labels.
+        mask: key of the labels mask.
         steps: voxels to erode.
         only_xy: erode in the plane (4-neighborhood), not in 3D (6-neighborhood).
     """
 
-    def __init__(self, labels: gp.ArrayKey, steps: int, only_xy: bool) -> None:
-        self.labels, self.steps, self.axes = labels, steps, (1, 2) if only_xy else (0, 1, 2)
+    def __init__(self, labels: gp.ArrayKey, mask: gp.ArrayKey, steps: int, only_xy: bool) -> None:
+        self.labels, self.mask, self.steps, self.axes = labels, mask, steps, (1, 2) if only_xy else (0, 1, 2)
 
     def setup(self) -> None:
         self.enable_autoskip()
         self.updates(self.labels, self.spec[self.labels])
 
+    def prepare(self, request: gp.BatchRequest) -> gp.BatchRequest:
+        deps = gp.BatchRequest()
+        deps[self.labels] = request[self.labels].copy()
+        deps[self.mask] = gp.ArraySpec(roi=request[self.labels].roi)
+        return deps
+
     def process(self, batch: gp.Batch, request: gp.BatchRequest) -> None:
-        labels = batch[self.labels].data.copy()
+        labels, known = batch[self.labels].data.copy(), batch[self.mask].data > 0
         for _ in range(self.steps):
             boundary = np.zeros(labels.shape, dtype=bool)
             for axis in self.axes:
                 before = (slice(None),) * axis + (slice(None, -1),)
                 after = (slice(None),) * axis + (slice(1, None),)
-                differs = labels[before] != labels[after]
+                differs = (labels[before] != labels[after]) & known[before] & known[after]
                 boundary[before] |= differs
                 boundary[after] |= differs
             labels[boundary] = 0

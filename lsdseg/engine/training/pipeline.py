@@ -135,7 +135,8 @@ def _pipeline(cfg: CfgNode, volumes: list[Path], targets: dict[str, Target], req
             pipeline += _defect_augment(cfg)
 
     if model.GROWBOUNDARY_STEPS:
-        pipeline += GrowBoundary(NEURONS, model.GROWBOUNDARY_STEPS, only_xy=cfg.DATA.DIM_2D or not cfg.DATA.FIB)
+        only_xy = cfg.DATA.DIM_2D or not cfg.DATA.FIB
+        pipeline += GrowBoundary(NEURONS, NEURONS_MASK, model.GROWBOUNDARY_STEPS, only_xy)
     for target in targets.values():
         for node in target.nodes:
             pipeline += node
