@@ -18,7 +18,7 @@ from lsdseg.data_utils.layout import output_path
 from lsdseg.data_utils.masks import read_mask
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
 from lsdseg.engine.post.agglomerate import QUEUE_BINS, agglomerate, default_merge_function
-from lsdseg.engine.post.fragments import extract_fragments, find_seeds, flood, squared_distances
+from lsdseg.engine.post.fragments import SEED_DISTANCE, extract_fragments, find_seeds, flood, squared_distances
 from lsdseg.engine.post.methods import method_of
 from lsdseg.engine.post.whole import segment
 from lsdseg.errors import UserError
@@ -114,10 +114,25 @@ def test_neurites_meet_where_the_membrane_is_surest():
 
 
 def test_volumes_without_and_full_of_boundary():
-    assert not extract_fragments(np.zeros((3, 4, 20, 20), np.float32)).any()
-    assert (extract_fragments(np.ones((3, 4, 20, 20), np.float32)) == 1).all()
-    per_section = extract_fragments(np.ones((3, 4, 20, 20), np.float32), fragments_in_xy=True)
-    assert [np.unique(section).tolist() for section in per_section] == [[1], [2], [3], [4]]
+    affinities = np.zeros((3, 4, 20, 20), np.float32)
+    assert not extract_fragments(affinities).any()
+    affinities[:, 1:] = 1
+    per_section = extract_fragments(affinities, fragments_in_xy=True)
+    assert [np.unique(section).tolist() for section in per_section] == [[0], [1], [2], [3]]
+    assert (extract_fragments(np.ones_like(affinities)) == 1).all()
+
+
+def test_boundary_wider_than_the_seed_window_is_not_flooded_by_neurites():
+    """Like resin beside tissue: it becomes a fragment of its own, except for the rim that the window cannot tell."""
+    affinities = np.ones((3, 24, 24, 60), np.float32)
+    affinities[..., 20:] = np.random.default_rng(0).uniform(0, 0.3, (3, 24, 24, 40))
+    fragments = extract_fragments(affinities)
+    neurite, resin = fragments[0, 0, 0], fragments[0, 0, -1]
+    assert neurite != resin
+    assert set(np.unique(fragments)) == {neurite, resin}
+    assert (fragments[..., :20] == neurite).all()
+    assert (fragments[..., 20 + SEED_DISTANCE // 2 :] == resin).all()
+    assert extract_fragments(affinities, background_mask=True)[..., 20:].max() == 0
 
 
 def test_grown_fragments_fill_the_volume_and_keep_the_others(noisy):

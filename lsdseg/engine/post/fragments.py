@@ -4,7 +4,9 @@ Squared distances in voxels are whole numbers, so buckets take the place of a he
 linear in the number of voxels, and more than twice as fast as those of scikit-image and mahotas.
 
 On the boundary there is no distance. Its voxels are flooded in the order of their affinity, so that two neurites
-meet where the membrane between them is surest, wherever in its width that is.
+meet where the membrane between them is surest, wherever in its width that is. Where boundary fills the whole window of
+a seed (resin, a vessel, a membrane that is cut flat), it is no membrane between two neurites. It gets seeds of its own:
+otherwise the neurites around it would flood it.
 """
 
 from typing import Any
@@ -95,9 +97,14 @@ def squared_distances(foreground: NDArray[np.bool_], in_xy: bool = False) -> NDA
 
 
 def find_seeds(distances: NDArray[np.int32], in_xy: bool = False) -> NDArray[np.int32]:
-    """Label (int32) the connected plateaus on which ``distances`` is the largest of the window around it."""
+    """Label (int32) the connected plateaus on which ``distances`` is the largest of the window around it.
+
+    Plateaus of distance 0 count, but not in a volume (with ``in_xy``, a section) that has no other: it is empty, as
+    where nothing was imaged or predicted, and gets no seeds.
+    """
     size = (1 if in_xy else SEED_DISTANCE, SEED_DISTANCE, SEED_DISTANCE)
-    maxima = (distances == ndimage.maximum_filter(distances, size)) & (distances > 0)
+    not_empty = distances.any(axis=(1, 2), keepdims=True) if in_xy else distances.any()
+    maxima = (distances == ndimage.maximum_filter(distances, size)) & not_empty
     neighbors = ndimage.generate_binary_structure(3, 1)
     if in_xy:
         neighbors[[0, 2]] = False
