@@ -109,6 +109,11 @@ _C.TRAIN.BATCH_SIZE = 1
 # Learning rate and betas of Adam. For small networks and short runs, try ten times this learning rate.
 _C.TRAIN.INITIAL_LR = 0.5e-4
 _C.TRAIN.LR_BETAS = (0.95, 0.999)
+# Convolutions that sum over more inputs than this (voxels of the kernel times channels) take steps that are smaller in
+# proportion. Adam moves every weight by about the learning rate, and the sum by that times the number of inputs. At a
+# rate that suits narrow layers, many channels of wide layers end below zero for every input and are lost. Lower it if
+# training warns of dead channels. 0: all layers take the same steps.
+_C.TRAIN.LR_FAN_IN = 0
 # "constant", or "cosine": down to zero over EPOCHS along half a cosine. Use cosine for short runs of known length.
 _C.TRAIN.LR_SCHEDULE = "constant"
 # Iterations over which the learning rate rises linearly to INITIAL_LR at the start. If the loss jumps at first, try a

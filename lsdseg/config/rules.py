@@ -224,6 +224,7 @@ RULES: dict[str, Rule] = {
     "TRAIN.BATCH_SIZE": integer(1),
     "TRAIN.INITIAL_LR": positive,
     "TRAIN.LR_BETAS": sequence(decay, 2, kind=tuple),
+    "TRAIN.LR_FAN_IN": integer(0),
     "TRAIN.LR_SCHEDULE": choice("constant", "cosine"),
     "TRAIN.WARMUP": integer(0),
     **{f"TRAIN.{task.loss_weight}": number(0) for task in TASKS.values()},

@@ -144,7 +144,7 @@ def load_checkpoint(
 
     Raises:
         UserError: the file does not exist, is damaged, is not a checkpoint, contains pickled code, or belongs to
-            another network.
+            another network, or the optimizer was trained with another TRAIN.LR_FAN_IN.
     """
     if not path:
         raise UserError(f"{key} is empty: set it to a file model_checkpoint_ITERATION that trainer.py wrote")
@@ -157,7 +157,12 @@ def load_checkpoint(
     _check_shapes(path, weights, model)
     model.load_state_dict(weights, strict=True)
     if optimizer is not None and "optimizer_state_dict" in state:
-        optimizer.load_state_dict(state["optimizer_state_dict"])
+        try:
+            optimizer.load_state_dict(state["optimizer_state_dict"])
+        except ValueError:  # other groups of parameters, which only this key makes
+            raise UserError(
+                f"{path} was trained with another TRAIN.LR_FAN_IN: use that value, or choose another CKPT_FOLDER"
+            ) from None
     number = re.search(r"_(\d+)$", path.name)
     iteration: int = state.get("iteration", int(number[1]) if number else 0)
     return iteration
