@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ from yacs.config import CfgNode
 from lsdseg.config.model_types import TASKS
 from lsdseg.engine.device import Precision, explain_device_errors
 from lsdseg.engine.network import complete_network
+from lsdseg.engine.training.channels import ChannelWatch
 from lsdseg.engine.training.pipeline import TrainingBatch
 from lsdseg.engine.training.ranks import Ranks
 from lsdseg.models import build_model
@@ -71,12 +72,14 @@ class Trainer:
     Attributes:
         network: the model type's own network, whose weights are trained and saved.
         tasks: names of the network's tasks.
+        channels: finds dead channels.
     """
 
     def __init__(self, cfg: CfgNode, precision: Precision, ranks: Ranks) -> None:
         self.cfg, self.precision, self.ranks = cfg, precision, ranks
         self.network = precision.place(build_model(cfg))
         self.tasks = self.network.tasks
+        self.channels = ChannelWatch()
         self.averaged: AveragedModel | None = None
         if cfg.TRAIN.EMA:
             self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(cfg.TRAIN.EMA))
@@ -137,6 +140,12 @@ class Trainer:
         A checkpoint that is saved now predicts with the same weights.
         """
         return complete_network(self.cfg, self.averaged.module if self.averaged else self.network)
+
+    def watched_channels(self, iteration: int) -> AbstractContextManager[None]:
+        """Return the context for the step to an iteration. If that will be logged, all ranks watch the channels."""
+        if iteration % self.cfg.TRAIN.LOG_EVERY:
+            return nullcontext()
+        return self.channels.watch(self.network)
 
     @explain_device_errors("reduce INPUT_SHAPE or NUM_FMAPS in the network's section, or TRAIN.BATCH_SIZE")
     def run_iteration(self, batches: list[TrainingBatch], iteration: int) -> tuple[dict[str, float], dict[str, Tensor]]:
