@@ -12,7 +12,7 @@ from lsdseg.config.network_shapes import output_shape, tile_context
 from lsdseg.errors import UserError
 from lsdseg.models import build_model
 from lsdseg.models.checkpoint import latest_checkpoint, load_checkpoint, network_settings, save_checkpoint
-from lsdseg.models.losses import weighted_mse
+from lsdseg.models.losses import weighted_bce, weighted_mse
 
 SMALL = (
     *("MODEL_ISO.NUM_FMAPS", "3", "MODEL_ISO.NUM_FMAPS_OUT", "4", "MODEL_ISO.FMAP_INC_FACTOR", "2"),
@@ -125,6 +125,20 @@ def test_weighted_mse_is_the_mean_over_weighted_entries():
     prediction, target = torch.tensor([1.0, 2.0, 9.0]), torch.tensor([0.0, 0.0, 0.0])
     assert weighted_mse(prediction, target, torch.tensor([1.0, 0.5, 0.0])).item() == pytest.approx((1 + 2) / 2)
     assert weighted_mse(prediction, target, torch.zeros(3)).item() == 0
+
+
+def test_weighted_cross_entropy_is_the_mean_over_weighted_entries():
+    prediction, target = torch.tensor([0.5, 0.9, 0.1]), torch.tensor([1.0, 0.0, 0.0])
+    expected = (-math.log(0.5) - 0.5 * math.log(0.1)) / 2
+    assert weighted_bce(prediction, target, torch.tensor([1.0, 0.5, 0.0])).item() == pytest.approx(expected)
+    assert weighted_bce(prediction, target, torch.tensor([1.0, 0.5, 0.0]), 4).item() == pytest.approx(expected / 2)
+    assert weighted_bce(prediction, target, torch.zeros(3)).item() == 0
+    # What is certain and wrong costs a lot, but the loss stays finite.
+    certain = torch.ones(1, requires_grad=True)
+    loss = weighted_bce(certain, torch.zeros(1), torch.ones(1))
+    loss.backward()
+    assert 10 < loss.item() < math.inf
+    assert certain.grad.isfinite().all()
 
 
 def test_checkpoint_round_trip_keeps_weights_optimizer_and_iteration(cfg, tmp_path):

@@ -20,12 +20,14 @@ from lsdseg.data_utils.labels import create_labels_mask
 from lsdseg.data_utils.layout import PREDICT_CONFIG, data_folder
 from lsdseg.data_utils.phantom import write_phantom
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
+from lsdseg.engine.device import Precision
 from lsdseg.engine.predict.predict import predict
 from lsdseg.engine.training.lsd import local_shape_descriptors
 from lsdseg.engine.training.nodes import CompactLabels, GrowBoundary, TargetFromLabels, lsd_context
 from lsdseg.engine.training.pipeline import training_batches
-from lsdseg.engine.training.train import train
-from lsdseg.engine.training.trainer import learning_rate
+from lsdseg.engine.training.ranks import Ranks
+from lsdseg.engine.training.train import seed_everything, train
+from lsdseg.engine.training.trainer import Trainer, learning_rate
 from lsdseg.errors import UserError
 from lsdseg.models.checkpoint import checkpoint_path, checkpoints_in, latest_checkpoint
 
@@ -189,6 +191,28 @@ def test_targets_fit_the_labels_and_weights_balance_them(home):
                 chosen = known & (affs[element] == value)
                 share = np.clip(chosen.sum() / known.sum(), 0.05, 0.95)
                 np.testing.assert_allclose(weights[chosen], 0.5 / share, rtol=1e-5)
+
+
+def test_cross_entropy_balances_every_channel_and_trains(home):
+    overrides = {"TRAIN__NEIGHBORHOOD": [[-1, 0, 0], [0, -1, 0], [-6, 0, 0]]}
+    cfgs = {loss: config(home, TRAIN__AFF_LOSS=loss, **overrides) for loss in ("mse", "bce")}
+    batches = batches_of(cfgs["bce"], 6)
+    for batch in batches:
+        affs, weights = batch.targets["affs"][0], batch.weights["affs"][0]
+        for channel, weight in zip(affs, weights, strict=True):
+            separated = (channel[weight > 0] == 0).mean()
+            if 0.05 < separated < 0.95:  # rarer ones would get too large a weight
+                sums = [weight[channel == value].sum() for value in (0, 1)]
+                assert sums[0] == pytest.approx(sums[1], rel=1e-3)
+    first, last = {}, {}
+    for loss, cfg in cfgs.items():
+        seed_everything(0)
+        trainer = Trainer(cfg, Precision("no", torch.device("cpu")), Ranks())
+        trainer.prepare()
+        found = [trainer.run_iteration([batches[n % 6]], 0)[0]["affs"] for n in range(60)]
+        first[loss], last[loss] = np.mean(found[:6]), np.mean(found[-6:])
+        assert last[loss] < first[loss]
+    assert first["mse"] < 0.5 < first["bce"]
 
 
 def test_lsds_of_a_batch_see_the_labels_around_it(home, tmp_path):

@@ -124,6 +124,10 @@ _C.TRAIN.ACCUMULATE = 1
 # Decay of an exponential moving average of the weights. Prediction then uses the average instead of the last weights.
 # 0: off. 0.999 averages over about a thousand iterations.
 _C.TRAIN.EMA = 0.0
+# Loss of affinities. "mse": squared error, with connected and separated voxels weighted to count the same over all
+# channels together. "bce": cross-entropy, which keeps correcting what is wrong with certainty. It is balanced in each
+# channel separately, because far fewer direct neighbors are separated than voxels far apart.
+_C.TRAIN.AFF_LOSS = "mse"
 # Weight of each task's loss in the sum, for networks with several heads: LSD_LOSS_WEIGHT, AFF_LOSS_WEIGHT,
 # MITO_LOSS_WEIGHT.
 for _task in TASKS.values():

@@ -47,10 +47,11 @@ class Task:
 
     Attributes:
         head: name of the head in the state dict. Published checkpoints depend on it.
-        loss_weight: key of TRAIN for the weight of its loss, a weighted mean squared error.
+        loss_weight: key of TRAIN for the weight of its loss.
         channels: takes a config and returns the number of channels.
         target: "module:function" that makes its training target; see `lsdseg.engine.training.targets`.
         labels: name in LABELS of the ground truth to train on.
+        loss: key of TRAIN that names its loss, "mse" or "bce". None: mean squared error.
         attributes: takes a config and returns attributes of the array on disk, in addition to its placement.
     """
 
@@ -59,6 +60,7 @@ class Task:
     channels: Callable[[CfgNode], int]
     target: str
     labels: str = "NEURON_LABELS"
+    loss: str | None = None
     attributes: Callable[[CfgNode], dict[str, Any]] = lambda cfg: {}
 
     def __post_init__(self) -> None:
@@ -73,6 +75,7 @@ TASKS = {
         "AFF_LOSS_WEIGHT",
         lambda cfg: len(cfg.TRAIN.NEIGHBORHOOD),
         "lsdseg.engine.training.targets:affinity_target",
+        loss="AFF_LOSS",
         attributes=lambda cfg: {"offsets": affinity_offsets(cfg)},
     ),
     "mito": Task(

@@ -227,6 +227,7 @@ RULES: dict[str, Rule] = {
     "TRAIN.LR_FAN_IN": integer(0),
     "TRAIN.LR_SCHEDULE": choice("constant", "cosine"),
     "TRAIN.WARMUP": integer(0),
+    "TRAIN.AFF_LOSS": choice("mse", "bce"),
     **{f"TRAIN.{task.loss_weight}": number(0) for task in TASKS.values()},
     "TRAIN.ACCUMULATE": integer(1),
     "TRAIN.EMA": decay,

@@ -44,12 +44,16 @@ def lsd_target(cfg: CfgNode, labels: gp.ArrayKey, mask: gp.ArrayKey) -> Target:
 
 
 def affinity_target(cfg: CfgNode, labels: gp.ArrayKey, mask: gp.ArrayKey) -> Target:
-    """Train on the affinities of the labels, weighted so that 0 and 1 count the same in each patch."""
+    """Train on the affinities of the labels, weighted so that 0 and 1 count the same in each patch.
+
+    With TRAIN.AFF_LOSS "bce" they count the same in each channel of a patch.
+    """
     affs, known, weights = gp.ArrayKey("AFFS"), gp.ArrayKey("AFFS_MASK"), gp.ArrayKey("AFFS_WEIGHTS")
     offsets = affinity_offsets(cfg)
+    slab = (1, -1, -1, -1) if cfg.TRAIN.AFF_LOSS == "bce" else None
     nodes = [
         gp.AddAffinities(offsets, labels, affs, labels_mask=mask, affinities_mask=known),
-        gp.BalanceLabels(affs, weights, mask=known),
+        gp.BalanceLabels(affs, weights, mask=known, slab=slab),
     ]
     return Target(affs, weights, nodes)
 

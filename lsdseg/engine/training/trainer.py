@@ -24,7 +24,7 @@ from lsdseg.engine.training.pipeline import TrainingBatch
 from lsdseg.engine.training.ranks import Ranks
 from lsdseg.models import build_model
 from lsdseg.models.checkpoint import load_checkpoint, network_settings, read_checkpoint, save_checkpoint
-from lsdseg.models.losses import weighted_mse
+from lsdseg.models.losses import LOSSES, Loss
 from lsdseg.models.unet import CONV
 
 
@@ -209,7 +209,11 @@ class Trainer:
         targets = {task: on_device(array) for task, array in batch.targets.items()}
         weights = {task: on_device(array) for task, array in batch.weights.items()}
         losses = {
-            task: weighted_mse(prediction, targets[task], weights[task], entries[task])
+            task: self._loss(task)(prediction, targets[task], weights[task], entries[task])
             for task, prediction in predictions.items()
         }
         return losses, predictions
+
+    def _loss(self, task: str) -> Loss:
+        key = TASKS[task].loss
+        return LOSSES[self.cfg.TRAIN[key] if key else "mse"]
