@@ -275,6 +275,16 @@ def test_locations_are_labeled_and_cost_little_memory(home, volume):
     assert max(shares) > 0.5
 
 
+def test_what_lies_around_a_patch_need_not_be_labeled(home):
+    """LSDs and boundaries need labels around the patch. Here only the patch is labeled."""
+    path = write_labels(home, np.ones((20, 20, 20), np.uint64), offset=(128, 128, 128))
+    create_labels_mask(path)
+    cfg = config(home, TRAIN__AUGMENT=False, MODEL_ISO__LSD_SIGMA=80)
+    shares = [batch.weights["lsds"].mean() for batch in batches_of(cfg, 10)]
+    assert tuple(cfg.MODEL.OUTPUT_SHAPE) == (20, 20, 20)
+    assert np.mean(shares) > 0.1
+
+
 def test_worker_processes_make_the_same_batches_as_this_one(home):
     """Only their order depends on how fast each worker is."""
     here = {batch.raw.tobytes() for batch in batches_of(config(home), 8)}

@@ -47,7 +47,9 @@ class SeedPatches(gp.BatchFilter):
 
 
 class LabeledLocation(gp.RandomLocation):
-    """Choose random locations of which at least half is labeled.
+    """Choose random locations at which at least half of the patch is labeled.
+
+    The request is larger than the patch, because LSDs see what lies around it. That need not be labeled.
 
     gunpowder's own `min_masked` draws locations until one fits, forever if none can: a strong deformation needs more
     than a small labeled volume has. Here, every miss lowers the share that the next location must have.
@@ -55,14 +57,15 @@ class LabeledLocation(gp.RandomLocation):
     Args:
         mask: key of the labels mask.
         known: ROI of the labels mask without its margins.
+        patch: size of the patch in nm, which is in the middle of the request.
     """
 
     MIN_LABELED = 0.5
     MISS_FACTOR = 0.98
 
-    def __init__(self, mask: gp.ArrayKey, known: gp.Roi) -> None:
+    def __init__(self, mask: gp.ArrayKey, known: gp.Roi, patch: gp.Coordinate) -> None:
         super().__init__()
-        self.labels_mask, self.known, self.required_share = mask, known, self.MIN_LABELED
+        self.labels_mask, self.known, self.patch, self.required_share = mask, known, patch, self.MIN_LABELED
 
     def setup(self) -> None:
         super().setup()
@@ -71,7 +74,9 @@ class LabeledLocation(gp.RandomLocation):
         self.labeled = self.get_upstream_provider().request_batch(request)[self.labels_mask].data > 0
 
     def accepts(self, request: gp.BatchRequest) -> bool:
-        box = (request[self.labels_mask].roi - self.known.offset) / self.spec[self.labels_mask].voxel_size
+        voxel_size = self.spec[self.labels_mask].voxel_size
+        begin = request[self.labels_mask].roi.center - self.patch / 2 - self.known.offset
+        box = gp.Roi(begin / voxel_size, self.patch / voxel_size)
         inside = box.intersect(gp.Roi((0,) * box.dims, self.labeled.shape))
         share = np.count_nonzero(self.labeled[inside.to_slices()]) / box.size
         accepted = bool(share >= self.required_share)

@@ -173,7 +173,7 @@ def _source(cfg: CfgNode, path: Path, request: gp.BatchRequest) -> gp.Pipeline:
         source += Binarize(mask)
         source += PadLabels(mask, reachable)
         source += PadLabels(labels, reachable)
-    return source + LabeledLocation(NEURONS_MASK, data[NEURONS_MASK].roi)
+    return source + LabeledLocation(NEURONS_MASK, data[NEURONS_MASK].roi, request[NEURONS].roi.shape)
 
 
 def _labels_size(cfg: CfgNode, path: Path) -> int:
