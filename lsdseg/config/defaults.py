@@ -303,6 +303,9 @@ _C.INS_SEGMENT.FRAGMENTS_IN_XY = False
 # Leave voxels with a mean affinity of 0.5 or less out of all fragments. False: fragments fill the volume, and every
 # voxel of a membrane goes to a neurite next to it, which is how most ground truth is drawn.
 _C.INS_SEGMENT.BACKGROUND_MASK = False
+# If volumes/pred_placement was predicted, let it decide on which voxel two fragments meet. False: they meet where the
+# affinities are lowest. For METHOD waterz.
+_C.INS_SEGMENT.PLACEMENT = True
 # Threshold of a first agglomeration within each block, which reduces the number of fragments. 0: off.
 _C.INS_SEGMENT.EPSILON_AGGLOMERATE = 0.25
 # Zarr and dataset of a mask: segment only where it is not 0. super_predicter_daisy_chunkskipping.py predicts only

@@ -260,6 +260,7 @@ RULES: dict[str, Rule] = {
     "INS_SEGMENT.MERGE_FUNCTION": optional(choice(*MERGE_FUNCTIONS)),
     "INS_SEGMENT.FRAGMENTS_IN_XY": flag,
     "INS_SEGMENT.BACKGROUND_MASK": flag,
+    "INS_SEGMENT.PLACEMENT": flag,
     "INS_SEGMENT.EPSILON_AGGLOMERATE": share,
     "INS_SEGMENT.MASK_FILE": optional(path(text)),
     "INS_SEGMENT.MASK_DATASET": optional(text),
