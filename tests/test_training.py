@@ -78,6 +78,10 @@ def config(home, **overrides):
     return load_config(overrides=pairs(home, **overrides))
 
 
+def phantom_of(home):
+    return data_folder(config(home), "test") / "phantom.zarr"
+
+
 def batches_of(cfg, count, first=0, stride=1):
     paths = sorted(data_folder(cfg, "train").glob("*.zarr"))
     with training_batches(cfg, paths, tuple(task_channels(cfg)), first, stride) as batches:
@@ -213,6 +217,36 @@ def test_cross_entropy_balances_every_channel_and_trains(home):
         first[loss], last[loss] = np.mean(found[:6]), np.mean(found[-6:])
         assert last[loss] < first[loss]
     assert first["mse"] < 0.5 < first["bce"]
+
+
+def test_placement_is_learned_from_labels_that_touch(home):
+    """The boundaries in the labels are the voxels on either side of every face that it separates."""
+    seen = 0
+    for batch in batches_of(config(home, TRAIN__PLACEMENT=True), 3):
+        separated, known = (array[0] for array in (batch.targets["placement"] == 0, batch.weights["placement"] > 0))
+        boundary, inside = np.zeros(separated.shape[1:], bool), np.ones(separated.shape[1:], bool)
+        for axis in range(3):
+            boundary |= separated[axis] | np.roll(separated[axis], -1, axis)
+            inside &= known[axis] & np.roll(known[axis], -1, axis)
+            np.moveaxis(inside, axis, 0)[-1] = False
+        np.testing.assert_array_equal(batch.labels[0][inside] == 0, boundary[inside])
+        seen += boundary[inside].sum()
+        assert (batch.targets["placement"] > batch.targets["affs"]).any()
+    assert seen > 100
+
+
+def test_placement_is_predicted_and_kept_apart_from_the_affinities(home):
+    cfg = config(home, TRAIN__PLACEMENT=True, TRAIN__VALIDATE_EVERY=2, TRAIN__VALIDATION_VOLUME=phantom_of(home))
+    train(cfg)
+    predict(load_config(Path(cfg.MODEL.CKPT_FOLDER) / PREDICT_CONFIG))
+    [output] = Path(cfg.DATA.OUTFILE).rglob("*.zarr")
+    assert list_arrays(output) == ["volumes/pred_affs", "volumes/pred_lsds", "volumes/pred_placement"]
+    placement, affs = (open_array(output, f"volumes/pred_{task}") for task in ("placement", "affs"))
+    assert placement.shape == affs.shape
+    assert placement.attrs["offsets"] == [[-1, 0, 0], [0, -1, 0], [0, 0, -1]]
+    assert (read(placement) != read(affs)).any()
+    with pytest.raises(UserError, match=r"TRAIN.PLACEMENT is False but .* was trained with True"):
+        train(config(home))
 
 
 def test_lsds_of_a_batch_see_the_labels_around_it(home, tmp_path):

@@ -128,8 +128,12 @@ _C.TRAIN.EMA = 0.0
 # channels together. "bce": cross-entropy, which keeps correcting what is wrong with certainty. It is balanced in each
 # channel separately, because far fewer direct neighbors are separated than voxels far apart.
 _C.TRAIN.AFF_LOSS = "mse"
+# Learn the affinities of direct neighbors a second time, from labels between which no boundary was grown. They are
+# written as volumes/pred_placement and decide on which voxel two fragments meet, nothing else. With grown boundaries
+# alone, a network cannot say that; without them, too much merges. For networks that predict affinities.
+_C.TRAIN.PLACEMENT = False
 # Weight of each task's loss in the sum, for networks with several heads: LSD_LOSS_WEIGHT, AFF_LOSS_WEIGHT,
-# MITO_LOSS_WEIGHT.
+# PLACEMENT_LOSS_WEIGHT, MITO_LOSS_WEIGHT.
 for _task in TASKS.values():
     _C.TRAIN[_task.loss_weight] = 1.0
 # Data type of most of the arithmetic: "no" (float32), "bf16", "fp16", or "auto". bf16 halves memory and time on GPUs

@@ -228,6 +228,7 @@ RULES: dict[str, Rule] = {
     "TRAIN.LR_SCHEDULE": choice("constant", "cosine"),
     "TRAIN.WARMUP": integer(0),
     "TRAIN.AFF_LOSS": choice("mse", "bce"),
+    "TRAIN.PLACEMENT": flag,
     **{f"TRAIN.{task.loss_weight}": number(0) for task in TASKS.values()},
     "TRAIN.ACCUMULATE": integer(1),
     "TRAIN.EMA": decay,

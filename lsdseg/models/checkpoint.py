@@ -38,12 +38,13 @@ def network_settings(cfg: CfgNode) -> dict[str, Any]:
     """Collect the values of all config keys that shape the network.
 
     Returns:
-        Config key -> number, text or nested lists of numbers.
+        Config key -> number, bool, text or nested lists of numbers.
     """
     section = "MODEL_ISO" if cfg.DATA.FIB else "MODEL_ANISO"
     settings = {f"{section}.{key}": _to_lists(cfg.MODEL[key]) for key in NETWORK_KEYS}
     if "affs" in task_channels(cfg):
         settings["TRAIN.NEIGHBORHOOD"] = _to_lists(cfg.TRAIN.NEIGHBORHOOD)
+        settings["TRAIN.PLACEMENT"] = cfg.TRAIN.PLACEMENT
     return {"TRAIN.MODEL_TYPE": cfg.TRAIN.MODEL_TYPE, **settings}
 
 
@@ -242,5 +243,5 @@ def _shape_text(shape: Sequence[int] | None) -> str:
 
 def _keys_to_check(tensor_name: str) -> str:
     if "_head." in tensor_name:
-        return "check TRAIN.MODEL_TYPE, TRAIN.NEIGHBORHOOD and NUM_FMAPS_OUT"
+        return "check TRAIN.MODEL_TYPE, TRAIN.NEIGHBORHOOD, TRAIN.PLACEMENT and NUM_FMAPS_OUT"
     return "check NUM_FMAPS, FMAP_INC_FACTOR, DOWNSAMPLE_FACTORS and KERNEL_SIZE_DOWN/UP"

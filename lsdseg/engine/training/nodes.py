@@ -144,6 +144,32 @@ class Binarize(Relabel):
         return labels != 0
 
 
+class CopyLabels(gp.BatchFilter):
+    """Provide labels under a second key, as they are here. Nodes that follow may change those under the first.
+
+    Args:
+        labels: key of the labels.
+        copy: key of the copy to provide.
+    """
+
+    def __init__(self, labels: gp.ArrayKey, copy: gp.ArrayKey) -> None:
+        self.labels, self.copy = labels, copy
+
+    def setup(self) -> None:
+        self.enable_autoskip()
+        self.provides(self.copy, self.spec[self.labels].copy())
+
+    def prepare(self, request: gp.BatchRequest) -> gp.BatchRequest:
+        deps = gp.BatchRequest()
+        deps[self.labels] = request[self.copy].copy()
+        return deps
+
+    def process(self, batch: gp.Batch, request: gp.BatchRequest) -> gp.Batch:
+        result = gp.Batch()
+        result[self.copy] = gp.Array(batch[self.labels].data.copy(), batch[self.labels].spec.copy())
+        return result
+
+
 class PadLabels(gp.BatchFilter):
     """Provide labels in a whole ROI, 0 where there are none.
 
