@@ -229,6 +229,25 @@ def test_a_checkpoint_of_another_network_is_refused_by_config_key_or_tensor_name
         load_checkpoint(tmp_path / "headless", build_model(cfg), cfg)
 
 
+def test_a_leaky_network_is_another_one_though_its_tensors_are_the_same(cfg, tmp_path):
+    leaky = load_config(overrides=(*SMALL, "MODEL_ISO.ACTIVATION", "leaky_relu"))
+    models = build_model(cfg), build_model(leaky)
+    models[1].load_state_dict(models[0].state_dict())
+    x = torch.randn(1, 1, *cfg.MODEL.INPUT_SHAPE)
+    with torch.inference_mode():
+        assert not torch.equal(models[0](x).affs, models[1](x).affs)
+    optimizer = torch.optim.Adam(models[1].parameters())
+    save_checkpoint(tmp_path / "leaky", models[1], optimizer, 1, network_settings(leaky))
+    load_checkpoint(tmp_path / "leaky", models[1], leaky)
+    with pytest.raises(UserError, match=r"MODEL_ISO.ACTIVATION is relu but .* was trained with leaky_relu"):
+        load_checkpoint(tmp_path / "leaky", models[0], cfg)
+    # Published checkpoints do not say what they were trained with: it was ReLUs.
+    torch.save({"model_state_dict": models[0].state_dict()}, tmp_path / "published")
+    load_checkpoint(tmp_path / "published", models[0], cfg)
+    with pytest.raises(UserError, match=r"MODEL_ISO.ACTIVATION is leaky_relu but .* was trained with relu"):
+        load_checkpoint(tmp_path / "published", models[1], leaky)
+
+
 def test_long_range_neighborhood_gives_one_channel_each():
     offsets = "[[-1,0,0],[0,-1,0],[0,0,-1],[-3,0,0]]"
     cfg = load_config(overrides=(*SMALL, "TRAIN.NEIGHBORHOOD", offsets))

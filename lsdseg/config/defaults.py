@@ -201,6 +201,9 @@ _C.MODEL_ISO.KERNEL_SIZE_UP_2D = default_kernels(levels=3, dims=2)
 # "valid": the output is smaller than the input by the context. "same": the output is as large as the input. A small
 # patch then holds more supervised voxels, and prediction takes the context from the input instead.
 _C.MODEL_ISO.PAD_CONV = "valid"
+# What follows every convolution: "relu", as in the published networks, or "leaky_relu", which lets a hundredth of what
+# is negative pass. A channel that has died in training (see TRAIN.LR_FAN_IN) can then come back.
+_C.MODEL_ISO.ACTIVATION = "relu"
 # Input and output size of the network in training, in voxels. Factors and kernels decide which sizes are possible; the
 # message about an impossible INPUT_SHAPE names the nearest possible ones (208 -> 84 and 328 -> 204 are two).
 # OUTPUT_SHAPE None: computed from INPUT_SHAPE.

@@ -156,6 +156,7 @@ def _model_rules(dims: int) -> dict[str, Rule]:
         "KERNEL_SIZE_DOWN": kernels,
         "KERNEL_SIZE_UP": kernels,
         "PAD_CONV": choice("valid", "same"),
+        "ACTIVATION": choice("relu", "leaky_relu"),
         "INPUT_SHAPE": shape,
         "OUTPUT_SHAPE": optional(shape),
         "GROW_INPUT": optional(sequence(integer(0), dims, kind=tuple)),

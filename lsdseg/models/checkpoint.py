@@ -31,6 +31,7 @@ NETWORK_KEYS = (
     "KERNEL_SIZE_DOWN",
     "KERNEL_SIZE_UP",
     "PAD_CONV",
+    "ACTIVATION",
 )
 
 
@@ -212,6 +213,8 @@ def _check_settings(path: Path, trained: dict[str, Any], cfg: CfgNode, key: str)
     Raises:
         UserError: they describe different networks.
     """
+    # Older checkpoints do not say it: they had ReLUs. No tensor would show it, and predictions would be wrong.
+    trained = {f"{section}.ACTIVATION": "relu" for section in ("MODEL_ISO", "MODEL_ANISO")} | trained
     for setting, now in network_settings(cfg).items():
         if setting in trained and trained[setting] != now:
             if key == "TRAIN.CHECKPOINT":

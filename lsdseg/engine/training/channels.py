@@ -1,8 +1,9 @@
 """Channels of a U-Net that have died: no input makes them positive any more.
 
 A ReLU turns them into 0 and passes no gradient back. They therefore never return, and without a word the network works
-as a smaller one. It happens where a step moves all weights of a convolution the same way: its inputs, which are outputs
-of ReLUs, are all positive, so its sum moves by the step times the number of its inputs (TRAIN.LR_FAN_IN).
+as a smaller one. Behind a leaky ReLU they are nearly as useless, but can return. It happens where a step moves all
+weights of a convolution the same way: its inputs, which are outputs of ReLUs, are all positive, so its sum moves by the
+step times the number of its inputs (TRAIN.LR_FAN_IN).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsdseg.models.unet import UNet
+from lsdseg.models.unet import ACTIVATIONS, UNet
 
 
 @contextmanager
@@ -41,8 +42,9 @@ def channel_maxima(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         return hook
 
     unet = [module for module in model.modules() if isinstance(module, UNet)][-1]
+    kinds = tuple(ACTIVATIONS.values())
     handles = [
-        layer.register_forward_hook(watch(name)) for name, layer in unet.named_modules() if isinstance(layer, nn.ReLU)
+        layer.register_forward_hook(watch(name)) for name, layer in unet.named_modules() if isinstance(layer, kinds)
     ]
     try:
         yield maxima
@@ -85,7 +87,8 @@ def dead_channels(model: nn.Module, batch: Tensor) -> dict[str, int]:
 class ChannelWatch:
     """Find dead channels while a network trains: those that were positive in none of the last `WINDOW` watched steps.
 
-    One step shows one patch. A channel for something rare has nothing to say in most of them.
+    One step shows one patch. A channel for something rare has nothing to say in most of them. A watched step is not
+    compiled, so only few steps are watched.
 
     Attributes:
         steps: channel maxima of the last watched steps.
@@ -93,6 +96,7 @@ class ChannelWatch:
     """
 
     WINDOW = 10
+    MIN_INTERVAL = 10  # iterations between watched steps
     WORTH_A_WARNING = 0.02
 
     def __init__(self) -> None:
@@ -121,8 +125,8 @@ class ChannelWatch:
         self.warned = 2 * count / channels
         levels = ", ".join(f"{number} in {level}" for level, number in dead.items() if number)
         return (
-            f"warning: {count} of {channels} channels ({count / channels:.0%}) are zero on all of the last patches "
-            f"({levels}), and learn nothing more: start anew with a lower TRAIN.INITIAL_LR or TRAIN.LR_FAN_IN"
+            f"warning: {count} of {channels} channels ({count / channels:.0%}) are dead on all of the last patches "
+            f"({levels}): start anew with a lower TRAIN.INITIAL_LR or TRAIN.LR_FAN_IN, or with ACTIVATION leaky_relu"
         )
 
     def _maxima(self) -> dict[str, Tensor]:
