@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lsdseg.config.loader import load_config
 from lsdseg.data_utils.layout import data_folder
@@ -8,7 +9,7 @@ from lsdseg.engine.device import Precision
 from lsdseg.engine.training.channels import ChannelWatch, dead_channels
 from lsdseg.engine.training.pipeline import training_batches
 from lsdseg.engine.training.ranks import Ranks
-from lsdseg.engine.training.train import seed_everything
+from lsdseg.engine.training.train import seed_everything, train
 from lsdseg.engine.training.trainer import Trainer, parameter_groups
 from lsdseg.models import AutoContext, build_model
 
@@ -88,6 +89,22 @@ def test_dead_channels_are_counted_per_level(tmp_path):
     assert not network.unet.l_conv[0].conv_pass[1]._forward_hooks
 
 
+def test_a_leaky_channel_that_died_comes_back(tmp_path, batches):
+    """Gradients reach it. Behind a ReLU there are none."""
+    moved = {}
+    for activation in ("relu", "leaky_relu"):
+        seed_everything(0)
+        cfg = config(tmp_path, MODEL_ISO__ACTIVATION=activation)
+        trainer = Trainer(cfg, Precision("no", torch.device("cpu")), Ranks())
+        conv = trainer.network.unet.l_conv[2].conv_pass[2]
+        kill(trainer.network, conv, slice(10))
+        assert dead_channels(trainer.network, torch.from_numpy(batches[0].raw))["l_conv.2"] >= 10
+        trainer.prepare()
+        trainer.run_iteration([batches[0]], 0)
+        moved[activation] = (conv.bias[:10] != -1).sum().item()
+    assert moved == {"relu": 0, "leaky_relu": 10}
+
+
 def test_of_two_networks_in_a_row_the_trained_one_is_watched(tmp_path):
     first, second = build_model(config(tmp_path, TRAIN__MODEL_TYPE="LSD")), build_model(config(tmp_path))
     kill(first, first.unet.l_conv[0].conv_pass[0], slice(None))
@@ -117,6 +134,24 @@ def test_a_watch_warns_once_of_what_is_dead_in_all_of_many_steps(tmp_path):
     kill(network, network.unet.l_conv[2].conv_pass[0], slice(None))
     steps(ChannelWatch.WINDOW)
     assert "24 in r_conv.0.1" in watch.warning()
+
+
+def test_training_logs_dead_channels_and_warns_of_them(tmp_path, monkeypatch, capsys):
+    """Steps as large as the weights kill most channels at once."""
+    monkeypatch.setattr(ChannelWatch, "WINDOW", 1)
+    monkeypatch.setattr(ChannelWatch, "MIN_INTERVAL", 1)
+    cfg = config(tmp_path, TRAIN__INITIAL_LR=0.3, TRAIN__WARMUP=0, TRAIN__EPOCHS=3, TRAIN__LOG_EVERY=1)
+    volume = data_folder(cfg, "train") / "phantom.zarr"
+    volume.parent.mkdir(parents=True)
+    write_phantom(volume, (40, 40, 40), seed=0, voxel_size=(8, 8, 8))
+    train(cfg)
+    assert "warning: " in (said := capsys.readouterr().out)
+    assert "lower TRAIN.INITIAL_LR or TRAIN.LR_FAN_IN" in said
+    events = EventAccumulator(str(cfg.MODEL.LOG_DIR)).Reload()
+    levels = ["l_conv.0", "l_conv.1", "l_conv.2", "r_conv.0.0", "r_conv.0.1"]
+    assert [tag for tag in sorted(events.Tags()["scalars"]) if "dead" in tag] == [f"dead_channels/{x}" for x in levels]
+    assert [event.step for event in events.Scalars("dead_channels/l_conv.2")] == [1, 2, 3]
+    assert events.Scalars("dead_channels/l_conv.2")[-1].value > 20
 
 
 def test_steps_fall_with_the_fan_in_of_convolutions(tmp_path):

@@ -142,8 +142,8 @@ class Trainer:
         return complete_network(self.cfg, self.averaged.module if self.averaged else self.network)
 
     def watched_channels(self, iteration: int) -> AbstractContextManager[None]:
-        """Return the context for the step to an iteration. If that will be logged, all ranks watch the channels."""
-        if iteration % self.cfg.TRAIN.LOG_EVERY:
+        """Return the context for the step to an iteration, in which all ranks watch the channels if it is time to."""
+        if iteration % max(self.cfg.TRAIN.LOG_EVERY, ChannelWatch.MIN_INTERVAL):
             return nullcontext()
         return self.channels.watch(self.network)
 
