@@ -44,6 +44,7 @@ _C.MODEL_ISO.FMAP_INC_FACTOR = 2
 _C.MODEL_ISO.DOWNSAMPLE_FACTORS = [[2, 2, 2], [2, 2, 2], [2, 2, 2]]
 # All 48^3 voxels of a patch are supervised. With "valid" padding that would take an input of 136^3 voxels.
 _C.MODEL_ISO.PAD_CONV = "same"
+# The few channels that die nevertheless can come back.
 _C.MODEL_ISO.ACTIVATION = "leaky_relu"
 _C.MODEL_ISO.INPUT_SHAPE = (48, 48, 48)
 _C.MODEL_ISO.GROW_INPUT = (56, 56, 56)
