@@ -22,6 +22,7 @@ from lsdseg.config.loader import CHECKOUT, load_config
 from lsdseg.data_utils.layout import data_folder, lut_path, output_path
 from lsdseg.data_utils.phantom import make_phantom
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
+from lsdseg.engine.post.fragments import extract_fragments
 from lsdseg.engine.post.steps.edges import agglomerate_blockwise
 from lsdseg.engine.post.steps.fragments import extract_fragments_blockwise
 from lsdseg.engine.post.steps.relabel import extract_segmentation
@@ -107,6 +108,27 @@ def whole_way(cfg):
     find_segments(cfg, MERGE_FUNCTION, THRESHOLD)
     extract_segmentation(cfg, MERGE_FUNCTION, THRESHOLD)
     return read(open_array(output(cfg.DATA.HOME), FINAL))
+
+
+def test_placement_is_used_in_blocks_as_in_memory(home, labels):
+    """A single block that holds the whole volume gives the fragments that are made without blocks."""
+    neurites, affinities = labels
+    placement = np.ones((3, *SHAPE), np.uint8)
+    for axis in range(3):
+        here, before = np.moveaxis(neurites, axis, 0)[1:], np.moveaxis(neurites, axis, 0)[:-1]
+        np.moveaxis(placement[axis], axis, 0)[1:] = here == before
+    place = {"voxel_size": (8, 8, 8), "offset": OFFSET}
+    write_array(output(home), "volumes/pred_placement", placement * 255, **place)
+    one_block = {"INS_SEGMENT__BLOCK_SIZE": SHAPE, "SYSTEM__NUM_WORKERS": 1}
+    extract_fragments_blockwise(config(home, **one_block))
+    found = read(open_array(output(home), "volumes/fragments"))
+    placed, without = extract_fragments(affinities, placement=placement * 255), extract_fragments(affinities)
+    assert (placed != without).any()
+    # Fragments have other numbers, but the same voxels.
+    pairs_found = np.unique(np.stack([found, placed]).reshape(2, -1), axis=1)
+    assert pairs_found.shape[1] == len(np.unique(found)) == len(np.unique(placed))
+    with pytest.raises(UserError, match=r"INS_SEGMENT.PLACEMENT \(was True, is None\) changed"):
+        extract_fragments_blockwise(config(home, **one_block, INS_SEGMENT__PLACEMENT=False))
 
 
 @pytest.fixture(scope="module")

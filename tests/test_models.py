@@ -12,7 +12,7 @@ from lsdseg.config.network_shapes import output_shape, tile_context
 from lsdseg.errors import UserError
 from lsdseg.models import build_model
 from lsdseg.models.checkpoint import latest_checkpoint, load_checkpoint, network_settings, save_checkpoint
-from lsdseg.models.losses import weighted_mse
+from lsdseg.models.losses import weighted_bce, weighted_mse
 
 SMALL = (
     *("MODEL_ISO.NUM_FMAPS", "3", "MODEL_ISO.NUM_FMAPS_OUT", "4", "MODEL_ISO.FMAP_INC_FACTOR", "2"),
@@ -127,6 +127,20 @@ def test_weighted_mse_is_the_mean_over_weighted_entries():
     assert weighted_mse(prediction, target, torch.zeros(3)).item() == 0
 
 
+def test_weighted_cross_entropy_is_the_mean_over_weighted_entries():
+    prediction, target = torch.tensor([0.5, 0.9, 0.1]), torch.tensor([1.0, 0.0, 0.0])
+    expected = (-math.log(0.5) - 0.5 * math.log(0.1)) / 2
+    assert weighted_bce(prediction, target, torch.tensor([1.0, 0.5, 0.0])).item() == pytest.approx(expected)
+    assert weighted_bce(prediction, target, torch.tensor([1.0, 0.5, 0.0]), 4).item() == pytest.approx(expected / 2)
+    assert weighted_bce(prediction, target, torch.zeros(3)).item() == 0
+    # What is certain and wrong costs a lot, but the loss stays finite.
+    certain = torch.ones(1, requires_grad=True)
+    loss = weighted_bce(certain, torch.zeros(1), torch.ones(1))
+    loss.backward()
+    assert 10 < loss.item() < math.inf
+    assert certain.grad.isfinite().all()
+
+
 def test_checkpoint_round_trip_keeps_weights_optimizer_and_iteration(cfg, tmp_path):
     torch.manual_seed(0)
     model = build_model(cfg)
@@ -213,6 +227,25 @@ def test_a_checkpoint_of_another_network_is_refused_by_config_key_or_tensor_name
     torch.save({"model_state_dict": weights}, tmp_path / "headless")
     with pytest.raises(UserError, match=r"aff_head.conv_pass.0.bias is missing there.*MODEL_TYPE"):
         load_checkpoint(tmp_path / "headless", build_model(cfg), cfg)
+
+
+def test_a_leaky_network_is_another_one_though_its_tensors_are_the_same(cfg, tmp_path):
+    leaky = load_config(overrides=(*SMALL, "MODEL_ISO.ACTIVATION", "leaky_relu"))
+    models = build_model(cfg), build_model(leaky)
+    models[1].load_state_dict(models[0].state_dict())
+    x = torch.randn(1, 1, *cfg.MODEL.INPUT_SHAPE)
+    with torch.inference_mode():
+        assert not torch.equal(models[0](x).affs, models[1](x).affs)
+    optimizer = torch.optim.Adam(models[1].parameters())
+    save_checkpoint(tmp_path / "leaky", models[1], optimizer, 1, network_settings(leaky))
+    load_checkpoint(tmp_path / "leaky", models[1], leaky)
+    with pytest.raises(UserError, match=r"MODEL_ISO.ACTIVATION is relu but .* was trained with leaky_relu"):
+        load_checkpoint(tmp_path / "leaky", models[0], cfg)
+    # Published checkpoints do not say what they were trained with: it was ReLUs.
+    torch.save({"model_state_dict": models[0].state_dict()}, tmp_path / "published")
+    load_checkpoint(tmp_path / "published", models[0], cfg)
+    with pytest.raises(UserError, match=r"MODEL_ISO.ACTIVATION is leaky_relu but .* was trained with relu"):
+        load_checkpoint(tmp_path / "published", models[1], leaky)
 
 
 def test_long_range_neighborhood_gives_one_channel_each():

@@ -18,7 +18,14 @@ from lsdseg.data_utils.layout import output_path
 from lsdseg.data_utils.masks import read_mask
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
 from lsdseg.engine.post.agglomerate import QUEUE_BINS, agglomerate, default_merge_function
-from lsdseg.engine.post.fragments import extract_fragments, find_seeds, flood, squared_distances
+from lsdseg.engine.post.fragments import (
+    SEED_DISTANCE,
+    extract_fragments,
+    find_seeds,
+    flood,
+    flood_between,
+    squared_distances,
+)
 from lsdseg.engine.post.methods import method_of
 from lsdseg.engine.post.whole import segment
 from lsdseg.errors import UserError
@@ -114,10 +121,75 @@ def test_neurites_meet_where_the_membrane_is_surest():
 
 
 def test_volumes_without_and_full_of_boundary():
-    assert not extract_fragments(np.zeros((3, 4, 20, 20), np.float32)).any()
-    assert (extract_fragments(np.ones((3, 4, 20, 20), np.float32)) == 1).all()
-    per_section = extract_fragments(np.ones((3, 4, 20, 20), np.float32), fragments_in_xy=True)
-    assert [np.unique(section).tolist() for section in per_section] == [[1], [2], [3], [4]]
+    affinities = np.zeros((3, 4, 20, 20), np.float32)
+    assert not extract_fragments(affinities).any()
+    affinities[:, 1:] = 1
+    per_section = extract_fragments(affinities, fragments_in_xy=True)
+    assert [np.unique(section).tolist() for section in per_section] == [[0], [1], [2], [3]]
+    assert (extract_fragments(np.ones_like(affinities)) == 1).all()
+
+
+def test_boundary_wider_than_the_seed_window_is_not_flooded_by_neurites():
+    """Like resin beside tissue: it becomes a fragment of its own, except for the rim that the window cannot tell."""
+    affinities = np.ones((3, 24, 24, 60), np.float32)
+    affinities[..., 20:] = np.random.default_rng(0).uniform(0, 0.3, (3, 24, 24, 40))
+    fragments = extract_fragments(affinities)
+    neurite, resin = fragments[0, 0, 0], fragments[0, 0, -1]
+    assert neurite != resin
+    assert set(np.unique(fragments)) == {neurite, resin}
+    assert (fragments[..., :20] == neurite).all()
+    assert (fragments[..., 20 + SEED_DISTANCE // 2 :] == resin).all()
+    assert extract_fragments(affinities, background_mask=True)[..., 20:].max() == 0
+
+
+def test_placement_says_on_which_voxel_neurites_meet():
+    """Grown boundaries say nothing about that; the affinity between two touching voxels does."""
+    labels = np.ones((8, 8, 30), np.uint64)
+    labels[..., 15:] = 2
+    eroded = np.where((np.arange(30) > 10) & (np.arange(30) < 16), 0, labels)
+    fragments = extract_fragments(affinities_of(eroded), placement=affinities_of(labels))
+    assert len(np.unique(fragments)) == 2
+    assert (fragments == np.where(labels == 1, fragments[0, 0, 0], fragments[0, 0, -1])).all()
+    assert (extract_fragments(affinities_of(eroded)) != fragments).any()
+    # In sections, too, where the affinity across them does not count.
+    per_section = extract_fragments(affinities_of(eroded), placement=affinities_of(labels), fragments_in_xy=True)
+    assert all((section[labels[0] == 1] == section[0, 0]).all() for section in per_section)
+    assert len(np.unique(per_section)) == 16
+    without = extract_fragments(affinities_of(eroded), placement=affinities_of(labels), background_mask=True)
+    assert ((without > 0) == (eroded > 0))[..., :10].all()
+    assert not without[..., 11:15].any()
+
+
+def test_flood_between_is_a_maximum_spanning_forest():
+    """Every voxel gets the label whose path to it has the highest lowest affinity, as a slow search finds it."""
+    rng = np.random.default_rng(0)
+    shape = (5, 6, 7)
+    affinities = rng.permutation(3 * np.prod(shape)).reshape(3, *shape) / 630  # all different
+    affinities = (affinities * 255).round() / 255
+    labels = np.zeros(shape, np.int32)
+    labels.ravel()[rng.choice(labels.size, 5, replace=False)] = np.arange(1, 6)
+    inside = rng.random(shape) > 0.1
+    inside[labels > 0] = True
+
+    width = np.zeros((6, *shape))
+    width[labels, *np.indices(shape)] = (labels > 0) * 2.0
+    for _ in range(labels.size):
+        before = width.copy()
+        for axis in range(3):
+            to, back = (np.moveaxis(a, axis + 1, 0) for a in (width, before))
+            edge = np.moveaxis(np.where(inside, affinities[axis], -1), axis, 0)[1:, None]
+            free = np.moveaxis(inside & (labels == 0), axis, 0)[:, None]
+            to[1:] = np.where(free[1:], np.maximum(to[1:], np.minimum(back[:-1], edge)), to[1:])
+            to[:-1] = np.where(free[:-1], np.maximum(to[:-1], np.minimum(back[1:], edge)), to[:-1])
+        if (before == width).all():
+            break
+    found = flood_between(labels, affinities.astype(np.float32), inside)
+    assert (found[labels > 0] == labels[labels > 0]).all()
+    assert not found[~inside].any()
+    reached = width[1:].max(axis=0)
+    assert ((found > 0) == ((reached > 0) & inside)).all()
+    chosen = np.take_along_axis(width, found[None].astype(np.int64), axis=0)[0]
+    np.testing.assert_allclose(chosen[found > 0], reached[found > 0])
 
 
 def test_grown_fragments_fill_the_volume_and_keep_the_others(noisy):
@@ -282,6 +354,31 @@ def test_segments_every_threshold_on_disk(config, noisy):
     assert counts[0] > counts[1] > counts[2]
     [(_, expected)] = agglomerate(noisy, read(arrays[0]), [0.5], "hist_quant_50")
     assert voi_sum(expected, read(arrays[2])) < 0.1
+
+
+def test_a_predicted_placement_is_used_unless_it_is_turned_off(config, neurites, noisy):
+    load, output = config
+    place = {"voxel_size": (8, 8, 8), "offset": (80, 160, 240)}
+    write_array(output, "volumes/pred_affs", noisy, **place)
+
+    def fragments(**settings):
+        segment(load(**settings))
+        return read(open_array(output, "volumes/fragments"))
+
+    # Channels in another order than those of affinities: their offsets count.
+    offsets = [[0, 0, -1], [-1, 0, 0], [0, -1, 0]]
+    placement = affinities_of(neurites)[[2, 0, 1]]
+    without = fragments()
+    write_array(output, "volumes/pred_placement", placement, **place, attributes={"offsets": offsets})
+    placed = fragments()
+    assert (placed != without).any()
+    expected = extract_fragments(noisy, epsilon_agglomerate=0.25, placement=affinities_of(neurites))
+    np.testing.assert_array_equal(placed, expected)
+    np.testing.assert_array_equal(fragments(INS_SEGMENT__PLACEMENT=False), without)
+
+    write_array(output, "volumes/pred_placement", placement[:, 1:], **place, attributes={"offsets": offsets})
+    with pytest.raises(UserError, match=r"pred_placement in .* run predicter.py again"):
+        segment(load())
 
 
 def test_segments_within_the_mask_only(config, noisy, tmp_path):

@@ -16,15 +16,18 @@ from scipy.ndimage import maximum_filter
 
 from lsdseg.config.loader import load_config
 from lsdseg.config.model_types import task_channels
+from lsdseg.data_utils.labels import create_labels_mask
 from lsdseg.data_utils.layout import PREDICT_CONFIG, data_folder
 from lsdseg.data_utils.phantom import write_phantom
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
+from lsdseg.engine.device import Precision
 from lsdseg.engine.predict.predict import predict
 from lsdseg.engine.training.lsd import local_shape_descriptors
 from lsdseg.engine.training.nodes import CompactLabels, GrowBoundary, TargetFromLabels, lsd_context
 from lsdseg.engine.training.pipeline import training_batches
-from lsdseg.engine.training.train import train
-from lsdseg.engine.training.trainer import learning_rate
+from lsdseg.engine.training.ranks import Ranks
+from lsdseg.engine.training.train import seed_everything, train
+from lsdseg.engine.training.trainer import Trainer, learning_rate
 from lsdseg.errors import UserError
 from lsdseg.models.checkpoint import checkpoint_path, checkpoints_in, latest_checkpoint
 
@@ -75,30 +78,37 @@ def config(home, **overrides):
     return load_config(overrides=pairs(home, **overrides))
 
 
+def phantom_of(home):
+    return data_folder(config(home), "test") / "phantom.zarr"
+
+
 def batches_of(cfg, count, first=0, stride=1):
     paths = sorted(data_folder(cfg, "train").glob("*.zarr"))
     with training_batches(cfg, paths, tuple(task_channels(cfg)), first, stride) as batches:
         return [next(batches) for _ in range(count)]
 
 
-def filtered(node, labels):
-    """Pass labels through a node."""
-    key = gp.ArrayKey("LABELS")
-    spec = gp.ArraySpec(gp.Roi((0,) * 3, labels.shape), (1,) * 3, False, dtype=labels.dtype)
+def filtered(node, labels, mask=None):
+    """Pass labels, and a mask if there is one, through a node. `node` takes their keys."""
+    arrays = {gp.ArrayKey("LABELS"): labels} | ({} if mask is None else {gp.ArrayKey("MASK"): mask})
+    roi = gp.Roi((0,) * 3, labels.shape)
 
     class Source(gp.BatchProvider):
         def setup(self):
-            self.provides(key, spec)
+            for key, array in arrays.items():
+                self.provides(key, gp.ArraySpec(roi, (1,) * 3, False, dtype=array.dtype))
 
         def provide(self, request):
             batch = gp.Batch()
-            batch[key] = gp.Array(labels, spec)
+            for key, array in arrays.items():
+                batch[key] = gp.Array(array, self.spec[key])
             return batch
 
     request = gp.BatchRequest()
-    request.add(key, labels.shape)
-    with gp.build(Source() + node(key)) as pipeline:
-        return pipeline.request_batch(request)[key].data
+    for key in arrays:
+        request.add(key, labels.shape)
+    with gp.build(Source() + node(*arrays)) as pipeline:
+        return pipeline.request_batch(request)[next(iter(arrays))].data
 
 
 def test_a_target_sees_the_context_of_its_voxels_and_leaves_labels_alone():
@@ -120,10 +130,35 @@ def test_a_target_sees_the_context_of_its_voxels_and_leaves_labels_alone():
 def test_boundaries_grow_as_in_gunpowder(steps, only_xy):
     cubes = np.random.default_rng(0).integers(0, 4, (3, 4, 5), dtype=np.uint32)
     labels = cubes.repeat(5, 0).repeat(5, 1).repeat(5, 2)
-    ours = filtered(lambda key: GrowBoundary(key, steps, only_xy), labels)
-    theirs = filtered(lambda key: gp.GrowBoundary(key, steps=steps, only_xy=only_xy), labels.copy())
-    np.testing.assert_array_equal(ours, theirs)
-    assert 0 < (ours > 0).sum() < (labels > 0).sum()
+    mask = np.ones(labels.shape, np.uint8)
+    mask[5:10, 10:, :10] = mask[:, :, :2] = 0
+    for known in (np.ones_like(mask), mask):
+        ours = filtered(lambda key, mask_key: GrowBoundary(key, mask_key, steps, only_xy), labels, known)
+        theirs = filtered(
+            lambda key, mask_key: gp.GrowBoundary(key, mask_key, steps=steps, only_xy=only_xy), labels.copy(), known
+        )
+        np.testing.assert_array_equal(ours[known > 0], theirs[known > 0])
+        assert 0 < (ours > 0).sum() < (labels > 0).sum()
+
+
+def test_the_edge_of_what_is_labeled_is_no_boundary(home):
+    """One neurite, labeled only in the middle of raw, has no boundary, so no affinity with a weight is 0."""
+    labels = np.ones((28, 30, 34), np.uint64)
+    path = write_labels(home, labels, offset=(160, 240, 80))
+    create_labels_mask(path)
+    cfg = config(home)
+    touched = 0
+    for batch in batches_of(cfg, 12):
+        weights = batch.weights["affs"]
+        touched += (weights == 0).any()
+        assert (weights > 0).any()
+        assert (batch.targets["affs"][weights > 0] == 1).all()
+        # An affinity counts where both of its voxels are labeled.
+        known = batch.labels > 0
+        for axis in range(3):
+            here, counts = (np.moveaxis(array, axis + 1, 0) for array in (known, weights[:, axis] > 0))
+            np.testing.assert_array_equal(counts[1:], here[1:] & here[:-1])
+    assert touched > 6
 
 
 def test_large_ids_become_small_and_unlabeled_ones_zero():
@@ -160,6 +195,58 @@ def test_targets_fit_the_labels_and_weights_balance_them(home):
                 chosen = known & (affs[element] == value)
                 share = np.clip(chosen.sum() / known.sum(), 0.05, 0.95)
                 np.testing.assert_allclose(weights[chosen], 0.5 / share, rtol=1e-5)
+
+
+def test_cross_entropy_balances_every_channel_and_trains(home):
+    overrides = {"TRAIN__NEIGHBORHOOD": [[-1, 0, 0], [0, -1, 0], [-6, 0, 0]]}
+    cfgs = {loss: config(home, TRAIN__AFF_LOSS=loss, **overrides) for loss in ("mse", "bce")}
+    batches = batches_of(cfgs["bce"], 6)
+    for batch in batches:
+        affs, weights = batch.targets["affs"][0], batch.weights["affs"][0]
+        for channel, weight in zip(affs, weights, strict=True):
+            separated = (channel[weight > 0] == 0).mean()
+            if 0.05 < separated < 0.95:  # rarer ones would get too large a weight
+                sums = [weight[channel == value].sum() for value in (0, 1)]
+                assert sums[0] == pytest.approx(sums[1], rel=1e-3)
+    first, last = {}, {}
+    for loss, cfg in cfgs.items():
+        seed_everything(0)
+        trainer = Trainer(cfg, Precision("no", torch.device("cpu")), Ranks())
+        trainer.prepare()
+        found = [trainer.run_iteration([batches[n % 6]], 0)[0]["affs"] for n in range(60)]
+        first[loss], last[loss] = np.mean(found[:6]), np.mean(found[-6:])
+        assert last[loss] < first[loss]
+    assert first["mse"] < 0.5 < first["bce"]
+
+
+def test_placement_is_learned_from_labels_that_touch(home):
+    """The boundaries in the labels are the voxels on either side of every face that it separates."""
+    seen = 0
+    for batch in batches_of(config(home, TRAIN__PLACEMENT=True), 3):
+        separated, known = (array[0] for array in (batch.targets["placement"] == 0, batch.weights["placement"] > 0))
+        boundary, inside = np.zeros(separated.shape[1:], bool), np.ones(separated.shape[1:], bool)
+        for axis in range(3):
+            boundary |= separated[axis] | np.roll(separated[axis], -1, axis)
+            inside &= known[axis] & np.roll(known[axis], -1, axis)
+            np.moveaxis(inside, axis, 0)[-1] = False
+        np.testing.assert_array_equal(batch.labels[0][inside] == 0, boundary[inside])
+        seen += boundary[inside].sum()
+        assert (batch.targets["placement"] > batch.targets["affs"]).any()
+    assert seen > 100
+
+
+def test_placement_is_predicted_and_kept_apart_from_the_affinities(home):
+    cfg = config(home, TRAIN__PLACEMENT=True, TRAIN__VALIDATE_EVERY=2, TRAIN__VALIDATION_VOLUME=phantom_of(home))
+    train(cfg)
+    predict(load_config(Path(cfg.MODEL.CKPT_FOLDER) / PREDICT_CONFIG))
+    [output] = Path(cfg.DATA.OUTFILE).rglob("*.zarr")
+    assert list_arrays(output) == ["volumes/pred_affs", "volumes/pred_lsds", "volumes/pred_placement"]
+    placement, affs = (open_array(output, f"volumes/pred_{task}") for task in ("placement", "affs"))
+    assert placement.shape == affs.shape
+    assert placement.attrs["offsets"] == [[-1, 0, 0], [0, -1, 0], [0, 0, -1]]
+    assert (read(placement) != read(affs)).any()
+    with pytest.raises(UserError, match=r"TRAIN.PLACEMENT is False but .* was trained with True"):
+        train(config(home))
 
 
 def test_lsds_of_a_batch_see_the_labels_around_it(home, tmp_path):
@@ -220,6 +307,16 @@ def test_locations_are_labeled_and_cost_little_memory(home, volume):
     # The required share starts at 0.5. Every miss lowers it by two percent.
     assert min(shares) > 0.25
     assert max(shares) > 0.5
+
+
+def test_what_lies_around_a_patch_need_not_be_labeled(home):
+    """LSDs and boundaries need labels around the patch. Here only the patch is labeled."""
+    path = write_labels(home, np.ones((20, 20, 20), np.uint64), offset=(128, 128, 128))
+    create_labels_mask(path)
+    cfg = config(home, TRAIN__AUGMENT=False, MODEL_ISO__LSD_SIGMA=80)
+    shares = [batch.weights["lsds"].mean() for batch in batches_of(cfg, 10)]
+    assert tuple(cfg.MODEL.OUTPUT_SHAPE) == (20, 20, 20)
+    assert np.mean(shares) > 0.1
 
 
 def test_worker_processes_make_the_same_batches_as_this_one(home):

@@ -109,6 +109,11 @@ _C.TRAIN.BATCH_SIZE = 1
 # Learning rate and betas of Adam. For small networks and short runs, try ten times this learning rate.
 _C.TRAIN.INITIAL_LR = 0.5e-4
 _C.TRAIN.LR_BETAS = (0.95, 0.999)
+# Convolutions that sum over more inputs than this (voxels of the kernel times channels) take steps that are smaller in
+# proportion. Adam moves every weight by about the learning rate, and the sum by that times the number of inputs. At a
+# rate that suits narrow layers, many channels of wide layers end below zero for every input and are lost. Lower it if
+# training warns of dead channels. 0: all layers take the same steps.
+_C.TRAIN.LR_FAN_IN = 0
 # "constant", or "cosine": down to zero over EPOCHS along half a cosine. Use cosine for short runs of known length.
 _C.TRAIN.LR_SCHEDULE = "constant"
 # Iterations over which the learning rate rises linearly to INITIAL_LR at the start. If the loss jumps at first, try a
@@ -119,8 +124,16 @@ _C.TRAIN.ACCUMULATE = 1
 # Decay of an exponential moving average of the weights. Prediction then uses the average instead of the last weights.
 # 0: off. 0.999 averages over about a thousand iterations.
 _C.TRAIN.EMA = 0.0
+# Loss of affinities. "mse": squared error, with connected and separated voxels weighted to count the same over all
+# channels together. "bce": cross-entropy, which keeps correcting what is wrong with certainty. It is balanced in each
+# channel separately, because far fewer direct neighbors are separated than voxels far apart.
+_C.TRAIN.AFF_LOSS = "mse"
+# Learn the affinities of direct neighbors a second time, from labels between which no boundary was grown. They are
+# written as volumes/pred_placement and decide on which voxel two fragments meet, nothing else. With grown boundaries
+# alone, a network cannot say that; without them, too much merges. For networks that predict affinities.
+_C.TRAIN.PLACEMENT = False
 # Weight of each task's loss in the sum, for networks with several heads: LSD_LOSS_WEIGHT, AFF_LOSS_WEIGHT,
-# MITO_LOSS_WEIGHT.
+# PLACEMENT_LOSS_WEIGHT, MITO_LOSS_WEIGHT.
 for _task in TASKS.values():
     _C.TRAIN[_task.loss_weight] = 1.0
 # Data type of most of the arithmetic: "no" (float32), "bf16", "fp16", or "auto". bf16 halves memory and time on GPUs
@@ -188,6 +201,9 @@ _C.MODEL_ISO.KERNEL_SIZE_UP_2D = default_kernels(levels=3, dims=2)
 # "valid": the output is smaller than the input by the context. "same": the output is as large as the input. A small
 # patch then holds more supervised voxels, and prediction takes the context from the input instead.
 _C.MODEL_ISO.PAD_CONV = "valid"
+# What follows every convolution: "relu", as in the published networks, or "leaky_relu", which lets a hundredth of what
+# is negative pass. A channel that has died in training (see TRAIN.LR_FAN_IN) can then come back.
+_C.MODEL_ISO.ACTIVATION = "relu"
 # Input and output size of the network in training, in voxels. Factors and kernels decide which sizes are possible; the
 # message about an impossible INPUT_SHAPE names the nearest possible ones (208 -> 84 and 328 -> 204 are two).
 # OUTPUT_SHAPE None: computed from INPUT_SHAPE.
@@ -294,6 +310,9 @@ _C.INS_SEGMENT.FRAGMENTS_IN_XY = False
 # Leave voxels with a mean affinity of 0.5 or less out of all fragments. False: fragments fill the volume, and every
 # voxel of a membrane goes to a neurite next to it, which is how most ground truth is drawn.
 _C.INS_SEGMENT.BACKGROUND_MASK = False
+# If volumes/pred_placement was predicted, let it decide on which voxel two fragments meet. False: they meet where the
+# affinities are lowest. For METHOD waterz.
+_C.INS_SEGMENT.PLACEMENT = True
 # Threshold of a first agglomeration within each block, which reduces the number of fragments. 0: off.
 _C.INS_SEGMENT.EPSILON_AGGLOMERATE = 0.25
 # Zarr and dataset of a mask: segment only where it is not 0. super_predicter_daisy_chunkskipping.py predicts only

@@ -41,16 +41,23 @@ def affinity_offsets(cfg: CfgNode) -> list[list[int]]:
     return [[0] * (3 - len(offset)) + list(offset) for offset in cfg.TRAIN.NEIGHBORHOOD]
 
 
+def placement_offsets(cfg: CfgNode) -> list[list[int]]:
+    """Return the offsets (z, y, x) in voxels of the placement: the direct neighbors, in 2D those in the section."""
+    return [[-1, 0, 0], [0, -1, 0], [0, 0, -1]][int(cfg.DATA.DIM_2D) :]
+
+
 @dataclass(frozen=True)
 class Task:
     """What one head predicts. On disk it is the dataset `volumes/pred_TASK`.
 
     Attributes:
         head: name of the head in the state dict. Published checkpoints depend on it.
-        loss_weight: key of TRAIN for the weight of its loss, a weighted mean squared error.
+        loss_weight: key of TRAIN for the weight of its loss.
         channels: takes a config and returns the number of channels.
         target: "module:function" that makes its training target; see `lsdseg.engine.training.targets`.
         labels: name in LABELS of the ground truth to train on.
+        loss: key of TRAIN that names its loss, "mse" or "bce". None: mean squared error.
+        touching: whether it learns from neuron labels between which no boundary was grown.
         attributes: takes a config and returns attributes of the array on disk, in addition to its placement.
     """
 
@@ -59,6 +66,8 @@ class Task:
     channels: Callable[[CfgNode], int]
     target: str
     labels: str = "NEURON_LABELS"
+    loss: str | None = None
+    touching: bool = False
     attributes: Callable[[CfgNode], dict[str, Any]] = lambda cfg: {}
 
     def __post_init__(self) -> None:
@@ -73,7 +82,17 @@ TASKS = {
         "AFF_LOSS_WEIGHT",
         lambda cfg: len(cfg.TRAIN.NEIGHBORHOOD),
         "lsdseg.engine.training.targets:affinity_target",
+        loss="AFF_LOSS",
         attributes=lambda cfg: {"offsets": affinity_offsets(cfg)},
+    ),
+    "placement": Task(
+        "placement_head",
+        "PLACEMENT_LOSS_WEIGHT",
+        lambda cfg: len(placement_offsets(cfg)),
+        "lsdseg.engine.training.targets:placement_target",
+        loss="AFF_LOSS",
+        touching=True,
+        attributes=lambda cfg: {"offsets": placement_offsets(cfg)},
     ),
     "mito": Task(
         "mito_head",
@@ -114,15 +133,23 @@ MODEL_TYPES = {
 }
 
 
+def tasks_of(cfg: CfgNode) -> tuple[str, ...]:
+    """Return the tasks of the configured network in output order.
+
+    They are those of its model type and, with TRAIN.PLACEMENT, "placement" if it predicts affinities.
+    """
+    tasks = MODEL_TYPES[cfg.TRAIN.MODEL_TYPE].tasks
+    return (*tasks, "placement") if cfg.TRAIN.PLACEMENT and "affs" in tasks else tasks
+
+
 def task_channels(cfg: CfgNode) -> dict[str, int]:
-    """Return task -> number of output channels of the configured model type, in output order."""
-    return {task: TASKS[task].channels(cfg) for task in MODEL_TYPES[cfg.TRAIN.MODEL_TYPE].tasks}
+    """Return task -> number of output channels of the configured network, in output order."""
+    return {task: TASKS[task].channels(cfg) for task in tasks_of(cfg)}
 
 
 def label_keys(cfg: CfgNode) -> list[str]:
     """Return the keys of DATA for the labels that the configured model type is trained on, those of neurons first."""
-    tasks = MODEL_TYPES[cfg.TRAIN.MODEL_TYPE].tasks
-    return list(dict.fromkeys(["NEURON_LABELS", *(TASKS[task].labels for task in tasks)]))
+    return list(dict.fromkeys(["NEURON_LABELS", *(TASKS[task].labels for task in tasks_of(cfg))]))
 
 
 def input_channels(cfg: CfgNode) -> int:

@@ -32,6 +32,7 @@ NETWORK_KEYS = (
     "KERNEL_SIZE_DOWN",
     "KERNEL_SIZE_UP",
     "PAD_CONV",
+    "ACTIVATION",
 )
 
 
@@ -39,12 +40,13 @@ def network_settings(cfg: CfgNode) -> dict[str, Any]:
     """Collect the values of all config keys that shape the network.
 
     Returns:
-        Config key -> number, text or nested lists of numbers.
+        Config key -> number, bool, text or nested lists of numbers.
     """
     section = "MODEL_ISO" if cfg.DATA.FIB else "MODEL_ANISO"
     settings = {f"{section}.{key}": _to_lists(cfg.MODEL[key]) for key in NETWORK_KEYS}
     if "affs" in task_channels(cfg):
         settings["TRAIN.NEIGHBORHOOD"] = _to_lists(cfg.TRAIN.NEIGHBORHOOD)
+        settings["TRAIN.PLACEMENT"] = cfg.TRAIN.PLACEMENT
     return {"TRAIN.MODEL_TYPE": cfg.TRAIN.MODEL_TYPE, **settings}
 
 
@@ -145,7 +147,7 @@ def load_checkpoint(
 
     Raises:
         UserError: the file does not exist, is damaged, is not a checkpoint, contains pickled code, or belongs to
-            another network.
+            another network, or the optimizer was trained with another TRAIN.LR_FAN_IN.
     """
     if not path:
         raise UserError(f"{key} is empty: set it to a file model_checkpoint_ITERATION that trainer.py wrote")
@@ -158,7 +160,12 @@ def load_checkpoint(
     _check_shapes(path, weights, model)
     model.load_state_dict(weights, strict=True)
     if optimizer is not None and "optimizer_state_dict" in state:
-        optimizer.load_state_dict(state["optimizer_state_dict"])
+        try:
+            optimizer.load_state_dict(state["optimizer_state_dict"])
+        except ValueError:  # other groups of parameters, which only this key makes
+            raise UserError(
+                f"{path} was trained with another TRAIN.LR_FAN_IN: use that value, or choose another CKPT_FOLDER"
+            ) from None
     number = re.search(r"_(\d+)$", path.name)
     iteration: int = state.get("iteration", int(number[1]) if number else 0)
     return iteration
@@ -207,6 +214,8 @@ def _check_settings(path: Path, trained: dict[str, Any], cfg: CfgNode, key: str)
     Raises:
         UserError: they describe different networks.
     """
+    # Older checkpoints do not say it: they had ReLUs. No tensor would show it, and predictions would be wrong.
+    trained = {f"{section}.ACTIVATION": "relu" for section in ("MODEL_ISO", "MODEL_ANISO")} | trained
     for setting, now in network_settings(cfg).items():
         if setting in trained and trained[setting] != now:
             if key == "TRAIN.CHECKPOINT":
@@ -238,5 +247,5 @@ def _shape_text(shape: Sequence[int] | None) -> str:
 
 def _keys_to_check(tensor_name: str) -> str:
     if "_head." in tensor_name:
-        return "check TRAIN.MODEL_TYPE, TRAIN.NEIGHBORHOOD and NUM_FMAPS_OUT"
+        return "check TRAIN.MODEL_TYPE, TRAIN.NEIGHBORHOOD, TRAIN.PLACEMENT and NUM_FMAPS_OUT"
     return "check NUM_FMAPS, FMAP_INC_FACTOR, DOWNSAMPLE_FACTORS and KERNEL_SIZE_DOWN/UP"

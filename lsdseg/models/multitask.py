@@ -69,6 +69,7 @@ def build_model(cfg: CfgNode) -> MultiTaskUNet:
         kernel_size_up=model.KERNEL_SIZE_UP,
         num_fmaps_out=model.NUM_FMAPS_OUT,
         padding=model.PAD_CONV,
+        activation=model.ACTIVATION,
     )
     return MultiTaskUNet(unet, model.NUM_FMAPS_OUT, task_channels(cfg))
 

@@ -20,6 +20,8 @@ from lsdseg.config.network_shapes import equivariant_size
 CONV: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
 CONV_TRANSPOSE: dict[int, type[nn.Module]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 MAX_POOL: dict[int, type[nn.Module]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+# The names that ACTIVATION can have -> layer.
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU}
 
 
 class ConvPass(nn.Module):
@@ -123,6 +125,7 @@ class UNet(nn.Module):
         kernel_size_up: kernel sizes of the convolutions on the way up, one list per level except the last.
         num_fmaps_out: number of feature maps of the output. Default: `num_fmaps`.
         padding: "valid" or "same".
+        activation: name in ACTIVATIONS of what follows every convolution.
 
     Attributes:
         dims: number of spatial dimensions, 2 or 3.
@@ -138,15 +141,17 @@ class UNet(nn.Module):
         kernel_size_up: Sequence[Sequence[Sequence[int]]],
         num_fmaps_out: int | None = None,
         padding: str = "valid",
+        activation: str = "relu",
     ) -> None:
         super().__init__()
+        layer = ACTIVATIONS[activation]
         levels = len(downsample_factors) + 1
         fmaps = [num_fmaps * fmap_inc_factor**level for level in range(levels)]
         out = [num_fmaps_out or num_fmaps, *fmaps[1:]]
         self.dims = len(kernel_size_down[0][0])
 
         self.l_conv = nn.ModuleList(
-            ConvPass(fmaps[level - 1] if level else in_channels, fmaps[level], kernel_size_down[level], padding)
+            ConvPass(fmaps[level - 1] if level else in_channels, fmaps[level], kernel_size_down[level], padding, layer)
             for level in range(levels)
         )
         self.l_down = nn.ModuleList(MAX_POOL[len(f)](tuple(f)) for f in downsample_factors)
@@ -158,7 +163,7 @@ class UNet(nn.Module):
                 crop_factor = [a * b for a, b in zip(crop_factor, f, strict=True)]
             shrink = [sum(k) - len(k) for k in zip(*kernel_size_up[level], strict=True)]
             ups.append(Upsample(fmaps[level + 1], factor, crop_factor, shrink if padding == "valid" else None))
-            convs.append(ConvPass(fmaps[level] + fmaps[level + 1], out[level], kernel_size_up[level], padding))
+            convs.append(ConvPass(fmaps[level] + fmaps[level + 1], out[level], kernel_size_up[level], padding, layer))
         # The outer list counts decoders: the published networks can have several.
         self.r_up = nn.ModuleList([ups])
         self.r_conv = nn.ModuleList([convs])

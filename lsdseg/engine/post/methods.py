@@ -32,10 +32,12 @@ class Method(ABC):
     Attributes:
         name: the method's INS_SEGMENT.METHOD.
         merge_functions: names of the edges that it scores.
+        takes_placement: whether its fragments use a placement, where one was predicted.
     """
 
     name: str
     merge_functions: Sequence[str]
+    takes_placement: bool
 
     @abstractmethod
     def check(self, settings: CfgNode, offsets: Sequence[Offset]) -> None:
@@ -51,9 +53,17 @@ class Method(ABC):
 
     @abstractmethod
     def fragments(
-        self, affinities: ArrayLike, settings: CfgNode, offsets: Sequence[Offset], mask: ArrayLike | None = None
+        self,
+        affinities: ArrayLike,
+        settings: CfgNode,
+        offsets: Sequence[Offset],
+        mask: ArrayLike | None = None,
+        placement: ArrayLike | None = None,
     ) -> NDArray[np.uint64]:
-        """Fragments, uint64 (z, y, x), of the `channels`, where the mask is not 0; ids 1..n."""
+        """Fragments, uint64 (z, y, x), of the `channels`, where the mask is not 0; ids 1..n.
+
+        The placement is what `extract_fragments` takes; methods that do not take one ignore it.
+        """
 
     @abstractmethod
     def merge_function(self, settings: CfgNode) -> str:
@@ -71,9 +81,17 @@ class Method(ABC):
 
     @abstractmethod
     def segmentations(
-        self, affinities: ArrayLike, settings: CfgNode, offsets: Sequence[Offset], mask: ArrayLike | None = None
+        self,
+        affinities: ArrayLike,
+        settings: CfgNode,
+        offsets: Sequence[Offset],
+        mask: ArrayLike | None = None,
+        placement: ArrayLike | None = None,
     ) -> Iterator[Segmentation]:
-        """Segment a volume in memory, given the `channels`; fragments come first if the method keeps them."""
+        """Segment a volume in memory, given the `channels`; fragments come first if the method keeps them.
+
+        The mask and the placement are for `fragments`.
+        """
 
 
 class Waterz(Method):
@@ -81,6 +99,7 @@ class Waterz(Method):
 
     name = "waterz"
     merge_functions = tuple(MERGE_FUNCTIONS)
+    takes_placement = True
 
     def check(self, settings: CfgNode, offsets: Sequence[Offset]) -> None:
         """Any will do."""
@@ -92,7 +111,12 @@ class Waterz(Method):
         return (1, 1, 1)
 
     def fragments(
-        self, affinities: ArrayLike, settings: CfgNode, offsets: Sequence[Offset], mask: ArrayLike | None = None
+        self,
+        affinities: ArrayLike,
+        settings: CfgNode,
+        offsets: Sequence[Offset],
+        mask: ArrayLike | None = None,
+        placement: ArrayLike | None = None,
     ) -> NDArray[np.uint64]:
         return extract_fragments(
             affinities,
@@ -101,6 +125,7 @@ class Waterz(Method):
             mask=mask,
             filter_fragments=settings.FILTER_FRAGMENTS,
             epsilon_agglomerate=settings.EPSILON_AGGLOMERATE,
+            placement=placement,
         )
 
     def merge_function(self, settings: CfgNode) -> str:
@@ -126,9 +151,14 @@ class Waterz(Method):
         return names
 
     def segmentations(
-        self, affinities: ArrayLike, settings: CfgNode, offsets: Sequence[Offset], mask: ArrayLike | None = None
+        self,
+        affinities: ArrayLike,
+        settings: CfgNode,
+        offsets: Sequence[Offset],
+        mask: ArrayLike | None = None,
+        placement: ArrayLike | None = None,
     ) -> Iterator[Segmentation]:
-        fragments = self.fragments(affinities, settings, offsets, mask)
+        fragments = self.fragments(affinities, settings, offsets, mask, placement)
         yield FRAGMENTS, fragments, {}
         names, merge_function = self.segmentation_names(settings), self.merge_function(settings)
         for threshold, labels in agglomerate(affinities, fragments, settings.THRESHOLDS, merge_function):
@@ -144,6 +174,7 @@ class Mutex(Method):
 
     name = "mutex"
     merge_functions = ("mutex",)
+    takes_placement = False
 
     def check(self, settings: CfgNode, offsets: Sequence[Offset]) -> None:
         edge_biases(offsets, settings.MUTEX_BIAS)
@@ -155,7 +186,12 @@ class Mutex(Method):
         return tuple(int(n) for n in np.abs(offsets).max(axis=0).clip(1))
 
     def fragments(
-        self, affinities: ArrayLike, settings: CfgNode, offsets: Sequence[Offset], mask: ArrayLike | None = None
+        self,
+        affinities: ArrayLike,
+        settings: CfgNode,
+        offsets: Sequence[Offset],
+        mask: ArrayLike | None = None,
+        placement: ArrayLike | None = None,
     ) -> NDArray[np.uint64]:
         return mutex_watershed(
             affinities,
@@ -178,7 +214,12 @@ class Mutex(Method):
         return {None: MUTEX_SEGMENTATION}
 
     def segmentations(
-        self, affinities: ArrayLike, settings: CfgNode, offsets: Sequence[Offset], mask: ArrayLike | None = None
+        self,
+        affinities: ArrayLike,
+        settings: CfgNode,
+        offsets: Sequence[Offset],
+        mask: ArrayLike | None = None,
+        placement: ArrayLike | None = None,
     ) -> Iterator[Segmentation]:
         labels = self.fragments(affinities, settings, offsets, mask)
         yield MUTEX_SEGMENTATION, labels, {"biases": edge_biases(offsets, settings.MUTEX_BIAS)}

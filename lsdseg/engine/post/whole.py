@@ -17,6 +17,7 @@ from lsdseg.engine.offsets import Offset, spans_sections
 from lsdseg.engine.post.affinities import float_affinities
 from lsdseg.engine.post.link import link_sections
 from lsdseg.engine.post.methods import Segmentation, method_of
+from lsdseg.engine.post.placement import open_placement, read_placement
 from lsdseg.engine.sample import AFFINITIES, Sample, samples_of
 from lsdseg.errors import UserError
 from lsdseg.files import PARTIAL, room_on_disk
@@ -55,6 +56,7 @@ def segment_sample(sample: Sample) -> list[str]:
     settings, array = sample.cfg.INS_SEGMENT, sample.affinities
     check_settings(settings, sample.offsets)
     mask = read_mask(sample.mask, array.roi, array.voxel_size)
+    placement = read_placement(open_placement(sample))
     channels = method_of(settings).channels(read(array), sample.offsets)
     try:
         affinities = float_affinities(channels, len(channels))
@@ -64,7 +66,7 @@ def segment_sample(sample: Sample) -> list[str]:
     names = []
     total = len(method_of(settings).segmentation_names(settings))
     with room_on_disk(sample.output), tqdm(total=total, desc=settings.METHOD, unit="segmentation") as bar:
-        for name, labels, attributes in segmentations(affinities, sample.offsets, settings, mask):
+        for name, labels, attributes in segmentations(affinities, sample.offsets, settings, mask, placement):
             # Fragments that were made block by block stay: the region adjacency graph speaks of them.
             if name != FRAGMENTS or not sample.markers("fragments").is_dir():
                 place = {"voxel_size": array.voxel_size, "offset": array.offset}
@@ -97,7 +99,11 @@ def check_settings(settings: CfgNode, offsets: Sequence[Offset]) -> None:
 
 
 def segmentations(
-    affinities: ArrayLike, offsets: Sequence[Offset], settings: CfgNode, mask: ArrayLike | None = None
+    affinities: ArrayLike,
+    offsets: Sequence[Offset],
+    settings: CfgNode,
+    mask: ArrayLike | None = None,
+    placement: ArrayLike | None = None,
 ) -> Iterator[Segmentation]:
     """Segment a volume in memory by a section INS_SEGMENT.
 
@@ -106,11 +112,13 @@ def segmentations(
         offsets: (z, y, x) of each channel of the prediction that they come from.
         settings: the section INS_SEGMENT.
         mask: (z, y, x); segments are made where it is not 0.
+        placement: (3, z, y, x), as `extract_fragments` takes it.
 
     Yields:
         Name, labels (uint64, z, y, x) and attributes of every dataset that `segment_sample` writes.
     """
-    for name, labels, attributes in method_of(settings).segmentations(affinities, settings, offsets, mask):
+    method = method_of(settings)
+    for name, labels, attributes in method.segmentations(affinities, settings, offsets, mask, placement):
         if name != FRAGMENTS:
             attributes["method"] = settings.METHOD
             if settings.LINK_SECTIONS is not None:

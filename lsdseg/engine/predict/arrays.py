@@ -20,6 +20,9 @@ from lsdseg.models.checkpoint import read_checkpoint
 # Without a config, the input of a tile is as close to this many voxels along each axis as the network allows.
 INPUT_SIZE = 128
 
+# Settings of a network that have no key for 2D.
+WITHOUT_2D = ("TRAIN.MODEL_TYPE", "TRAIN.PLACEMENT")
+
 
 def predict(raw: NDArray[Any], checkpoint: Path | str, cfg: CfgNode | None = None) -> dict[str, NDArray[np.float32]]:
     """Predict a volume with trained weights, tile by tile.
@@ -31,7 +34,8 @@ def predict(raw: NDArray[Any], checkpoint: Path | str, cfg: CfgNode | None = Non
             settings in the checkpoint itself.
 
     Returns:
-        Task ("affs", "lsds", "mito") -> what the network predicts, (channels, z, y, x) in 0..1, on the voxels of `raw`.
+        Task ("affs", "lsds", "placement", "mito") -> what the network predicts, (channels, z, y, x) in 0..1, on the
+        voxels of `raw`.
 
     Raises:
         ValueError: `raw` has another shape, type or range.
@@ -75,8 +79,7 @@ def config_for(checkpoint: Path | str) -> CfgNode:
     dims = len(shapes[0][0])
     (input_shape, _), *_ = nearest_input_shapes((INPUT_SIZE,) * dims, *shapes)
     settings[f"{section}.INPUT_SHAPE"] = input_shape
-    if dims == 2:  # a 2D network is built from the keys with the suffix
-        model_type = settings.pop("TRAIN.MODEL_TYPE")
-        settings = {f"{key}_2D": value for key, value in settings.items()} | {"TRAIN.MODEL_TYPE": model_type}
+    if dims == 2:  # a 2D network is built from the keys with the suffix, where there are any
+        settings = {key if key in WITHOUT_2D else f"{key}_2D": value for key, value in settings.items()}
     settings |= {"DATA.FIB": int(section == "MODEL_ISO"), "DATA.DIM_2D": dims == 2}
     return load_config(None, [*overrides, *(part for item in settings.items() for part in item)])

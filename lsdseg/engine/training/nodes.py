@@ -47,7 +47,9 @@ class SeedPatches(gp.BatchFilter):
 
 
 class LabeledLocation(gp.RandomLocation):
-    """Choose random locations of which at least half is labeled.
+    """Choose random locations at which at least half of the patch is labeled.
+
+    The request is larger than the patch, because LSDs see what lies around it. That need not be labeled.
 
     gunpowder's own `min_masked` draws locations until one fits, forever if none can: a strong deformation needs more
     than a small labeled volume has. Here, every miss lowers the share that the next location must have.
@@ -55,14 +57,15 @@ class LabeledLocation(gp.RandomLocation):
     Args:
         mask: key of the labels mask.
         known: ROI of the labels mask without its margins.
+        patch: size of the patch in nm, which is in the middle of the request.
     """
 
     MIN_LABELED = 0.5
     MISS_FACTOR = 0.98
 
-    def __init__(self, mask: gp.ArrayKey, known: gp.Roi) -> None:
+    def __init__(self, mask: gp.ArrayKey, known: gp.Roi, patch: gp.Coordinate) -> None:
         super().__init__()
-        self.labels_mask, self.known, self.required_share = mask, known, self.MIN_LABELED
+        self.labels_mask, self.known, self.patch, self.required_share = mask, known, patch, self.MIN_LABELED
 
     def setup(self) -> None:
         super().setup()
@@ -71,7 +74,9 @@ class LabeledLocation(gp.RandomLocation):
         self.labeled = self.get_upstream_provider().request_batch(request)[self.labels_mask].data > 0
 
     def accepts(self, request: gp.BatchRequest) -> bool:
-        box = (request[self.labels_mask].roi - self.known.offset) / self.spec[self.labels_mask].voxel_size
+        voxel_size = self.spec[self.labels_mask].voxel_size
+        begin = request[self.labels_mask].roi.center - self.patch / 2 - self.known.offset
+        box = gp.Roi(begin / voxel_size, self.patch / voxel_size)
         inside = box.intersect(gp.Roi((0,) * box.dims, self.labeled.shape))
         share = np.count_nonzero(self.labeled[inside.to_slices()]) / box.size
         accepted = bool(share >= self.required_share)
@@ -139,6 +144,32 @@ class Binarize(Relabel):
         return labels != 0
 
 
+class CopyLabels(gp.BatchFilter):
+    """Provide labels under a second key, as they are here. Nodes that follow may change those under the first.
+
+    Args:
+        labels: key of the labels.
+        copy: key of the copy to provide.
+    """
+
+    def __init__(self, labels: gp.ArrayKey, copy: gp.ArrayKey) -> None:
+        self.labels, self.copy = labels, copy
+
+    def setup(self) -> None:
+        self.enable_autoskip()
+        self.provides(self.copy, self.spec[self.labels].copy())
+
+    def prepare(self, request: gp.BatchRequest) -> gp.BatchRequest:
+        deps = gp.BatchRequest()
+        deps[self.labels] = request[self.copy].copy()
+        return deps
+
+    def process(self, batch: gp.Batch, request: gp.BatchRequest) -> gp.Batch:
+        result = gp.Batch()
+        result[self.copy] = gp.Array(batch[self.labels].data.copy(), batch[self.labels].spec.copy())
+        return result
+
+
 class PadLabels(gp.BatchFilter):
     """Provide labels in a whole ROI, 0 where there are none.
 
@@ -171,31 +202,39 @@ class PadLabels(gp.BatchFilter):
 
 
 class GrowBoundary(gp.BatchFilter):
-    """Erode every label.
+    """Erode every label where it meets another one or background.
 
-    The result is the same as that of gunpowder's node of this name, which erodes one label after the other.
+    The result is the same as that of gunpowder's node of this name, which erodes one label after the other. Where the
+    mask is 0, nothing is known, so nothing grows from there: the outermost labeled voxels are no boundary.
 
     Args:
         labels: key of the labels.
+        mask: key of the labels mask.
         steps: voxels to erode.
         only_xy: erode in the plane (4-neighborhood), not in 3D (6-neighborhood).
     """
 
-    def __init__(self, labels: gp.ArrayKey, steps: int, only_xy: bool) -> None:
-        self.labels, self.steps, self.axes = labels, steps, (1, 2) if only_xy else (0, 1, 2)
+    def __init__(self, labels: gp.ArrayKey, mask: gp.ArrayKey, steps: int, only_xy: bool) -> None:
+        self.labels, self.mask, self.steps, self.axes = labels, mask, steps, (1, 2) if only_xy else (0, 1, 2)
 
     def setup(self) -> None:
         self.enable_autoskip()
         self.updates(self.labels, self.spec[self.labels])
 
+    def prepare(self, request: gp.BatchRequest) -> gp.BatchRequest:
+        deps = gp.BatchRequest()
+        deps[self.labels] = request[self.labels].copy()
+        deps[self.mask] = gp.ArraySpec(roi=request[self.labels].roi)
+        return deps
+
     def process(self, batch: gp.Batch, request: gp.BatchRequest) -> None:
-        labels = batch[self.labels].data.copy()
+        labels, known = batch[self.labels].data.copy(), batch[self.mask].data > 0
         for _ in range(self.steps):
             boundary = np.zeros(labels.shape, dtype=bool)
             for axis in self.axes:
                 before = (slice(None),) * axis + (slice(None, -1),)
                 after = (slice(None),) * axis + (slice(1, None),)
-                differs = labels[before] != labels[after]
+                differs = (labels[before] != labels[after]) & known[before] & known[after]
                 boundary[before] |= differs
                 boundary[after] |= differs
             labels[boundary] = 0

@@ -26,6 +26,7 @@ from lsdseg.engine.sections import along_zyx
 from lsdseg.engine.training.nodes import (
     Binarize,
     CompactLabels,
+    CopyLabels,
     DefectAugment,
     GrowBoundary,
     LabeledLocation,
@@ -39,6 +40,8 @@ RAW = gp.ArrayKey("RAW")
 # Key of DATA that names a labels dataset -> array keys of the labels and of their mask.
 LABEL_ARRAYS = {key: (gp.ArrayKey(key), gp.ArrayKey(f"{key}_MASK")) for key in LABELS}
 NEURONS, NEURONS_MASK = LABEL_ARRAYS["NEURON_LABELS"]
+# The neuron labels before boundaries are grown.
+TOUCHING_NEURONS = gp.ArrayKey("TOUCHING_NEURON_LABELS")
 # Keys of MODEL that may be a list of two values, for two passes of elastic augmentation.
 PER_PASS = ("PROB_ELASTIC", "CONTROL_POINT_SPACING", "JITTER_SIGMA", "PROB_SLIP", "PROB_SHIFT", "MAX_MISALIGN")
 
@@ -73,7 +76,7 @@ def training_batches(
         stride: the difference between the numbers of two patches in a row.
     """
     voxel_size = open_array(volumes[0], cfg.DATA.RAW, **source_defaults(cfg)).voxel_size
-    targets = {task: resolve(TASKS[task].target)(cfg, *LABEL_ARRAYS[TASKS[task].labels]) for task in tasks}
+    targets = {task: _target(cfg, task) for task in tasks}
     shapes = {RAW: gp.Coordinate(along_zyx(cfg.MODEL.RAW_SHAPE, 1))}
     for key in (NEURONS, *(key for target in targets.values() for key in (target.values, target.weights))):
         shapes[key] = gp.Coordinate(along_zyx(cfg.MODEL.OUTPUT_SHAPE, 1))
@@ -87,6 +90,14 @@ def training_batches(
         pipeline += gp.PreCache(cache_size=cfg.SYSTEM.CACHE_SIZE, num_workers=cfg.SYSTEM.NUM_WORKERS)
     with gp.build(pipeline) as provider:
         yield _batches(provider, request, targets, sections=cfg.DATA.DIM_2D)
+
+
+def _target(cfg: CfgNode, name: str) -> Target:
+    """Make the target of a task."""
+    task = TASKS[name]
+    labels, mask = LABEL_ARRAYS[task.labels]
+    target: Target = resolve(task.target)(cfg, TOUCHING_NEURONS if task.touching else labels, mask)
+    return target
 
 
 def _batches(
@@ -134,8 +145,11 @@ def _pipeline(cfg: CfgNode, volumes: list[Path], targets: dict[str, Target], req
         if model.DEFECT_AUGMENT:
             pipeline += _defect_augment(cfg)
 
+    if any(TASKS[task].touching for task in targets):
+        pipeline += CopyLabels(NEURONS, TOUCHING_NEURONS)
     if model.GROWBOUNDARY_STEPS:
-        pipeline += GrowBoundary(NEURONS, model.GROWBOUNDARY_STEPS, only_xy=cfg.DATA.DIM_2D or not cfg.DATA.FIB)
+        only_xy = cfg.DATA.DIM_2D or not cfg.DATA.FIB
+        pipeline += GrowBoundary(NEURONS, NEURONS_MASK, model.GROWBOUNDARY_STEPS, only_xy)
     for target in targets.values():
         for node in target.nodes:
             pipeline += node
@@ -172,7 +186,7 @@ def _source(cfg: CfgNode, path: Path, request: gp.BatchRequest) -> gp.Pipeline:
         source += Binarize(mask)
         source += PadLabels(mask, reachable)
         source += PadLabels(labels, reachable)
-    return source + LabeledLocation(NEURONS_MASK, data[NEURONS_MASK].roi)
+    return source + LabeledLocation(NEURONS_MASK, data[NEURONS_MASK].roi, request[NEURONS].roi.shape)
 
 
 def _labels_size(cfg: CfgNode, path: Path) -> int:

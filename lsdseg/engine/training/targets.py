@@ -10,7 +10,7 @@ import gunpowder as gp
 import numpy as np
 from yacs.config import CfgNode
 
-from lsdseg.config.model_types import affinity_offsets
+from lsdseg.config.model_types import affinity_offsets, placement_offsets
 from lsdseg.engine.training.nodes import AddLocalShapeDescriptors, TargetFromLabels
 
 
@@ -44,12 +44,25 @@ def lsd_target(cfg: CfgNode, labels: gp.ArrayKey, mask: gp.ArrayKey) -> Target:
 
 
 def affinity_target(cfg: CfgNode, labels: gp.ArrayKey, mask: gp.ArrayKey) -> Target:
-    """Train on the affinities of the labels, weighted so that 0 and 1 count the same in each patch."""
-    affs, known, weights = gp.ArrayKey("AFFS"), gp.ArrayKey("AFFS_MASK"), gp.ArrayKey("AFFS_WEIGHTS")
-    offsets = affinity_offsets(cfg)
+    """Train on the affinities of the labels, weighted as in `_affinities_at`."""
+    return _affinities_at(affinity_offsets(cfg), cfg, labels, mask, "AFFS")
+
+
+def placement_target(cfg: CfgNode, labels: gp.ArrayKey, mask: gp.ArrayKey) -> Target:
+    """Train on the affinities of direct neighbors, weighted as in `_affinities_at`. The labels should touch."""
+    return _affinities_at(placement_offsets(cfg), cfg, labels, mask, "PLACEMENT")
+
+
+def _affinities_at(offsets: list[list[int]], cfg: CfgNode, labels: gp.ArrayKey, mask: gp.ArrayKey, name: str) -> Target:
+    """Train on affinities, weighted so that 0 and 1 count the same in each patch.
+
+    With TRAIN.AFF_LOSS "bce" they count the same in each channel of a patch.
+    """
+    affs, known, weights = (gp.ArrayKey(f"{name}{suffix}") for suffix in ("", "_MASK", "_WEIGHTS"))
+    slab = (1, -1, -1, -1) if cfg.TRAIN.AFF_LOSS == "bce" else None
     nodes = [
         gp.AddAffinities(offsets, labels, affs, labels_mask=mask, affinities_mask=known),
-        gp.BalanceLabels(affs, weights, mask=known),
+        gp.BalanceLabels(affs, weights, mask=known, slab=slab),
     ]
     return Target(affs, weights, nodes)
 

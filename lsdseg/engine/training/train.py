@@ -159,7 +159,8 @@ def _run_iterations(
             # Ranks wait for each other, so all of them must end after the same iteration.
             if ranks.largest(stop.signal_number or 0):
                 break
-            losses, predictions = trainer.run_iteration(taken, iteration)
+            with trainer.watched_channels(iteration + 1):
+                losses, predictions = trainer.run_iteration(taken, iteration)
             iteration += 1
             bar.update()
             bar.set_postfix_str(f"loss {losses['total']:.4f}, {pace.share_waiting:.0%} waiting for batches")
@@ -217,7 +218,10 @@ class RunOutputs:
         if iteration % every.LOG_EVERY == 0:
             scalars = {f"loss/{task}": loss for task, loss in losses.items()}
             scalars["learning_rate"] = learning_rate(self.cfg, iteration - 1)
-            self._log(scalars | pace.read_and_reset(), iteration)
+            dead = {f"dead_channels/{level}": count for level, count in self.trainer.channels.dead().items()}
+            self._log(scalars | pace.read_and_reset() | dead, iteration)
+            if warning := self.trainer.channels.warning():
+                tqdm.write(warning)
         if iteration % every.SAVE_EVERY == 0 or iteration == every.EPOCHS:
             self.save(iteration)
             write_snapshot(self.cfg, iteration, batch, predictions)

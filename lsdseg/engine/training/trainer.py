@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -19,11 +19,13 @@ from yacs.config import CfgNode
 from lsdseg.config.model_types import TASKS
 from lsdseg.engine.device import Precision, explain_device_errors
 from lsdseg.engine.network import complete_network
+from lsdseg.engine.training.channels import ChannelWatch
 from lsdseg.engine.training.pipeline import TrainingBatch
 from lsdseg.engine.training.ranks import Ranks
 from lsdseg.models import build_model
 from lsdseg.models.checkpoint import load_checkpoint, network_settings, read_checkpoint, save_checkpoint
-from lsdseg.models.losses import weighted_mse
+from lsdseg.models.losses import LOSSES, Loss
+from lsdseg.models.unet import CONV
 
 
 def learning_rate(cfg: CfgNode, iteration: int) -> float:
@@ -32,6 +34,31 @@ def learning_rate(cfg: CfgNode, iteration: int) -> float:
     if cfg.TRAIN.LR_SCHEDULE == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * iteration / cfg.TRAIN.EPOCHS))
     return rate * min(1.0, (iteration + 1) / max(1, cfg.TRAIN.WARMUP))
+
+
+def parameter_groups(network: nn.Module, fan_in: int) -> list[tuple[float, list[nn.Parameter]]]:
+    """Group parameters by the share of the learning rate that they take.
+
+    Adam moves all weights equally far. The inputs of a convolution behind a ReLU are all positive, so its weights often
+    move the same way, and its sum then moves by the step times its fan-in: in the wide layers of a U-Net by several
+    standard deviations in one step, below zero for every input. With shares that fall with the fan-in, it moves equally
+    far in all layers (Yang et al., Tensor Programs V, NeurIPS 2021).
+
+    Args:
+        network: the network to train.
+        fan_in: TRAIN.LR_FAN_IN, the largest number of inputs with a share of 1. 0: all shares are 1.
+
+    Returns:
+        The share, and the parameters that take it. Each parameter is in one group.
+    """
+    convolutions = [module for module in network.modules() if isinstance(module, tuple(CONV.values()))]
+    shares: dict[nn.Parameter, float] = {}
+    for weight in (cast(nn.Parameter, convolution.weight) for convolution in convolutions):
+        shares[weight] = min(1.0, fan_in / weight[0].numel()) if fan_in else 1.0
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in network.parameters():
+        groups.setdefault(shares.get(parameter, 1.0), []).append(parameter)
+    return list(groups.items())
 
 
 class Trainer:
@@ -45,17 +72,20 @@ class Trainer:
     Attributes:
         network: the model type's own network, whose weights are trained and saved.
         tasks: names of the network's tasks.
+        channels: finds dead channels.
     """
 
     def __init__(self, cfg: CfgNode, precision: Precision, ranks: Ranks) -> None:
         self.cfg, self.precision, self.ranks = cfg, precision, ranks
         self.network = precision.place(build_model(cfg))
         self.tasks = self.network.tasks
+        self.channels = ChannelWatch()
         self.averaged: AveragedModel | None = None
         if cfg.TRAIN.EMA:
             self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(cfg.TRAIN.EMA))
+        self.rate_shares, groups = zip(*parameter_groups(self.network, cfg.TRAIN.LR_FAN_IN), strict=True)
         self.optimizer = torch.optim.Adam(
-            self.network.parameters(), lr=cfg.TRAIN.INITIAL_LR, betas=tuple(cfg.TRAIN.LR_BETAS)
+            [{"params": group} for group in groups], lr=cfg.TRAIN.INITIAL_LR, betas=tuple(cfg.TRAIN.LR_BETAS)
         )
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.dtype == torch.float16)
 
@@ -111,6 +141,12 @@ class Trainer:
         """
         return complete_network(self.cfg, self.averaged.module if self.averaged else self.network)
 
+    def watched_channels(self, iteration: int) -> AbstractContextManager[None]:
+        """Return the context for the step to an iteration, in which all ranks watch the channels if it is time to."""
+        if iteration % max(self.cfg.TRAIN.LOG_EVERY, ChannelWatch.MIN_INTERVAL):
+            return nullcontext()
+        return self.channels.watch(self.network)
+
     @explain_device_errors("reduce INPUT_SHAPE or NUM_FMAPS in the network's section, or TRAIN.BATCH_SIZE")
     def run_iteration(self, batches: list[TrainingBatch], iteration: int) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Train on batches. Gradients are added up over all of them and over all ranks.
@@ -128,8 +164,8 @@ class Trainer:
         Raises:
             UserError: there is not enough memory, or TRAIN.COMPILE failed.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.cfg, iteration)
+        for group, share in zip(self.optimizer.param_groups, self.rate_shares, strict=True):
+            group["lr"] = share * learning_rate(self.cfg, iteration)
         self.model.train()
         self.optimizer.zero_grad()
         counts = [float(sum((batch.weights[task] > 0).sum() for batch in batches)) for task in self.tasks]
@@ -173,7 +209,11 @@ class Trainer:
         targets = {task: on_device(array) for task, array in batch.targets.items()}
         weights = {task: on_device(array) for task, array in batch.weights.items()}
         losses = {
-            task: weighted_mse(prediction, targets[task], weights[task], entries[task])
+            task: self._loss(task)(prediction, targets[task], weights[task], entries[task])
             for task, prediction in predictions.items()
         }
         return losses, predictions
+
+    def _loss(self, task: str) -> Loss:
+        key = TASKS[task].loss
+        return LOSSES[self.cfg.TRAIN[key] if key else "mse"]

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from lsdseg.config.model_types import affinity_offsets, task_channels
+from lsdseg.config.model_types import affinity_offsets, placement_offsets, task_channels
 from lsdseg.data_utils.checks import check_training_volume
 from lsdseg.data_utils.labels import is_labeled
 from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.data_utils.volumes import has_array, open_array, read, source_defaults
 from lsdseg.engine.evaluate.metrics import count_overlaps, scores
+from lsdseg.engine.post.affinities import direct_neighbors
 from lsdseg.engine.post.methods import method_of
 from lsdseg.engine.post.whole import check_settings, segmentations
 from lsdseg.engine.predict.tiles import TilePredictor
@@ -87,10 +88,15 @@ class Validation:
         """Return the scores at the best threshold."""
         cfg, labels = self.cfg, self.labels
         predictor = TilePredictor(cfg, trainer.prediction_network, trainer.precision)
-        affinities = predictor.predict_box(self.raw, self.begin, labels.shape)["affs"]
-        affinities = method_of(cfg.INS_SEGMENT).channels(affinities, self.offsets)
+        predicted = predictor.predict_box(self.raw, self.begin, labels.shape)
+        affinities = method_of(cfg.INS_SEGMENT).channels(predicted["affs"], self.offsets)
+        placement = None
+        if "placement" in predicted and cfg.INS_SEGMENT.PLACEMENT:
+            placement = direct_neighbors(predicted["placement"], [tuple(offset) for offset in placement_offsets(cfg)])
         found = []
-        for name, segmentation, attributes in segmentations(affinities, self.offsets, cfg.INS_SEGMENT):
+        for name, segmentation, attributes in segmentations(
+            affinities, self.offsets, cfg.INS_SEGMENT, placement=placement
+        ):
             if name != FRAGMENTS:
                 if scored_by_section(cfg):
                     segmentation = ids_by_section(segmentation, 0, {})

@@ -15,6 +15,7 @@ from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.engine.post.graph import fragments_of_block
 from lsdseg.engine.post.methods import method_of
+from lsdseg.engine.post.placement import open_placement, read_placement
 from lsdseg.engine.post.steps.grid import block_step, create_labels
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.errors import UserError
@@ -63,10 +64,10 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
     affinities, fragments = sample.affinities, open_array(sample.output, FRAGMENTS, "r+")
     store = open_store(cfg, sample.output, "r+")
     settings, method = cfg.INS_SEGMENT, method_of(cfg.INS_SEGMENT)
-    voxel_size = affinities.voxel_size
+    placement, voxel_size = open_placement(sample), affinities.voxel_size
 
-    def extract(channels: Any, mask: Any) -> Any:
-        return method.fragments(channels, settings, sample.offsets, mask)
+    def extract(channels: Any, mask: Any, placement: Any) -> Any:
+        return method.fragments(channels, settings, sample.offsets, mask, placement)
 
     def process(block: daisy.Block) -> None:
         number = block.block_id[1]
@@ -81,6 +82,7 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
                 voxels_in_block=int(np.prod(settings.BLOCK_SIZE)),
                 mask=read_mask(sample.mask, read_roi, voxel_size),
                 extract=extract,
+                placement=read_placement(placement, voxels_of(affinities, read_roi)),
             )
         except ValueError as error:
             raise UserError(f"affinities in {sample.output}, {read_roi}: {error}") from error
@@ -96,6 +98,8 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
 def fragments_step(sample: Sample) -> BlockStep:
     """The step on a sample."""
     settings = {f"INS_SEGMENT.{key}": sample.cfg.INS_SEGMENT[key] for key in SETTINGS}
+    if open_placement(sample) is not None:
+        settings["INS_SEGMENT.PLACEMENT"] = True
     return block_step(sample, "fragments", f"{__name__}:open_worker", settings=settings)
 
 
