@@ -406,7 +406,7 @@ def test_sections_on_disk_equal_sections_of_a_volume(home):
 
 
 def test_entries_of_the_tables_name_what_exists():
-    with pytest.raises(ValueError, match=r"'boundry'.* not in TASKS: lsds, affs, placement, mito"):
-        ModelType(("affs", "boundry"))
+    with pytest.raises(ValueError, match=r"'rim'.* not in TASKS: lsds, affs, placement, mito"):
+        ModelType(("affs", "rim"))
     with pytest.raises(ValueError, match=r"'MITOS' .* not in LABELS: NEURON_LABELS"):
         replace(TASKS["mito"], labels="MITOS")
