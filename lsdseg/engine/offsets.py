@@ -1,6 +1,6 @@
 """Affinities are read by their offsets: what a channel says is written with the array, never implied by its place.
 
-A channel with the offset (z, y, x) holds, for goody voxel, how likely it and the voxel at that offset are one neurite.
+A channel with the offset (z, y, x) holds, for every voxel, how likely it and the voxel at that offset are one neurite.
 Networks predict the channels in the order of their TRAIN.NEIGHBORHOOD, with long-range ones or, in 2D, without z.
 """
 

@@ -85,7 +85,7 @@ class Sample:
         where = f"{AFFINITIES} in {self.output} has the offsets {[list(offset) for offset in offsets]}"
         if any(len(offset) != 3 for offset in offsets) or len(array.shape) != 4 or len(offsets) != array.shape[0]:
             raise UserError(
-                f"{where} and the shape {array.shape}: its attribute offsets needs z, y, x for goody channel"
+                f"{where} and the shape {array.shape}: its attribute offsets needs z, y, x for every channel"
             )
         if not set(DIRECT_NEIGHBORS[1:]) <= set(offsets):
             raise UserError(f"{where}: predict affinities with the neighbors [0, -1, 0] and [0, 0, -1] among them")

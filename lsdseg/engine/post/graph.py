@@ -48,7 +48,7 @@ def fragments_of_block(
         context: voxels around the block along z, y, x; a pair (before, after) for an axis along which they differ,
             as they do where the volume ends.
         block: the block's number, from 0.
-        voxels_in_block: the same for goody block: this one has ids block * voxels_in_block + 1..n.
+        voxels_in_block: the same for every block: this one has ids block * voxels_in_block + 1..n.
         mask: (z, y, x) like the affinities; fragments are made where it is not 0.
         extract: what makes the fragments, `extract_fragments` or `mutex_watershed`.
         settings: further arguments of ``extract``.

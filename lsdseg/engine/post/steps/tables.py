@@ -15,7 +15,7 @@ from lsdseg.rag import open_store
 
 
 def find_segments(cfg: CfgNode, merge_function: str, threshold: float | None) -> list[Path]:
-    """Write the look-up table of every sample for one threshold, or for goody INS_SEGMENT.THRESHOLDS.
+    """Write the look-up table of every sample for one threshold, or for every INS_SEGMENT.THRESHOLDS.
 
     Returns:
         The files, see `lut_path`.
