@@ -52,7 +52,12 @@ def cfg(tmp_path):
     cfg.PREPROCESS = CfgNode({"SOURCE_DATA_RESOLUTION": None, "SOURCE_DATA_OFFSET": None})
     cfg.MODEL = CfgNode({"VOXEL_SIZE": (40, 4, 4), "RAW_SHAPE": (16, 20, 20), "LSDS": 10})
     cfg.TRAIN = CfgNode(
-        {"MODEL_TYPE": "MTLSD", "NEIGHBORHOOD": [[-1, 0, 0]], "CHECKPOINT": "/runs/run_7/model_checkpoint_5000"}
+        {
+            "MODEL_TYPE": "MTLSD",
+            "PLACEMENT": False,
+            "NEIGHBORHOOD": [[-1, 0, 0]],
+            "CHECKPOINT": "/runs/run_7/model_checkpoint_5000",
+        }
     )
     return cfg
 
