@@ -468,7 +468,7 @@ def test_a_worker_that_starts_while_the_server_is_away_waits_for_it(tmp_path, mo
         server.stop()
         with pytest.raises(UserError, match="no MongoDB server answers"):
             MongoStore(server.uri, "graphs", "sampleA", VOXELS, "r+")
-        monkeypatch.setenv("DAISY_CONTEXT", "as in a worker")
+        monkeypatch.setenv("LSD_WORKER", "1")
         worker = threads.submit(MongoStore, server.uri, "graphs", "sampleA", VOXELS, "r+")
         time.sleep(2)
         assert not worker.done()

@@ -99,9 +99,9 @@ class MongoStore(RagStore):
         )
         self._sample = sample
         self._indexed: set[str] = set()  # tables that this process knows to have an index on their ids
-        # A server that is absent at the start is a mistake; one that goes away later will come back. A worker (it has
-        # daisy's variable) starts in the middle of a run whose master has reached the server.
-        self._retry_seconds = RETRY_SECONDS if os.environ.get("DAISY_CONTEXT") else 0
+        # A server that is absent at the start is a mistake; one that goes away later will come back. A worker (the
+        # supervisor marks it) starts in the middle of a run whose master has reached the server.
+        self._retry_seconds = RETRY_SECONDS if os.environ.get("LSD_WORKER") else 0
         self._tables()
         self._retry_seconds = RETRY_SECONDS
         super().__init__(mode, voxels_in_block, output=origin)

@@ -115,6 +115,7 @@ def _environment(cfg: CfgNode, context: daisy.Context) -> dict[str, str]:
     """Environment variables of the workers."""
     environment = os.environ | {
         "DAISY_CONTEXT": context.to_env(),
+        "LSD_WORKER": "1",  # this process belongs to a run that has begun
         "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
     }
     if "@" in cfg.DATA.DB_HOST:  # the password, which config_0.yaml does not hold
