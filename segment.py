@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 from lsdseg.cli import call_script, run_script
 from lsdseg.config.loader import find_config, load_config
 from lsdseg.data_utils.layout import data_folder, output_path
+from lsdseg.engine.blocks.lock import run_lock
 from lsdseg.engine.evaluate.figure import draw_sample
 from lsdseg.engine.post.methods import method_of
 from lsdseg.engine.predict.check import check_before_segmenting
@@ -35,10 +36,11 @@ def main(_cfg: CfgNode | None, args: Namespace) -> None:
     name = next(iter(method_of(cfg.INS_SEGMENT).segmentation_names(cfg.INS_SEGMENT).values()))
     size = ["--voxel-size", *cfg.MODEL.VOXEL_SIZE, "--overwrite"]
     back = ["--to", "volumes/segmentation", "--like", raw, cfg.DATA.RAW, "--labels"]
-    call_script("data_utils/rescale.py", raw, rescaled, "--dataset", cfg.DATA.RAW, *size)
-    call_script("predicter.py", *config)
-    call_script("instance_segmenter.py", *config)
-    call_script("data_utils/rescale.py", predicted, out, "--dataset", name, *back)
+    with run_lock(work / "lock", f"in {work}"):
+        call_script("data_utils/rescale.py", raw, rescaled, "--dataset", cfg.DATA.RAW, *size)
+        call_script("predicter.py", *config)
+        call_script("instance_segmenter.py", *config)
+        call_script("data_utils/rescale.py", predicted, out, "--dataset", name, *back)
     draw_sample(Sample(cfg, rescaled), name, out.with_suffix(".png"))
     print(f"\nsegmentation  {out}/volumes/segmentation, on the voxels of {raw}/{cfg.DATA.RAW}")
     print(f"a section     {out.with_suffix('.png')}\naffinities    {predicted}; delete {work} if you do not need them")

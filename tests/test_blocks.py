@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lsdseg.config.loader import CHECKOUT, load_config
-from lsdseg.engine.blocks import markers
+from lsdseg.engine.blocks import lock
 from lsdseg.engine.blocks.markers import discard_markers
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.errors import UserError
@@ -164,16 +164,16 @@ def test_a_signal_to_the_master_ends_everything(folder, number, status):
 
 def test_two_runs_do_not_work_in_one_folder(folder, monkeypatch):
     """A run of another volume of that name would give its task to the workers of this one."""
-    monkeypatch.setattr(markers, "SECONDS_TO_WAIT", 0.3)
+    monkeypatch.setattr(lock, "SECONDS_TO_WAIT", 0.3)
     task = toy_task(folder)
-    for kept in (task.folder, task.markers):
-        kept.mkdir(parents=True, exist_ok=True)
-        with open(kept / "lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+    for kept, file in ((task.folder, task.folder / "lock"), (task.markers, folder / "markers.lock")):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "w") as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX)
             with pytest.raises(UserError, match=rf"another run works in {kept}"):
                 run_blocks(config(1), task)
-    with open(task.markers / "lock") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with open(folder / "markers.lock") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=rf"another run works in {task.markers}"):
             discard_markers(task.markers)
     assert run_blocks(config(1), task).done == BLOCKS

@@ -4,25 +4,21 @@ daisy records in zarr arrays, one byte per block, which blocks are done. They li
 together with the settings that these depend on: resuming with others would mix two results, so it is refused.
 """
 
-import fcntl
 import json
 import math
 import os
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import daisy
 import numpy as np
 
+from lsdseg.engine.blocks.lock import step_lock
 from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.errors import UserError
 from lsdseg.files import write_whole
 
 RETRIES = 3
-SECONDS_TO_WAIT = 20
 
 
 def daisy_task(step: BlockStep) -> daisy.Task:
@@ -85,9 +81,7 @@ def discard_markers(markers: Path) -> None:
     Raises:
         UserError: a run is at work there.
     """
-    if markers.is_dir():
-        with run_lock(markers):
-            pass  # whoever worked there has ended
+    with step_lock(markers):
         shutil.rmtree(markers, ignore_errors=True)
 
 
@@ -116,28 +110,3 @@ def check_settings(step: BlockStep) -> None:
             f"{', '.join(changed)} changed, which makes {finished_blocks(step.markers)} finished blocks of {step} "
             "invalid: set DATA.DROP_DS_MONGOTABLE True to start over, or change back"
         )
-
-
-@contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder.
-
-    What is left of a run that was killed ends within seconds, so a lock that is held is waited for.
-
-    Raises:
-        UserError: another run holds the lock.
-    """
-    with open(folder / "lock", "w") as file:
-        deadline = time.monotonic() + SECONDS_TO_WAIT
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"another run works in {folder}: wait for it to end, or start this one in another folder, "
-                        "with another DATA.OUTFILE if it is the same volume and checkpoint"
-                    ) from None
-                time.sleep(0.2)
-        yield

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from lsdseg.config.loader import dump_config
+from lsdseg.engine.blocks.lock import run_lock, step_lock
 from lsdseg.engine.blocks.markers import (
     RETRIES,
     allocate_markers,
@@ -28,7 +29,6 @@ from lsdseg.engine.blocks.markers import (
     check_settings,
     daisy_task,
     finished_blocks,
-    run_lock,
     total_blocks,
 )
 from lsdseg.engine.blocks.step import BlockStep, Summary
@@ -53,12 +53,9 @@ def run_blocks(cfg: CfgNode, step: BlockStep) -> Summary:
             CLUSTER.TYPE is missing or refuses jobs; workers cannot start; blocks failed RETRIES + 1 times.
     """
     workers_class(cfg).check_installed()
-    with room_on_disk(step.markers), room_on_disk(step.folder):
-        check_settings(step)
-        step.folder.mkdir(parents=True, exist_ok=True)
-
-    with run_lock(step.folder), run_lock(step.markers):
-        with room_on_disk(step.folder):
+    with step_lock(step.markers), run_lock(step.folder / "lock", f"in {step.folder}"):
+        with room_on_disk(step.markers), room_on_disk(step.folder):
+            check_settings(step)
             _prepare_folder(cfg, step)
         total = total_blocks(step)
         skipped = total - blocks_left(step)

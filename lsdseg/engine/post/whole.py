@@ -13,6 +13,7 @@ from yacs.config import CfgNode
 from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.data_utils.masks import open_mask, read_mask
 from lsdseg.data_utils.volumes import read, rename_array, write_array
+from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.offsets import Offset, spans_sections
 from lsdseg.engine.post.affinities import float_affinities
 from lsdseg.engine.post.link import link_sections
@@ -32,7 +33,7 @@ def segment(cfg: CfgNode) -> None:
     samples = samples_of(cfg)
     for sample in samples:
         check_settings(cfg.INS_SEGMENT, sample.offsets)
-    for number, sample in enumerate(samples, start=1):
+    for number, sample in enumerate(samples_of(cfg), start=1):  # anew, for arrays that are opened under their lock
         print(f"[{number}/{len(samples)}] {sample.output.name}", flush=True)
         began = time.monotonic()
         names = segment_sample(sample)
@@ -53,6 +54,11 @@ def segment_sample(sample: Sample) -> list[str]:
     Raises:
         UserError: before anything is written, if the affinities or a setting cannot be used.
     """
+    with working_on(sample.output, "fragments", reads=["predict"]), room_on_disk(sample.output):
+        return _segment_sample(sample)
+
+
+def _segment_sample(sample: Sample) -> list[str]:
     settings, array = sample.cfg.INS_SEGMENT, sample.affinities
     check_settings(settings, sample.offsets)
     mask = read_mask(sample.mask, array.roi, array.voxel_size)
@@ -65,7 +71,7 @@ def segment_sample(sample: Sample) -> list[str]:
 
     names = []
     total = len(method_of(settings).segmentation_names(settings))
-    with room_on_disk(sample.output), tqdm(total=total, desc=settings.METHOD, unit="segmentation") as bar:
+    with tqdm(total=total, desc=settings.METHOD, unit="segmentation") as bar:
         for name, labels, attributes in segmentations(affinities, sample.offsets, settings, mask, placement):
             # Fragments that were made block by block stay: the region adjacency graph speaks of them.
             if name != FRAGMENTS or not sample.markers("fragments").is_dir():

@@ -19,6 +19,7 @@ from lsdseg.data_utils.checks import check_raw
 from lsdseg.data_utils.layout import prediction_name
 from lsdseg.data_utils.masks import open_mask, read_mask
 from lsdseg.data_utils.volumes import is_stored, list_arrays, open_array, voxels_of
+from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.engine.network import load_network
@@ -52,22 +53,23 @@ def predict_blockwise(cfg: CfgNode, skip_empty: bool = False) -> None:
     for sample in samples:
         check_raw(sample.volume, cfg)
     for sample in samples:
-        step = _predict_step(sample)
-        existing = set(list_arrays(sample.output))
-        # Without markers, partial arrays are from another kind of run: their type and chunks may differ.
-        begun = step.markers.is_dir()
-        if names <= existing and not begun and not cfg.DATA.DROP_DS_MONGOTABLE:
-            print(f"{sample.output} is predicted already; to predict it again, set DATA.DROP_DS_MONGOTABLE True")
-            continue
-        if cfg.DATA.DROP_DS_MONGOTABLE or not (begun and (partial <= existing or names <= existing)):
-            create_predictions(sample)
-        if skip_empty:
-            step.skip = _blocks_to_skip(sample, step)
-            step.settings |= _values(cfg, MASK_SETTINGS)
-        run_blocks(cfg, step)
-        if partial <= set(list_arrays(sample.output)):
-            finalize_predictions(sample)
-        print(f"{', '.join(sorted(names))} in {sample.output}")
+        with working_on(sample.output, "predict"):
+            step = _predict_step(sample)
+            existing = set(list_arrays(sample.output))
+            # Without markers, partial arrays are from another kind of run: their type and chunks may differ.
+            begun = step.markers.is_dir()
+            if names <= existing and not begun and not cfg.DATA.DROP_DS_MONGOTABLE:
+                print(f"{sample.output} is predicted already; to predict it again, set DATA.DROP_DS_MONGOTABLE True")
+                continue
+            if cfg.DATA.DROP_DS_MONGOTABLE or not (begun and (partial <= existing or names <= existing)):
+                create_predictions(sample)
+            if skip_empty:
+                step.skip = _blocks_to_skip(sample, step)
+                step.settings |= _values(cfg, MASK_SETTINGS)
+            run_blocks(cfg, step)
+            if partial <= set(list_arrays(sample.output)):
+                finalize_predictions(sample)
+            print(f"{', '.join(sorted(names))} in {sample.output}")
 
 
 def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:

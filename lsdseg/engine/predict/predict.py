@@ -17,6 +17,7 @@ from lsdseg.config.model_types import TASKS, task_channels
 from lsdseg.data_utils.checks import check_raw
 from lsdseg.data_utils.layout import prediction_name
 from lsdseg.data_utils.volumes import chunk_shape, create_array, rename_array
+from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import discard_markers
 from lsdseg.engine.predict.tiles import TilePredictor, tile_voxels
 from lsdseg.engine.sample import Sample, samples_of
@@ -56,7 +57,7 @@ def predict_sample(predictor: TilePredictor, sample: Sample) -> list[str]:
     """
     cfg, raw = sample.cfg, sample.raw
     tiles = list(predictor.tiles(raw.shape))
-    with room_on_disk(sample.output):
+    with working_on(sample.output, "predict"), room_on_disk(sample.output):
         arrays = create_predictions(sample)
         began, done = time.monotonic(), 0
         with tqdm(tiles, unit="tile") as bar:

@@ -9,6 +9,7 @@ from yacs.config import CfgNode
 
 from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.data_utils.volumes import open_array, read, voxels_of
+from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import blocks_left, discard_markers
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
@@ -29,16 +30,17 @@ def agglomerate_blockwise(cfg: CfgNode) -> None:
     """
     merge_function = method_of(cfg.INS_SEGMENT).merge_function(cfg.INS_SEGMENT)
     for sample in samples_of(cfg):
-        require_fragments(sample)
-        check_block_settings(sample)
-        store = open_store(cfg, sample.output, "r+")
-        step = edges_step(sample, merge_function)
-        if cfg.DATA.DROP_DS_MONGOTABLE or merge_function not in store.merge_functions():
-            discard_markers(step.markers)
-            store.drop_edges(merge_function)
-        run_blocks(cfg, step)
-        store.finish()
-        print(f"edges of {merge_function} in {store}")
+        with working_on(sample.output, edges_name(merge_function), reads=["predict", "fragments"]):
+            require_fragments(sample)
+            check_block_settings(sample)
+            store = open_store(cfg, sample.output, "r+")
+            step = edges_step(sample, merge_function)
+            if cfg.DATA.DROP_DS_MONGOTABLE or merge_function not in store.merge_functions():
+                discard_markers(step.markers)
+                store.drop_edges(merge_function)
+            run_blocks(cfg, step)
+            store.finish()
+            print(f"edges of {merge_function} in {store}")
 
 
 def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:
@@ -64,10 +66,15 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
     return process
 
 
+def edges_name(merge_function: str) -> str:
+    """Name of the step for one merge function."""
+    return f"agglomerate_{merge_function}"
+
+
 def edges_step(sample: Sample, merge_function: str) -> BlockStep:
     """The step on a sample, for one merge function."""
-    name, arguments = f"agglomerate_{merge_function}", {"merge_function": merge_function}
-    return block_step(sample, name, f"{__name__}:open_worker", arguments=arguments)
+    arguments = {"merge_function": merge_function}
+    return block_step(sample, edges_name(merge_function), f"{__name__}:open_worker", arguments=arguments)
 
 
 def require_edges(sample: Sample, merge_function: str) -> None:

@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.data_utils.masks import open_mask, read_mask
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, voxels_of
+from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import blocks_left, discard_markers
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
@@ -43,19 +44,20 @@ def extract_fragments_blockwise(cfg: CfgNode) -> None:
     """
     open_mask(cfg.INS_SEGMENT)  # refused before anything is written if it cannot be
     for sample in samples_of(cfg):
-        check_block_settings(sample)
-        step = fragments_step(sample)
-        if cfg.DATA.DROP_DS_MONGOTABLE:
-            discard_markers(step.markers)
-        if FRAGMENTS in list_arrays(sample.output) and step.markers.is_dir():
-            store = open_store(cfg, sample.output, "r+")
-        else:
-            discard_markers(step.markers)
-            store = open_store(cfg, sample.output, "w")
-            create_labels(sample, FRAGMENTS, {})
-        run_blocks(cfg, step)
-        store.finish()
-        print(f"{FRAGMENTS} in {sample.output}, nodes in {store}")
+        with working_on(sample.output, "fragments", reads=["predict"]):
+            check_block_settings(sample)
+            step = fragments_step(sample)
+            if cfg.DATA.DROP_DS_MONGOTABLE:
+                discard_markers(step.markers)
+            if FRAGMENTS in list_arrays(sample.output) and step.markers.is_dir():
+                store = open_store(cfg, sample.output, "r+")
+            else:
+                discard_markers(step.markers)
+                store = open_store(cfg, sample.output, "w")
+                create_labels(sample, FRAGMENTS, {})
+            run_blocks(cfg, step)
+            store.finish()
+            print(f"{FRAGMENTS} in {sample.output}, nodes in {store}")
 
 
 def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:

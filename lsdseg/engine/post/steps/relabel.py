@@ -12,12 +12,14 @@ from yacs.config import CfgNode
 
 from lsdseg.data_utils.layout import FRAGMENTS, final_segmentation_name, lut_path
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, voxels_of
+from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import discard_markers
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.engine.post.methods import method_that_scores
 from lsdseg.engine.post.steps.fragments import require_fragments
 from lsdseg.engine.post.steps.grid import block_step, create_labels
+from lsdseg.engine.post.steps.tables import tables_name
 from lsdseg.engine.post.tables import load_lut, relabel
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.errors import UserError
@@ -30,16 +32,18 @@ def extract_segmentation(cfg: CfgNode, merge_function: str, threshold: float) ->
         UserError: the look-up table is missing, or was made from other fragments.
     """
     for sample in samples_of(cfg):
-        require_fragments(sample)
         path = lut_path(sample.output, merge_function, threshold)
         name = final_segmentation_name(merge_function, threshold)
-        step = _relabel_step(sample, name, path)
-        if cfg.DATA.DROP_DS_MONGOTABLE or name not in list_arrays(sample.output):
-            discard_markers(step.markers)
-            method = method_that_scores(merge_function).name
-            create_labels(sample, name, {"method": method, "merge_function": merge_function, "threshold": threshold})
-        run_blocks(cfg, step)
-        print(f"{name} in {sample.output}")
+        reads = ["predict", "fragments", tables_name(merge_function)]
+        with working_on(sample.output, _step_name(name), reads=reads):
+            require_fragments(sample)
+            step = _relabel_step(sample, name, path)
+            if cfg.DATA.DROP_DS_MONGOTABLE or name not in list_arrays(sample.output):
+                discard_markers(step.markers)
+                made_by = {"method": method_that_scores(merge_function).name, "merge_function": merge_function}
+                create_labels(sample, name, made_by | {"threshold": threshold})
+            run_blocks(cfg, step)
+            print(f"{name} in {sample.output}")
 
 
 def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:
@@ -62,12 +66,16 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
 def _relabel_step(sample: Sample, segmentation: str, lut: Path) -> BlockStep:
     return block_step(
         sample,
-        segmentation.removeprefix("volumes/final_"),
+        _step_name(segmentation),
         f"{__name__}:open_worker",
         arguments={"lut": str(lut.absolute()), "segmentation": segmentation},
         settings={f"the content of {lut.name}": _digest(load_lut(lut))},
         context=(0, 0, 0),
     )
+
+
+def _step_name(segmentation: str) -> str:
+    return segmentation.removeprefix("volumes/final_")
 
 
 def _digest(lut: NDArray[np.uint64]) -> str:

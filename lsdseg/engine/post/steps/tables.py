@@ -6,7 +6,8 @@ import numpy as np
 from yacs.config import CfgNode
 
 from lsdseg.data_utils.layout import lut_path
-from lsdseg.engine.post.steps.edges import require_edges
+from lsdseg.engine.blocks.lock import working_on
+from lsdseg.engine.post.steps.edges import edges_name, require_edges
 from lsdseg.engine.post.steps.fragments import require_fragments
 from lsdseg.engine.post.tables import connected_segments, save_lut
 from lsdseg.engine.sample import samples_of
@@ -26,15 +27,23 @@ def find_segments(cfg: CfgNode, merge_function: str, threshold: float | None) ->
     thresholds = cfg.INS_SEGMENT.THRESHOLDS if threshold is None else [threshold]
     paths = []
     for sample in samples_of(cfg):
-        require_fragments(sample)
-        require_edges(sample, merge_function)
-        store = open_store(cfg, sample.output, "r")
-        node_ids = np.sort(np.concatenate([np.empty(0, np.uint64), *store.node_ids()]))
-        print(f"{sample.output.name}: {len(node_ids)} fragments, {len(thresholds)} thresholds", flush=True)
-        for value, lut in connected_segments(node_ids, store.edges(merge_function), thresholds).items():
-            path = lut_path(sample.output, merge_function, value)
-            with room_on_disk(path, lut.nbytes):
-                save_lut(path, lut)
-            print(f"{len(np.unique(lut[1]))} segments at {value:.2f} in {path}")
-            paths.append(path)
+        with working_on(
+            sample.output, tables_name(merge_function), reads=["predict", "fragments", edges_name(merge_function)]
+        ):
+            require_fragments(sample)
+            require_edges(sample, merge_function)
+            store = open_store(cfg, sample.output, "r")
+            node_ids = np.sort(np.concatenate([np.empty(0, np.uint64), *store.node_ids()]))
+            print(f"{sample.output.name}: {len(node_ids)} fragments, {len(thresholds)} thresholds", flush=True)
+            for value, lut in connected_segments(node_ids, store.edges(merge_function), thresholds).items():
+                path = lut_path(sample.output, merge_function, value)
+                with room_on_disk(path, lut.nbytes):
+                    save_lut(path, lut)
+                print(f"{len(np.unique(lut[1]))} segments at {value:.2f} in {path}")
+                paths.append(path)
     return paths
+
+
+def tables_name(merge_function: str) -> str:
+    """Name of the step for one merge function."""
+    return f"tables_{merge_function}"
