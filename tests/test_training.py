@@ -353,6 +353,15 @@ def test_other_augmentations_give_batches(home, volume, augmentation, tmp_path):
         assert (batch.targets["affs"] > 0).any()
 
 
+def test_appearance_changes_raw_and_leaves_labels_and_targets(home):
+    (plain,) = batches_of(config(home), 1)
+    (changed,) = batches_of(config(home, MODEL_ISO__PROB_NOISE=1, MODEL_ISO__PROB_FADE=1), 1)
+    assert np.abs(changed.raw - plain.raw).mean() > 1e-3
+    np.testing.assert_array_equal(changed.labels, plain.labels)
+    for task in plain.targets:
+        np.testing.assert_array_equal(changed.targets[task], plain.targets[task])
+
+
 def test_learning_rate_warms_up_and_falls_to_zero(tmp_path):
     cfg = config(tmp_path, TRAIN__LR_SCHEDULE="cosine", TRAIN__WARMUP=10, TRAIN__EPOCHS=100)
     rates = [learning_rate(cfg, iteration) for iteration in range(101)]

@@ -250,6 +250,16 @@ _C.MODEL_ISO.INTENSITYAUG_SCALE_MIN = 0.8
 _C.MODEL_ISO.INTENSITYAUG_SCALE_MAX = 1.2
 _C.MODEL_ISO.INTENSITYAUG_SHIFT_MIN = -0.2
 _C.MODEL_ISO.INTENSITYAUG_SHIFT_MAX = 0.2
+# What goes wrong in real volumes: the probability that a patch has it (0: never), and the range to draw how much from.
+# FADE: a box keeps this share of its contrast. CUTOUT: a box has one gray value (0 to 1). BLUR: Gaussian, standard
+# deviation in voxels. GAMMA: gray values to this power. NOISE: Gaussian, standard deviation (gray values are 0 to 1).
+# SECTION: one section has another brightness and this share of its contrast; at 0 it is missing.
+_C.MODEL_ISO.PROB_FADE, _C.MODEL_ISO.AMOUNT_FADE = 0.0, (0.1, 0.6)
+_C.MODEL_ISO.PROB_CUTOUT, _C.MODEL_ISO.AMOUNT_CUTOUT = 0.0, (0.0, 1.0)
+_C.MODEL_ISO.PROB_BLUR, _C.MODEL_ISO.AMOUNT_BLUR = 0.0, (0.3, 1.2)
+_C.MODEL_ISO.PROB_GAMMA, _C.MODEL_ISO.AMOUNT_GAMMA = 0.0, (0.7, 1.4)
+_C.MODEL_ISO.PROB_NOISE, _C.MODEL_ISO.AMOUNT_NOISE = 0.0, (0.01, 0.08)
+_C.MODEL_ISO.PROB_SECTION, _C.MODEL_ISO.AMOUNT_SECTION = 0.0, (0.0, 1.0)
 # Scale and shift that take raw from 0..1 to the network's -1..1 (first values), and back for snapshots (second values).
 _C.MODEL_ISO.INTENSITYSCALESHIFT_SCALE = [2.0, 0.5]
 _C.MODEL_ISO.INTENSITYSCALESHIFT_SHIFT = [-1.0, 0.5]

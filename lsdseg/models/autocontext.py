@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from lsdseg.models.inside import Box
 from lsdseg.models.unet import center_crop
 
 
@@ -37,11 +38,12 @@ class AutoContext(nn.Module):
         super().__init__()
         self.first, self.second, self.inputs, self.fit = first.eval().requires_grad_(False), second, inputs, fit
 
-    def forward(self, raw: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, raw: Tensor, inside: Box | None = None) -> tuple[Tensor, ...]:
         """Predict from raw data.
 
         Args:
             raw: float (batch, channels, *spatial).
+            inside: with "same" padding, a box within raw that the second network predicts. Default: all of it.
 
         Returns:
             The output of `second`.
@@ -53,7 +55,7 @@ class AutoContext(nn.Module):
         available = {"raw": center_crop(raw, size), **predicted}
         fitting = self.fit(tuple(size))
         outputs: tuple[Tensor, ...] = self.second(
-            torch.cat([center_crop(available[name], fitting) for name in self.inputs], dim=1)
+            torch.cat([center_crop(available[name], fitting) for name in self.inputs], dim=1), inside
         )
         return outputs
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from lsdseg.config.model_types import TASKS, input_channels, task_channels
+from lsdseg.models.inside import Box, features_inside
 from lsdseg.models.unet import ConvPass, UNet
 
 
@@ -35,16 +36,17 @@ class MultiTaskUNet(nn.Module):
         self.tasks = tuple(channels)
         self.output_type = _named_tuple(self.tasks)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, inside: Box | None = None) -> tuple[Tensor, ...]:
         """Predict all tasks.
 
         Args:
             x: float (batch, in_channels, *spatial).
+            inside: with "same" padding, a box within x to predict; nothing else is computed. Default: all of x.
 
         Returns:
             A named tuple with a field per task, each float32 (batch, channels, *smaller spatial) with values in 0..1.
         """
-        features = self.unet(x)
+        features = self.unet(x) if inside is None else features_inside(self.unet, x, inside)
         # Most affinities are close to 0 or 1, where reduced precision has too few digits for the sigmoid.
         with torch.autocast(x.device.type, enabled=False):
             features = features.float()

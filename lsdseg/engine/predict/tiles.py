@@ -75,13 +75,13 @@ class TilePredictor:
         input_shape = [s + 2 * c for s, c in zip(shape, self.context, strict=True)]
         voxels = torch.from_numpy(network_intensity(read_mirrored(raw, input_begin, input_shape), self.cfg))
         batch = voxels[:, None] if self.cfg.DATA.DIM_2D else voxels[None, None]
+        without_context = tuple((c, c + s) for c, s in zip(self.context, shape, strict=True))[-(batch.ndim - 2) :]
+        inside = without_context if self.keeps_size else None
         with explain_device_errors("reduce GROW_INPUT in the network's section"), self.precision.autocast():
-            outputs = self.model(self.precision.place(batch))
+            outputs = self.model(self.precision.place(batch), inside)
         results = {}
         for task, output in outputs._asdict().items():
             volume = output.transpose(0, 1) if self.cfg.DATA.DIM_2D else output[0]
-            if self.keeps_size:
-                volume = volume[:, *(slice(c, c + s) for c, s in zip(self.context, shape, strict=True))]
             results[task] = volume.float().cpu().numpy()
         return results
 

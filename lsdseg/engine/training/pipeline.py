@@ -23,6 +23,7 @@ from lsdseg.config.model_types import LABELS, TASKS, label_keys
 from lsdseg.data_utils.volumes import open_array, source_defaults
 from lsdseg.engine.intensity import network_scale_shift, unit_factor
 from lsdseg.engine.sections import along_zyx
+from lsdseg.engine.training.appearance import AppearanceAugment
 from lsdseg.engine.training.nodes import (
     Binarize,
     CompactLabels,
@@ -142,6 +143,9 @@ def _pipeline(cfg: CfgNode, volumes: list[Path], targets: dict[str, Target], req
             # The sections of an anisotropic volume are imaged one by one, each with its own brightness.
             slab=None if cfg.DATA.FIB else (1, -1, -1),
         )
+        appearance = AppearanceAugment(RAW, model)
+        if appearance.is_on:
+            pipeline += appearance
         if model.DEFECT_AUGMENT:
             pipeline += _defect_augment(cfg)
 
