@@ -2,6 +2,7 @@
 # make segment RAW=volume.zarr   set up and segment a volume with the shipped weights (OUT=result.zarr DATASET=volumes/raw)
 # make setup   create the virtual environment with what the scripts need, and nothing else
 # make test    add what the tests need, and run them all
+# make fuzz    give damaged and odd input to whatever reads files: CASES=10000 of each kind
 # make lint    add the linters, and check style, spelling, imports and types
 # make dev     add both, and pre-commit
 # make clean   remove what the other targets made
@@ -11,7 +12,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --progress-bar off --constraint constraints.txt --editable
 
-.PHONY: demo segment raw-named test lint dev setup clean
+.PHONY: demo segment raw-named test fuzz lint dev setup clean
 
 demo: setup
 	$(RUN) demo.py
@@ -24,6 +25,10 @@ raw-named:
 
 test: $(VENV)/ready-test
 	$(RUN) -m pytest
+
+fuzz: CASES ?= 10000
+fuzz: $(VENV)/ready-test
+	FUZZ_CASES=$(CASES) $(RUN) -m pytest tests/test_fuzz_*.py
 
 lint: $(VENV)/ready-lint
 	$(RUN) -m ruff check .

@@ -42,26 +42,6 @@ def write_whole(path: Path | str) -> Iterator[Path]:
 
 
 @contextmanager
-def write_whole_folder(path: Path | str) -> Iterator[Path]:
-    """Let the body make a folder under a temporary name, and rename it to `path` if the body succeeds.
-
-    A folder that has that name already is replaced.
-
-    Yields:
-        The temporary name.
-    """
-    path = Path(path)
-    partial = path.with_name(f"{path.name}{PARTIAL}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        yield partial
-        shutil.rmtree(path, ignore_errors=True)
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
 def explain_os_errors(path: Path | str) -> Iterator[None]:
     """Turn an OSError of the body into a UserError.
 

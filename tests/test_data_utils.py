@@ -222,6 +222,17 @@ def test_labels_mask_is_made_once(tmp_path, monkeypatch, capsys):
     assert (status, error.count("\n")) == (2, 1)
 
 
+@pytest.mark.parametrize("mask", ["volumes", "volumes/labels", f"{RAW}/mask", "../mask", "/mask", ""])
+def test_a_mask_replaces_nothing(tmp_path, monkeypatch, capsys, mask):
+    path = tmp_path / "a.zarr"
+    write_array(path, RAW, RAW_DATA, voxel_size=(40, 4, 4), offset=(0, 0, 0))
+    write_array(path, LABELS, LABELS_DATA, voxel_size=(40, 4, 4), offset=(200, 24, 28))
+    before = sorted(tmp_path.rglob("*"))
+    status, _, error = run(create_labels_mask_script, monkeypatch, capsys, path, "--mask", mask)
+    assert (status, error.count("\n")) == (2, 1), error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 # layout.py, create_dir_organisation.py
 
 

@@ -167,10 +167,15 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     back = open_array(tmp_path / "back.zarr", "em")
     assert (back.roi, np.unique(read(back)).tolist()) == (source.roi, [7])
 
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").touch()
     capsys.readouterr()
     for target, options, message in [
         ("out.zarr", (), "exists: add --overwrite"),
-        ("in.zarr", ("--overwrite",), "is an input and would be replaced"),
+        ("in.zarr", ("--overwrite",), "is an input"),
+        ("in.zarr/volumes", ("--overwrite",), "is an input"),
+        (".", ("--overwrite",), "is an input"),
+        ("mine", ("--overwrite",), "notes.txt in it was not written by this suite"),
         ("new.zarr", ("--dataset", "volumes/em"), "it holds volumes/raw"),
     ]:
         with pytest.raises(SystemExit) as ended:
@@ -180,3 +185,4 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         assert message in said
     assert list_arrays(tmp_path / "in.zarr") == [RAW]
     assert not (tmp_path / "new.zarr").exists()
+    assert (tmp_path / "mine/notes.txt").is_file()

@@ -1,6 +1,7 @@
 import errno
 import json
 import multiprocessing
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import zarr
 from funlib.geometry import Coordinate, Roi
 from funlib.persistence import open_ds
 
+from lsdseg.data_utils.replace import write_zarr
 from lsdseg.data_utils.volumes import (
     create_array,
     list_arrays,
@@ -87,6 +89,88 @@ def test_create_replaces_and_rename_moves(tmp_path, data):
     assert list_arrays(path) == ["x"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["volumes", "volumes/labels", "foreign", "foreign/inside", "notes", "link", "..", "/x", ".", "a/../../b", ""],
+)
+def test_nothing_but_own_arrays_is_replaced(tmp_path, data, name):
+    path = tmp_path / "a.zarr"
+    for dataset in ("volumes/raw", "volumes/labels/ids", "new"):
+        write_array(path, dataset, data, **GRID)
+    bare_zarr(path, "foreign", data, {"resolution": [40, 4, 4], "offset": [0, 0, 0]})
+    (path / "notes").mkdir()
+    (path / "notes/mine.txt").write_text("kept")
+    (path / "link").symlink_to(path / "volumes/raw")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"not replaced|no name of a dataset|inside the array"):
+        write_array(path, name, data, **GRID)
+    with pytest.raises(UserError, match=r"not replaced|no name of a dataset|inside the array"):
+        write_array(path, f"{name}.partial" if name.isalpha() else name, data, **GRID)
+    with pytest.raises(UserError, match=r"not replaced|no name of a dataset|inside the array"):
+        rename_array(path, "new", name)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def foreign_file(path, data):
+    write_array(path, "x", data, **GRID)
+    (path / "notes.txt").write_text("mine")
+
+
+def foreign_array(path, data):
+    bare_zarr(path, "x", data, {"resolution": [40, 4, 4]})
+
+
+def link(path, data):
+    write_array(path.with_name("other.zarr"), "x", data, **GRID)
+    path.symlink_to(path.with_name("other.zarr"))
+
+
+def plain_file(path, data):
+    path.write_text("mine")
+
+
+@pytest.mark.parametrize("make", [foreign_file, foreign_array, link, plain_file])
+def test_a_zarr_with_anything_else_is_not_replaced(tmp_path, data, make):
+    path = tmp_path / "a.zarr"
+    make(path, data)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"not replaced|is not a zarr"), write_zarr(path):
+        pytest.fail("the body must not run")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_input_is_not_replaced(tmp_path, data):
+    inner = tmp_path / "a.zarr/inner.zarr"
+    write_array(inner, "x", data, **GRID)
+    for target in (inner, tmp_path / "a.zarr", inner / "new.zarr", tmp_path):
+        with pytest.raises(UserError, match="is an input"), write_zarr(target, [inner]):
+            pytest.fail("the body must not run")
+    assert list_arrays(inner) == ["x"]
+
+
+def test_a_zarr_is_replaced_whole_and_leftovers_of_killed_runs_go(tmp_path, data):
+    path, mine = tmp_path / "a.zarr", tmp_path / "a.zarr.partial"
+    write_array(path, "old", data, **GRID)
+    mine.mkdir()
+    killed = multiprocessing.get_context("fork").Process(target=die_while_writing, args=(path,))
+    killed.start()
+    killed.join(timeout=60)
+    assert len(list(tmp_path.iterdir())) == 3
+    with write_zarr(path) as first:
+        assert first.is_dir()
+        with write_zarr(path) as second:  # another run at the same time does not touch the first one's folder
+            write_array(second, "second", data, **GRID)
+        assert list_arrays(path) == ["second"]
+        write_array(first, "first", data, **GRID)
+    assert list_arrays(path) == ["first"]
+    assert sorted(tmp_path.iterdir()) == [path, mine]
+
+
+def die_while_writing(path):
+    with write_zarr(path):
+        os._exit(1)
+
+
 def test_forked_process_reads(tmp_path, data):
     array = write_array(tmp_path / "a.zarr", "x", data, **GRID)
     array[array.roi]  # a thread pool started here would hang the child
@@ -161,8 +245,8 @@ def test_defaults_serve_arrays_without_attributes_only(tmp_path, data):
     bare_zarr(tmp_path / "a.zarr", "x", data, {})
     array = open_array(tmp_path / "a.zarr", "x", **defaults)
     assert (array.voxel_size, array.offset) == ((8, 8, 8), (16, 0, 0))
-    write_array(tmp_path / "a.zarr", "x", data, **GRID)
-    assert open_array(tmp_path / "a.zarr", "x", **defaults).voxel_size == (40, 4, 4)
+    write_array(tmp_path / "a.zarr", "y", data, **GRID)
+    assert open_array(tmp_path / "a.zarr", "y", **defaults).voxel_size == (40, 4, 4)
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,10 @@ from lsdseg.config.implementations import resolve
 from lsdseg.data_utils.labels import create_labels_mask
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW
 from lsdseg.data_utils.placement import read_placement
+from lsdseg.data_utils.replace import check_replaceable_zarr, write_zarr
 from lsdseg.data_utils.volumes import create_array, list_arrays, open_array, slabs
 from lsdseg.errors import UserError
-from lsdseg.files import room_on_disk, write_whole_folder
+from lsdseg.files import room_on_disk
 
 # Begin and end in sections of raw. None: from the first, to the last.
 Sections = tuple[int | None, int | None]
@@ -145,7 +146,7 @@ def convert(
 
     Args:
         path: a file of one of the FORMATS with `volumes/raw`. Datasets that are not volumes are left out.
-        target: the zarr. An existing one is replaced once the new one is complete.
+        target: the zarr. An existing one that this suite wrote is replaced once the new one is complete.
         sections: which sections of raw to copy.
         resolution: z, y, x voxel size in nm of volumes without the attribute `resolution`.
 
@@ -157,7 +158,7 @@ def convert(
         voxels = sum(math.prod(part.shape) for part in parts)
         with (
             room_on_disk(target, sum(part.stored_bytes for part in parts)),
-            write_whole_folder(target) as zarr,
+            write_zarr(target, [path]) as zarr,
             tqdm(total=voxels, desc=path.name, unit="voxel", unit_scale=True) as bar,
         ):
             for part in parts:
@@ -255,7 +256,8 @@ def target_paths(sources: Sequence[Path], output: Path, overwrite: bool) -> list
     """Return one zarr for each source: the output itself if it ends in .zarr, else NAME.zarr in that folder.
 
     Raises:
-        UserError: two sources would become the same zarr, or a zarr exists and `overwrite` is False.
+        UserError: two sources would become the same zarr; a zarr exists and `overwrite` is False; or as for
+            `check_replaceable_zarr`.
     """
     if output.suffix == ".zarr":
         targets = [output] * len(sources)
@@ -265,4 +267,6 @@ def target_paths(sources: Sequence[Path], output: Path, overwrite: bool) -> list
         raise UserError(f"several inputs would become the same zarr in {output}: convert them one by one")
     if existing := [target for target in targets if target.exists() and not overwrite]:
         raise UserError(f"{existing[0]} exists: add --overwrite, or write elsewhere")
+    for target in targets:
+        check_replaceable_zarr(target, sources)
     return targets

@@ -20,9 +20,9 @@ from scipy.spatial import cKDTree
 from skimage.segmentation import watershed
 from tqdm import tqdm
 
+from lsdseg.data_utils.replace import write_zarr
 from lsdseg.data_utils.volumes import write_array
 from lsdseg.errors import UserError
-from lsdseg.files import write_whole_folder
 
 # Positions of voxel centers along z, y, x in nm.
 Grid = Sequence[NDArray[np.floating[Any]]]
@@ -115,7 +115,7 @@ def write_phantom(
         "volumes/labels/labels_mask": np.ones(shape, np.uint8),
         "volumes/labels/mito_ids": mito_ids,
     }
-    with write_whole_folder(path) as zarr:
+    with write_zarr(path) as zarr:
         for dataset, data in arrays.items():
             write_array(zarr, dataset, data, voxel_size=voxel_size, offset=offset)
 

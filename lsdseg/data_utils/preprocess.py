@@ -17,9 +17,10 @@ from yacs.config import CfgNode
 
 from lsdseg.data_utils.labels import is_labeled
 from lsdseg.data_utils.layout import SPLITS, data_folder, volumes_in
+from lsdseg.data_utils.replace import write_zarr
 from lsdseg.data_utils.volumes import create_array, list_arrays, open_array, read, slabs, source_defaults
 from lsdseg.errors import UserError
-from lsdseg.files import room_on_disk, write_whole_folder
+from lsdseg.files import room_on_disk
 
 # From the voxels of a slab to those to write, perhaps of another type.
 Convert = Callable[[NDArray[Any]], NDArray[Any]]
@@ -56,7 +57,7 @@ def export_sections(cfg: CfgNode) -> None:
     for split, path in sources:
         target = data_folder(_with_data(cfg, DIM_2D=True), split) / path.name
         raw = sections[path][cfg.DATA.RAW]
-        with room_on_disk(target), write_whole_folder(target) as zarr:
+        with room_on_disk(target), write_zarr(target, [path]) as zarr:
             for name, array in sections[path].items():
                 _write_sections(zarr, name, array, raw)
             for labels, mask in _labels_and_masks(cfg).items():
@@ -85,7 +86,7 @@ def match_histograms(cfg: CfgNode, source: str, target: str) -> None:
     for split, path in sources:
         matched = data_folder(_with_data(cfg, DIM_2D=False, BRAIN_VOL=f"{source}_matched"), split) / path.name
         table = matching_values(gray_value_counts(raw[path]), wanted)
-        with room_on_disk(matched), write_whole_folder(matched) as zarr:
+        with room_on_disk(matched), write_zarr(matched, [path]) as zarr:
             _write_volume(zarr, cfg.DATA.RAW, raw[path], partial(np.take, table))
             for name in copied[path].keys() - {cfg.DATA.RAW}:
                 _write_volume(zarr, name, copied[path][name])

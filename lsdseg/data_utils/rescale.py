@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from tqdm import tqdm
 
+from lsdseg.data_utils.replace import check_replaceable_zarr, write_zarr
 from lsdseg.data_utils.volumes import create_array, open_array, read, slabs
 from lsdseg.errors import UserError
-from lsdseg.files import room_on_disk, write_whole_folder
+from lsdseg.files import room_on_disk
 
 SLAB_BYTES = 2**24
 
@@ -47,13 +48,12 @@ def rescale_zarr(
         overwrite: replace a target that exists.
 
     Raises:
-        UserError: an input does not exist, the target exists or is an input, or as for `rescale`.
+        UserError: an input does not exist, the target exists, as for `check_replaceable_zarr`, or as for `rescale`.
     """
     array = open_array(source, dataset)
     grid = open_array(like[0], like[1]) if like else None
     inputs = [source, Path(like[0])] if like else [source]
-    if target.exists() and any(target.samefile(path) for path in inputs):
-        raise UserError(f"{target} is an input and would be replaced as a whole: write elsewhere")
+    check_replaceable_zarr(target, inputs)
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists: add --overwrite, or write elsewhere")
     name = to or dataset
@@ -78,7 +78,7 @@ def rescale(
 
     Args:
         source: raw (uint8 or float), or labels of any integer type. `voxel_size` has one number for each axis.
-        target: the zarr. An existing one is replaced.
+        target: the zarr. An existing one is replaced if this suite wrote all of it.
         dataset: name of the dataset in it.
         voxel_size: in nm.
         roi: region to cover, in nm: inside the source, and a whole number of new voxels wide. None: begin where the
@@ -95,7 +95,7 @@ def rescale(
     shape = Coordinate(-(-n // v) for n, v in zip((roi or source.roi).shape, voxel_size, strict=True))
     step = [new / old for new, old in zip(voxel_size, source.voxel_size, strict=True)]
     same_voxels = voxel_size == source.voxel_size and not any((begin - source.offset) % voxel_size)
-    with room_on_disk(target), write_whole_folder(target) as partial:
+    with room_on_disk(target), write_zarr(target) as partial:
         array = create_array(
             partial,
             dataset,

@@ -8,7 +8,6 @@ order is z, y, x. Voxel sizes and offsets are whole nanometers (see `placement`)
 import itertools
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -24,7 +23,15 @@ from numpy.typing import DTypeLike, NDArray
 from yacs.config import CfgNode
 
 from lsdseg.data_utils.placement import Placement, read_ome_placement, read_placement, whole_nanometers
+from lsdseg.data_utils.replace import (
+    array_folder,
+    check_replaceable_array,
+    hidden_array,
+    is_array,
+    replace_folder,
+)
 from lsdseg.errors import UserError
+from lsdseg.files import PARTIAL
 
 # Indexing a funlib Array computes a dask graph. Dask's thread pool hangs in a process that is forked after the pool was
 # first used, and gunpowder's PreCache forks.
@@ -64,7 +71,7 @@ def open_array(
             a section in between is missing, or differs from the first one.
     """
     where = f"{dataset} in {path}"
-    if sections := _section_names(Path(path) / dataset):
+    if sections := _section_names(array_folder(path, dataset)):
         defaults = SourceDefaults(default_voxel_size=default_voxel_size, default_offset=default_offset)
         return _stack({int(name): open_array(path, f"{dataset}/{name}", mode, **defaults) for name in sections}, where)
     source = _open_zarr(Path(path), dataset, mode)
@@ -87,8 +94,8 @@ def open_array(
 
 def has_array(path: Path | str, dataset: str) -> bool:
     """Return whether a zarr holds what `open_array` can open: an array or sections of that name."""
-    folder = Path(path) / dataset
-    return _is_array(folder) or bool(_section_names(folder))
+    folder = array_folder(path, dataset)
+    return is_array(folder) or bool(_section_names(folder))
 
 
 def create_array(
@@ -102,7 +109,7 @@ def create_array(
     chunk_shape: Sequence[int] | None = None,
     attributes: Mapping[str, Any] | None = None,
 ) -> Array:
-    """Create an array of zeros, compressed with zstd. An array of that name is replaced.
+    """Create an array of zeros, compressed with zstd. An array of that name is replaced if this suite wrote it.
 
     Args:
         path: the zarr. It is created if it does not exist.
@@ -118,7 +125,8 @@ def create_array(
         The array, open for writing.
 
     Raises:
-        UserError: voxel size or offset are not in whole nanometers.
+        UserError: voxel size or offset are not in whole nanometers; something else has that name, or the name without
+            PARTIAL that the array will get.
     """
     shape, dims = tuple(map(int, shape)), len(voxel_size)
     where = f"{dataset} in {path}"
@@ -127,9 +135,12 @@ def create_array(
     if chunk_shape is None:
         edge = 64 if dims == 3 else 512
         chunk_shape = (*shape[:-dims], *(min(edge, size) for size in shape[-dims:]))
+    for name in (dataset, dataset.removesuffix(PARTIAL)):
+        check_replaceable_array(path, name)
+    new = hidden_array(dataset)
     source = zarr.open_array(
         store=str(path),
-        path=dataset,
+        path=new,
         mode="w",
         shape=shape,
         chunks=tuple(map(int, chunk_shape)),
@@ -146,6 +157,7 @@ def create_array(
         "units": ["nm"] * dims,
     }
     source.attrs.update({**(attributes or {}), **placement})
+    replace_folder(Path(path) / new, array_folder(path, dataset))
     return open_array(path, dataset, "r+")
 
 
@@ -210,11 +222,13 @@ def chunk_shape(tile_shape: Sequence[int], volume_shape: Sequence[int], largest:
 
 
 def rename_array(path: Path | str, dataset: str, new_name: str) -> None:
-    """Rename a dataset within its zarr. A dataset of the new name is replaced."""
-    target = Path(path) / new_name
-    if target.exists():
-        shutil.rmtree(target)
-    (Path(path) / dataset).rename(target)
+    """Rename a dataset within its zarr. An array of the new name is replaced if this suite wrote it.
+
+    Raises:
+        UserError: something else has the new name.
+    """
+    check_replaceable_array(path, new_name)
+    replace_folder(array_folder(path, dataset), array_folder(path, new_name))
 
 
 def read(array: Array, slices: Any = ...) -> NDArray[Any]:
@@ -233,7 +247,7 @@ def list_arrays(path: Path | str) -> list[str]:
     names, folders = [], [Path(path)]
     while folders:
         folder = folders.pop()
-        if _is_array(folder):
+        if is_array(folder):
             names.append(folder.relative_to(path).as_posix())
         elif folder.is_dir():
             folders.extend(child for child in folder.iterdir() if child.is_dir())
@@ -242,7 +256,7 @@ def list_arrays(path: Path | str) -> list[str]:
 
 def is_stored(path: Path | str, dataset: str, voxels: Sequence[slice]) -> bool:
     """Return whether any chunk of a box of voxels was ever written. Voxels of other chunks have the fill value."""
-    folder = Path(path) / dataset
+    folder = array_folder(path, dataset)
     if sections := _section_names(folder):
         return any(is_stored(path, f"{dataset}/{name}", voxels[1:]) for name in sections[voxels[0]])
     array = _open_zarr(Path(path), dataset, "r")
@@ -279,9 +293,9 @@ def slabs(array: Array, max_bytes: int = 2**28) -> list[tuple[slice, ...]]:
 
 def _section_names(folder: Path) -> list[str]:
     """Return the names "m" ... "n" of the sections in a folder, ordered by number. An array has none."""
-    if _is_array(folder) or not folder.is_dir():
+    if is_array(folder) or not folder.is_dir():
         return []
-    return sorted((child.name for child in folder.iterdir() if child.name.isdigit() and _is_array(child)), key=int)
+    return sorted((child.name for child in folder.iterdir() if child.name.isdigit() and is_array(child)), key=int)
 
 
 def _stack(sections: dict[int, Array], where: str) -> Array:
@@ -311,14 +325,6 @@ def _stack(sections: dict[int, Array], where: str) -> Array:
     )
 
 
-def _is_array(folder: Path) -> bool:
-    """Return whether a folder is a zarr array of format 2 or 3."""
-    if (folder / ".zarray").is_file():
-        return True
-    header = folder / "zarr.json"
-    return header.is_file() and bool(json.loads(header.read_text())["node_type"] == "array")
-
-
 def _format(path: Path) -> dict[str, Any]:
     """Return the arguments for zarr's format: 2, but 3 in a zarr of format 3, where arrays of format 2 are not seen."""
     if ZARR_VERSION >= 3 and (path / "zarr.json").is_file():
@@ -331,8 +337,8 @@ def _open_zarr(path: Path, dataset: str, mode: str) -> zarr.Array:
     """Open a zarr array, or raise UserError if there is none or this version of zarr cannot read it."""
     if not path.is_dir():
         raise UserError(f"{path} does not exist or is not a zarr folder: check the path")
-    folder = path / dataset
-    if not _is_array(folder):
+    folder = array_folder(path, dataset)
+    if not is_array(folder):
         names = ", ".join(list_arrays(path)) or "no datasets"
         raise UserError(f"no dataset {dataset} in {path}; it holds {names}")
     if ZARR_VERSION < 3 and not (folder / ".zarray").is_file():
