@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lsdseg.config.loader import CHECKOUT, EXPERIMENT, load_config
-from lsdseg.errors import DeviceError, UserError
+from lsdseg.errors import DeviceError, UserError, without_secrets
 
 
 class _Parser(argparse.ArgumentParser):
@@ -103,7 +103,7 @@ def call_script(script: str, *arguments: object, cwd: Path | None = None) -> Non
         SystemExit: the script failed; the status is the script's.
     """
     command = [script, *map(str, arguments)]
-    print("\n$ python", shlex.join(command), flush=True)
+    print("\n$ python", without_secrets(shlex.join(command)), flush=True)
     if status := subprocess.run([sys.executable, CHECKOUT / script, *command[1:]], cwd=cwd).returncode:
         sys.exit(status)
 
@@ -117,13 +117,18 @@ def add_merge_function(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def _report_mistakes() -> Iterator[None]:
-    """Exit with one line on stderr after a UserError or Ctrl-C."""
+    """Exit with one line on stderr after a UserError, an error of the file system or Ctrl-C."""
     try:
         yield
     except UserError as error:
         # Of several processes that train together, one reports the mistakes that all of them meet.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, DeviceError):
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            print("error:", error, file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print("error:", UserError(f"{error.filename}: {error.strerror}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

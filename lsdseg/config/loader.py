@@ -5,6 +5,7 @@ every folder. The result is frozen.
 """
 
 import difflib
+import os
 import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,8 +25,8 @@ from lsdseg.config.network_shapes import (
     tile_context,
     total_factor,
 )
-from lsdseg.config.rules import RULES, canonical
-from lsdseg.errors import UserError
+from lsdseg.config.rules import RULES, canonical, parse_yaml
+from lsdseg.errors import SECRET_OPTIONS, UserError, quoted
 from lsdseg.files import write_whole
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -40,6 +41,8 @@ RUN_FOLDERS = {"LOG_DIR": "lsd_logs", "CKPT_FOLDER": "lsd_checkpoints", "OUTPUT_
 NETWORK = ("DOWNSAMPLE_FACTORS", "KERNEL_SIZE_DOWN", "KERNEL_SIZE_UP", "PAD_CONV")
 # Default of GROW_INPUT, if the network can take it.
 GROW_INPUT = 36
+# Config files in YAML have a few thousand bytes. Reading a larger one would take minutes.
+MOST_BYTES = 10**6
 # Where settings come from, for messages, and (key, value) pairs.
 Source = tuple[str, Iterable[tuple[str, Any]]]
 
@@ -87,12 +90,12 @@ def _merge(sources: Sequence[Source]) -> CfgNode:
     for origin, entries in sources:
         for key, value in entries:
             if key not in RULES:
-                raise UserError(f"unknown key {key} ({origin}): did you mean {_nearest(key)}?")
+                raise UserError(f"unknown key {key!s:.80} ({origin}): did you mean {_nearest(str(key))}?")
             section, _, name = key.partition(".")
             try:
                 cfg[section][name] = canonical(key, value)
             except ValueError as error:
-                raise UserError(f"{key} is {value!r} ({origin}), but must be {error}") from None
+                raise UserError(f"{key} is {quoted(value)} ({origin}), but must be {error}") from None
             origins[key] = origin
     _resolve(cfg, origins)
     cfg.freeze()
@@ -105,17 +108,17 @@ def find_config(path: str | Path) -> Path:
     Raises:
         UserError: there is no such file.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     places = [Path.cwd(), CHECKOUT] + ([CHECKOUT / "config"] if path.name == str(path) else [])
     for place in places:
-        if (place / path).is_file():
+        if os.path.isfile(place / path):  # unlike Path.is_file, it takes any name
             return place / path
     searched = "" if path.is_absolute() else f" in {', '.join(dict.fromkeys(map(str, places)))}"
     raise UserError(f"there is no config file {path}{searched}: check the path after -c")
 
 
 def dump_config(cfg: CfgNode, path: str | Path) -> None:
-    """Write a loaded config as YAML that loads to an equal config, without user name and password in DATA.DB_HOST.
+    """Write a loaded config as YAML that loads to an equal config, without the credentials in DATA.DB_HOST.
 
     Raises:
         UserError: the file cannot be written.
@@ -127,7 +130,8 @@ def dump_config(cfg: CfgNode, path: str | Path) -> None:
 def config_text(cfg: CfgNode) -> str:
     """Return the YAML that `dump_config` writes."""
     tree = {section: dict(keys) for section, keys in cfg.items() if section != DERIVED_SECTION}
-    tree["DATA"]["DB_HOST"] = re.sub(r"^([\w+.-]+://)?.*@", r"\1", tree["DATA"]["DB_HOST"])
+    host = re.sub(r"^([\w+.-]+://)?.*@", r"\1", tree["DATA"]["DB_HOST"])
+    tree["DATA"]["DB_HOST"] = SECRET_OPTIONS.sub("", host)
     return str(yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=110))
 
 
@@ -142,11 +146,13 @@ def read_config_file(file: Path) -> dict[str, Any]:
     if file.suffix not in (".yaml", ".yml"):
         raise UserError(f"{file}: the name of a config file must end in .py, .yaml or .yml")
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        if file.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES} bytes")
+        tree = parse_yaml(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
         raise UserError(f"{file} cannot be read as YAML: {error}") from None
     if not isinstance(tree, dict | None):
-        raise UserError(f"{file} contains {tree!r:.60}, but must contain sections such as TRAIN:")
+        raise UserError(f"{file} contains {quoted(tree)}, but must contain sections such as TRAIN:")
     return tree or {}
 
 
@@ -158,7 +164,7 @@ def _run_python(file: Path) -> dict[str, Any]:
         candidates = [namespace.get("cfg"), namespace.get("_C")]
         if callable(namespace.get("get_cfg_defaults")):
             candidates.append(namespace["get_cfg_defaults"]())
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # whatever the file does, it is a mistake in it
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(file)]
         line = lines[-1] if lines else getattr(error, "lineno", 1)
@@ -192,9 +198,10 @@ def _pairs(overrides: Sequence[Any]) -> list[tuple[str, Any]]:
 
 def _nearest(key: str) -> str:
     """Return the known key that was probably meant: the same name in another section, else the most similar one."""
-    name = key.upper().rpartition(".")[2]
+    key = key[-80:].upper()  # comparing takes long for long texts
+    name = key.rpartition(".")[2]
     same_name = [known for known in RULES if known.endswith(f".{name}")]
-    return difflib.get_close_matches(key.upper(), same_name or RULES, n=1, cutoff=0)[0]
+    return difflib.get_close_matches(key, same_name or RULES, n=1, cutoff=0)[0]
 
 
 def _resolve(cfg: CfgNode, origins: Mapping[str, str]) -> None:

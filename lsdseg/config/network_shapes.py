@@ -18,8 +18,8 @@ A network that cannot be built raises ValueError with the text "argument: reason
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import count
 from typing import NamedTuple
 
 AXES = "zyx"
@@ -123,11 +123,12 @@ def nearest_input_shapes(
         ValueError: the network cannot be built.
     """
     axes = _axes(len(input_shape), downsample_factors, kernel_size_down, kernel_size_up, padding)
-    above = [_possible_size_from(size, axis) for size, axis in zip(input_shape, axes, strict=True)]
-    below = [
-        next((smaller for smaller in range(size, 0, -1) if _is_possible(smaller, axis)), larger)
-        for size, axis, larger in zip(input_shape, axes, above, strict=True)
-    ]
+    below, above = [], []
+    for size, axis in zip(input_shape, axes, strict=True):
+        larger = _possible_size_from(size, axis)
+        smaller = larger - math.prod(axis.factors) * (larger > size)
+        above.append(larger)
+        below.append(smaller if _is_possible(smaller, axis) else larger)
     return [
         (shape, output_shape(shape, downsample_factors, kernel_size_down, kernel_size_up, padding))
         for shape in sorted({tuple(below), tuple(above)})
@@ -238,5 +239,15 @@ def _is_possible(size: int, axis: _Axis, least_output: int = 1) -> bool:
 
 
 def _possible_size_from(size: int, axis: _Axis, least_output: int = 1) -> int:
-    """Return the smallest possible input length that is at least `size`."""
-    return next(larger for larger in count(size) if _is_possible(larger, axis, least_output))
+    """Return the smallest possible input length that is at least `size`.
+
+    n voxels at the coarsest level come from one input length, `lost` + n * `total`. The more voxels, the longer the
+    output, so a binary search finds the smallest n.
+    """
+    total = math.prod(axis.factors)
+    lost = sum(math.prod(axis.factors[:level]) * axis.lost_down[level] for level in range(len(axis.factors)))
+    first = max(1, -(-(size - lost) // total))
+    # No level loses more voxels of the output than of its own times `total`, and cropping loses less than `total`.
+    last = first + sum(axis.lost_down) + sum(axis.lost_up) + len(axis.factors) + least_output
+    enough = bisect_left(range(first, last), True, key=lambda n: _is_possible(lost + n * total, axis, least_output))
+    return lost + (first + enough) * total

@@ -7,7 +7,6 @@ out has the same type whatever went in.
 """
 
 import ast
-import math
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -33,40 +32,51 @@ class Rule:
     parse: Callable[[Any], Any]
 
 
+# Longer texts and lists are mistakes, and take long to check and to print.
+MOST_CHARACTERS = 4000
+MOST_IN_PATH = 1000
+MOST_ITEMS = 1000
+# Larger numbers are mistakes, and take for ever.
+LARGEST = 10**9
+MOST_LITERAL = 20_000
+
+
 def _require(condition: bool) -> None:
     if not condition:
         raise ValueError
 
 
-def number(low: float = -math.inf, high: float = math.inf, *, above: bool = False, below: bool = False) -> Rule:
+def number(low: float = -LARGEST, high: float = LARGEST, *, above: bool = False, below: bool = False) -> Rule:
     """Return a rule for a float from `low` to `high`; `above` excludes `low`, `below` excludes `high`."""
 
     def parse(value: Any) -> float:
+        value = _scalar(value)
         _require(isinstance(value, int | float) and not isinstance(value, bool))
         _require((low < value if above else low <= value) and (value < high if below else value <= high))
-        _require(math.isfinite(value))
         return float(value)
 
-    lower = "" if low == -math.inf else f" above {low}" if above else f" from {low}"
-    upper = "" if high == math.inf else f" to below {high}" if below else f" to {high}"
+    lower, upper = f" above {low}" if above else f" from {low}", f" to below {high}" if below else f" to {high}"
     return Rule(f"a number{lower}{upper}", parse)
 
 
-def integer(low: int | None = None) -> Rule:
-    """Return a rule for an int that is at least `low`."""
+def integer(low: int = -LARGEST, high: int = LARGEST) -> Rule:
+    """Return a rule for an int from `low` to `high`."""
 
     def parse(value: Any) -> int:
+        value = _scalar(value)
         _require(isinstance(value, int | float) and not isinstance(value, bool))
-        _require(value == int(value) and (low is None or value >= low))
+        _require(low <= value <= high and value == int(value))
         return int(value)
 
-    return Rule("a whole number" if low is None else f"a whole number, {low} or more", parse)
+    return Rule(f"a whole number from {low} to {high}", parse)
 
 
 def choice(*options: Any) -> Rule:
     """Return a rule for one of the options."""
 
     def parse(value: Any) -> Any:
+        value = _scalar(value)
+        _require(isinstance(value, str | int | float))
         # YAML reads a bare no as False. Only MIXED_PRECISION has "no" among its options.
         value = "no" if value is False and "no" in options else value
         _require(value in options)
@@ -76,31 +86,44 @@ def choice(*options: Any) -> Rule:
 
 
 def pattern(expression: str, allowed: str) -> Rule:
-    """Return a rule for a string that matches the whole regular expression."""
+    """Return a rule for a string that matches the whole regular expression. Control characters are never allowed."""
 
     def parse(value: Any) -> str:
-        _require(isinstance(value, str) and re.fullmatch(expression, value) is not None)
+        _require(isinstance(value, str) and len(value) <= MOST_CHARACTERS and value.isprintable())
+        _require(re.fullmatch(expression, value) is not None)
         return str(value)
 
     return Rule(allowed, parse)
+
+
+def on_disk(string: Rule) -> Rule:
+    """Return a rule for a path or a part of one: what `string` takes, if file systems take it too."""
+
+    def parse(value: Any) -> str:
+        given: str = string.parse(value)
+        _require(len(given) <= MOST_IN_PATH and all(len(os.fsencode(part)) <= 255 for part in given.split("/")))
+        return given
+
+    return Rule(f"{string.allowed}, as long as file systems allow", parse)
 
 
 def path(string: Rule) -> Rule:
     """Return a rule for a path: what `string` takes, made absolute, with ~ expanded. An empty string stays empty."""
 
     def parse(value: Any) -> str:
-        given: str = os.path.expanduser(string.parse(value))
+        given: str = os.path.expanduser(on_disk(string).parse(value))
+        _require(not given.startswith("~"))
         return given if not given or os.path.isabs(given) else os.path.abspath(given)
 
-    return Rule(string.allowed, parse)
+    return Rule(f"{string.allowed}: a path; ~NAME only if there is a user NAME", parse)
 
 
 def sequence(item: Rule, *lengths: int, kind: Callable[[Iterable[Any]], Any] = list) -> Rule:
-    """Return a rule for a list or tuple (`kind`) of items, of one of the lengths; without lengths, not empty."""
+    """Return a rule for a list, tuple or array of items, of one of the lengths; without lengths, not empty."""
 
     def parse(value: Any) -> Any:
-        _require(isinstance(value, list | tuple))
-        _require(len(value) in lengths if lengths else len(value) > 0)
+        _require(isinstance(value, list | tuple) or bool(getattr(value, "shape", ())))
+        _require(len(value) in lengths if lengths else 0 < len(value) <= MOST_ITEMS)
         return kind(item.parse(v) for v in value)
 
     size = " or ".join(map(str, lengths)) + " values" if lengths else "a list of values"
@@ -134,44 +157,47 @@ def per_pass(rule: Rule) -> Rule:
 
 
 flag = Rule("True or False", choice(True, False).parse)
-text = pattern("(?s).*", "a string")
-nonempty = pattern("(?s).+", "a string that is not empty")
+text = pattern(".*", f"a string of at most {MOST_CHARACTERS} printable characters")
+nonempty = on_disk(pattern(".+", "a string of 1 or more printable characters"))
 share = number(0, 1)
 positive = number(0, above=True)
 threshold = number(0, 1, above=True)
 decay = number(0, 1, below=True)
-offsets = sequence(sequence(integer(), 2, 3))
-kernels = optional(sequence(sequence(sequence(integer(1), 2, 3, kind=tuple))))
+workers = 10_000
+voxels = 100_000
+offsets = sequence(sequence(integer(-voxels, voxels), 2, 3))
+levels = range(1, 11)
+kernels = optional(sequence(sequence(sequence(integer(1, 100), 2, 3, kind=tuple), *levels), *levels))
 
 
 def _model_rules(dims: int) -> dict[str, Rule]:
     """Return the rules of the keys of MODEL_ISO and MODEL_ANISO for data with `dims` axes."""
-    shape = sequence(integer(1), dims, kind=tuple)
+    shape = sequence(integer(1, voxels), dims, kind=tuple)
     return {
         "NUM_FMAPS": integer(1),
         "NUM_FMAPS_OUT": integer(1),
         "FMAP_INC_FACTOR": integer(1),
         # The numbers of axes and levels are checked with the shapes, and only for the network in use.
-        "DOWNSAMPLE_FACTORS": sequence(sequence(integer(1), 2, 3)),
+        "DOWNSAMPLE_FACTORS": sequence(sequence(integer(1, 100), 2, 3), *levels),
         "KERNEL_SIZE_DOWN": kernels,
         "KERNEL_SIZE_UP": kernels,
         "PAD_CONV": choice("valid", "same"),
         "ACTIVATION": choice("relu", "leaky_relu"),
         "INPUT_SHAPE": shape,
         "OUTPUT_SHAPE": optional(shape),
-        "GROW_INPUT": optional(sequence(integer(0), dims, kind=tuple)),
+        "GROW_INPUT": optional(sequence(integer(0, voxels), dims, kind=tuple)),
         "VOXEL_SIZE": shape,
         "LSD_SIGMA": positive,
-        "LSD_DOWNSAMPLE": integer(1),
-        "GROWBOUNDARY_STEPS": integer(0),
+        "LSD_DOWNSAMPLE": integer(1, voxels),
+        "GROWBOUNDARY_STEPS": integer(0, 1000),
         "PROB_ELASTIC": per_pass(share),
         "CONTROL_POINT_SPACING": per_pass(shape),
-        "JITTER_SIGMA": per_pass(sequence(number(0), dims, kind=tuple)),
+        "JITTER_SIGMA": per_pass(sequence(number(0, 1000), dims, kind=tuple)),
         "ROTATION_INTERVAL": sequence(number(), 2),
         "PROB_SLIP": per_pass(share),
         "PROB_SHIFT": per_pass(share),
-        "MAX_MISALIGN": per_pass(integer(0)),
-        "SUBSAMPLE": integer(1),
+        "MAX_MISALIGN": per_pass(integer(0, 1000)),
+        "SUBSAMPLE": integer(1, 1000),
         "TRANSPOSE": sequence(choice(*range(dims)), *range(dims + 1)),
         "INTENSITYAUG_SCALE_MIN": number(),
         "INTENSITYAUG_SCALE_MAX": number(),
@@ -195,8 +221,8 @@ def _model_rules(dims: int) -> dict[str, Rule]:
 
 RULES: dict[str, Rule] = {
     "SYSTEM.NUM_GPUS": integer(0),
-    "SYSTEM.NUM_WORKERS": integer(0),
-    "SYSTEM.CACHE_SIZE": integer(1),
+    "SYSTEM.NUM_WORKERS": integer(0, workers),
+    "SYSTEM.CACHE_SIZE": integer(1, workers),
     "SYSTEM.VERBOSE": flag,
     "DATA.HOME": path(nonempty),
     "DATA.DATA_DIR_PATH": nonempty,
@@ -210,23 +236,26 @@ RULES: dict[str, Rule] = {
     "DATA.AFFS_DTYPE": choice("uint8", "float32"),
     "DATA.INVERT_PRED_AFFS": flag,
     "DATA.DB_HOST": text,
-    "DATA.DB_NAME": text,
+    "DATA.DB_NAME": pattern(
+        r'(?:(?![/\\. "$*<>:|?])[!-~]){0,63}',
+        'a name that MongoDB takes: at most 63 characters, without spaces and / \\ . " $ * < > : | ?',
+    ),
     "DATA.DROP_DS_MONGOTABLE": flag,
     "PREPROCESS.EXPORT_2D_FROM_3D": optional(flag),
     "PREPROCESS.SOURCE_DATA_OFFSET": optional(sequence(integer(), 2, 3, kind=tuple)),
     "PREPROCESS.SOURCE_DATA_RESOLUTION": optional(sequence(integer(1), 2, 3, kind=tuple)),
-    "PREPROCESS.HISTOGRAM_MATCH": optional(sequence(text, 2)),
+    "PREPROCESS.HISTOGRAM_MATCH": optional(sequence(nonempty, 2)),
     "PREPROCESS.USE_WANDB": flag,
-    "PREPROCESS.DATASETS_TO_COPY": optional(sequence(text)),
+    "PREPROCESS.DATASETS_TO_COPY": optional(sequence(nonempty)),
     "TRAIN.MODEL_TYPE": choice(*MODEL_TYPES),
     "TRAIN.EPOCHS": integer(1),
     "TRAIN.SAVE_EVERY": integer(1),
     "TRAIN.KEEP_CHECKPOINTS": integer(0),
     "TRAIN.LOG_EVERY": integer(1),
     "TRAIN.DEVICE": pattern(
-        r"auto|cpu|cuda(:\d+)?|multi_gpu", "one of auto, cpu, cuda, multi_gpu, or one GPU such as cuda:0"
+        r"auto|cpu|cuda(:[0-9]{1,2})?|multi_gpu", "one of auto, cpu, cuda, multi_gpu, or one GPU such as cuda:0"
     ),
-    "TRAIN.BATCH_SIZE": integer(1),
+    "TRAIN.BATCH_SIZE": integer(1, 10_000),
     "TRAIN.INITIAL_LR": positive,
     "TRAIN.LR_BETAS": sequence(decay, 2, kind=tuple),
     "TRAIN.LR_FAN_IN": integer(0),
@@ -235,15 +264,15 @@ RULES: dict[str, Rule] = {
     "TRAIN.AFF_LOSS": choice("mse", "bce"),
     "TRAIN.PLACEMENT": flag,
     **{f"TRAIN.{task.loss_weight}": number(0) for task in TASKS.values()},
-    "TRAIN.ACCUMULATE": integer(1),
+    "TRAIN.ACCUMULATE": integer(1, 10_000),
     "TRAIN.EMA": decay,
     "TRAIN.VALIDATE_EVERY": integer(0),
     "TRAIN.VALIDATION_VOLUME": optional(path(text)),
-    "TRAIN.VALIDATION_SHAPE": sequence(integer(1), 3, kind=tuple),
+    "TRAIN.VALIDATION_SHAPE": sequence(integer(1, voxels), 3, kind=tuple),
     "TRAIN.MIXED_PRECISION": choice("no", "bf16", "fp16", "auto"),
     "TRAIN.COMPILE": flag,
-    "TRAIN.THREADS": integer(0),
-    "TRAIN.SEED": integer(0),
+    "TRAIN.THREADS": integer(0, workers),
+    "TRAIN.SEED": integer(0, 2**32 - 1),
     "TRAIN.AUGMENT": flag,
     "TRAIN.NEIGHBORHOOD": either(offsets, choice("LR_NEIGHBORHOOD"), f"{offsets.allowed}; or LR_NEIGHBORHOOD"),
     "TRAIN.NEIGHBORHOOD_2D": either(offsets, choice("LR_NEIGHBORHOOD"), f"{offsets.allowed}; or LR_NEIGHBORHOOD"),
@@ -269,10 +298,10 @@ RULES: dict[str, Rule] = {
     "INS_SEGMENT.PLACEMENT": flag,
     "INS_SEGMENT.EPSILON_AGGLOMERATE": share,
     "INS_SEGMENT.MASK_FILE": optional(path(text)),
-    "INS_SEGMENT.MASK_DATASET": optional(text),
+    "INS_SEGMENT.MASK_DATASET": optional(on_disk(text)),
     "INS_SEGMENT.FILTER_FRAGMENTS": share,
-    "INS_SEGMENT.BLOCK_SIZE": sequence(integer(1), 3, kind=tuple),
-    "INS_SEGMENT.CONTEXT": sequence(integer(0), 3, kind=tuple),
+    "INS_SEGMENT.BLOCK_SIZE": sequence(integer(1, voxels), 3, kind=tuple),
+    "INS_SEGMENT.CONTEXT": sequence(integer(0, voxels), 3, kind=tuple),
     "CLUSTER.TYPE": choice(*SCHEDULERS),
     "CLUSTER.PARTITION": text,
     "CLUSTER.ACCOUNT": text,
@@ -296,28 +325,38 @@ def canonical(key: str, value: Any) -> Any:
     rule = RULES[key]
     for candidate in (value, _parse_literal(value)):
         try:
-            return rule.parse(_to_python(candidate))
+            return rule.parse(candidate)
         except (ValueError, OverflowError):
             continue
     raise ValueError(rule.allowed)
 
 
+def parse_yaml(text: str) -> Any:
+    """Return what a YAML text holds.
+
+    Raises:
+        ValueError: it is no YAML, or contains a value that YAML describes but that does not exist, such as February 30.
+    """
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(str(error) or type(error).__name__) from None
+
+
 def _parse_literal(value: Any) -> Any:
     """Return what a string spells as a Python literal, or else in YAML. Anything else is returned unchanged."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or len(value) > MOST_LITERAL:
         return value
     try:
         return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         pass
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
+        return parse_yaml(value)
+    except ValueError:
         return value
 
 
-def _to_python(value: Any) -> Any:
-    """Turn numpy numbers and arrays into Python's. `tolist` identifies them, so numpy need not be imported."""
-    if isinstance(value, list | tuple):
-        return type(value)(_to_python(v) for v in value)
-    return value.tolist() if hasattr(value, "tolist") else value
+def _scalar(value: Any) -> Any:
+    """Turn a numpy number into Python's. `tolist` identifies it, so numpy need not be imported."""
+    return value.tolist() if getattr(value, "shape", None) == () and hasattr(value, "tolist") else value

@@ -8,6 +8,7 @@ saved with them, so that a message about a mismatch can name the config key inst
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ from torch.optim import Optimizer
 from yacs.config import CfgNode
 
 from lsdseg.config.model_types import task_channels
-from lsdseg.errors import UserError
+from lsdseg.config.rules import canonical
+from lsdseg.errors import UserError, quoted
 from lsdseg.files import write_whole
 
 NETWORK_KEYS = (
@@ -34,6 +36,12 @@ NETWORK_KEYS = (
     "PAD_CONV",
     "ACTIVATION",
 )
+
+
+# Entries of a checkpoint that are dicts with names as keys, and those that are numbers, from 0. All but the first may
+# be missing.
+DICTS = ("model_state_dict", "optimizer_state_dict", "scaler_state_dict", "ema_state_dict", "network_settings")
+NUMBERS = {"iteration": (int,), "validation_voi": (int, float)}
 
 
 def network_settings(cfg: CfgNode) -> dict[str, Any]:
@@ -146,8 +154,9 @@ def load_checkpoint(
         at the end of the file name, or 0 if there is none.
 
     Raises:
-        UserError: the file does not exist, is damaged, is not a checkpoint, contains pickled code, or belongs to
-            another network, or the optimizer was trained with another TRAIN.LR_FAN_IN.
+        UserError: the file does not exist, is damaged, is not a checkpoint, contains pickled code, holds weights that
+            are not finite floating-point numbers, or belongs to another network, or the optimizer was trained with
+            another TRAIN.LR_FAN_IN.
     """
     if not path:
         raise UserError(f"{key} is empty: set it to a file model_checkpoint_ITERATION that trainer.py wrote")
@@ -158,14 +167,11 @@ def load_checkpoint(
         weights = state.get("ema_state_dict", weights)
     _check_settings(path, state.get("network_settings", {}), cfg, key)
     _check_shapes(path, weights, model)
+    for name, tensor in weights.items():
+        _check_tensor(path, name, tensor)
     model.load_state_dict(weights, strict=True)
     if optimizer is not None and "optimizer_state_dict" in state:
-        try:
-            optimizer.load_state_dict(state["optimizer_state_dict"])
-        except ValueError:  # other groups of parameters, which only this key makes
-            raise UserError(
-                f"{path} was trained with another TRAIN.LR_FAN_IN: use that value, or choose another CKPT_FOLDER"
-            ) from None
+        _load_optimizer(path, state["optimizer_state_dict"], optimizer)
     number = re.search(r"_(\d+)$", path.name)
     iteration: int = state.get("iteration", int(number[1]) if number else 0)
     return iteration
@@ -199,7 +205,19 @@ def read_checkpoint(path: Path | str, key: str = "TRAIN.CHECKPOINT") -> dict[str
         ) from None
     if not isinstance(state, dict) or not isinstance(state.get("model_state_dict"), dict):
         raise UserError(f"{path} is not an LSD checkpoint (it has no model_state_dict): set {key} to another file")
+    for field in DICTS:
+        entries = state.get(field, {})
+        if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
+            raise _damaged(path, f"{field} is {quoted(entries)}")
+    for field, kinds in NUMBERS.items():
+        number = state.get(field, 0)
+        if type(number) not in kinds or not 0 <= number < math.inf:
+            raise _damaged(path, f"{field} is {quoted(number)}")
     return state
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} is damaged, {reason}: copy it again from its source, or use another checkpoint")
 
 
 def _is_pickle(path: Path) -> bool:
@@ -217,12 +235,16 @@ def _check_settings(path: Path, trained: dict[str, Any], cfg: CfgNode, key: str)
     # Older checkpoints do not say it: they had ReLUs. No tensor would show it, and predictions would be wrong.
     trained = {f"{section}.ACTIVATION": "relu" for section in ("MODEL_ISO", "MODEL_ANISO")} | trained
     for setting, now in network_settings(cfg).items():
-        if setting in trained and trained[setting] != now:
+        try:
+            then = canonical(setting, trained.get(setting, now))
+        except ValueError:
+            raise _damaged(path, f"{setting} is {quoted(trained[setting])} in network_settings") from None
+        if then != canonical(setting, now):
             if key == "TRAIN.CHECKPOINT":
                 remedy = "use that value, or choose another CKPT_FOLDER for the new network"
             else:
                 remedy = f"name another checkpoint in {key}"
-            raise UserError(f"{setting} is {now} but {path} was trained with {trained[setting]}: {remedy}")
+            raise UserError(f"{setting} is {now} but {path} was trained with {then}: {remedy}")
 
 
 def _check_shapes(path: Path, weights: dict[str, Any], model: nn.Module) -> None:
@@ -239,6 +261,44 @@ def _check_shapes(path: Path, weights: dict[str, Any], model: nn.Module) -> None
                 f"{path} belongs to another network: {name} is {_shape_text(found.get(name))} there and "
                 f"{_shape_text(expected.get(name))} here; {_keys_to_check(name)}"
             )
+
+
+def _check_tensor(path: Path, name: str, tensor: Any) -> None:
+    """Check that a tensor holds what a network can be made of.
+
+    Raises:
+        UserError: it is not a plain tensor of finite floating-point numbers.
+    """
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or not tensor.is_floating_point():
+        raise _damaged(path, f"{name} is {getattr(tensor, 'dtype', type(tensor))}, not floating-point numbers")
+    if tensor.device.type != "cpu" or not torch.isfinite(tensor).all():
+        raise _damaged(path, f"{name} holds NaN, infinite or no values")
+
+
+def _load_optimizer(path: Path, state: dict[str, Any], optimizer: Optimizer) -> None:
+    """Load the moments of Adam. Its options remain those of the config.
+
+    Raises:
+        UserError: the state belongs to other groups of parameters, or is damaged.
+    """
+    options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError:  # other groups of parameters, which only this key makes
+        raise UserError(
+            f"{path} was trained with another TRAIN.LR_FAN_IN: use that value, or choose another CKPT_FOLDER"
+        ) from None
+    except Exception as error:  # torch assumes that it wrote the state itself
+        raise _damaged(path, f"{type(error).__name__} in optimizer_state_dict") from None
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
+        for parameter in group["params"]:
+            moments = optimizer.state.get(parameter, {})
+            shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape} if moments else {}
+            if {name: getattr(tensor, "shape", None) for name, tensor in moments.items()} != shapes:
+                raise _damaged(path, "optimizer_state_dict does not fit the weights")
+            for name, tensor in moments.items():
+                _check_tensor(path, f"{name} in optimizer_state_dict", tensor)
 
 
 def _shape_text(shape: Sequence[int] | None) -> str:

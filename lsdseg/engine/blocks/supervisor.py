@@ -118,6 +118,6 @@ def _environment(cfg: CfgNode, context: daisy.Context) -> dict[str, str]:
         "LSD_WORKER": "1",  # this process belongs to a run that has begun
         "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
     }
-    if "@" in cfg.DATA.DB_HOST:  # the password, which config_0.yaml does not hold
+    if cfg.DATA.DB_HOST:  # with the credentials, which config_0.yaml does not hold
         environment.setdefault("LSD_DB_URI", cfg.DATA.DB_HOST)
     return environment

@@ -166,8 +166,9 @@ def _run_iterations(
             bar.set_postfix_str(f"loss {losses['total']:.4f}, {pace.share_waiting:.0%} waiting for batches")
             if not math.isfinite(losses["total"]):
                 raise UserError(
-                    f"the loss is {losses['total']} at iteration {iteration}: lower TRAIN.INITIAL_LR "
-                    f"or set TRAIN.MIXED_PRECISION to 'no', and resume from {latest_checkpoint(cfg.MODEL.CKPT_FOLDER)}"
+                    f"the loss is {losses['total']} at iteration {iteration}: lower TRAIN.INITIAL_LR or set "
+                    "TRAIN.MIXED_PRECISION to 'no', and run the same command again; it goes on from iteration "
+                    f"{outputs.saved if outputs else start}"
                 )
             if outputs:
                 outputs.add(iteration, losses, pace, taken[-1], predictions)
