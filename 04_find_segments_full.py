@@ -2,14 +2,16 @@
 
 from argparse import ArgumentParser
 
-from lsdseg.cli import add_merge_function, run_script
+from lsdseg.cli import add_merge_function, run_script, threshold
 from lsdseg.engine.post.steps.tables import find_segments
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the merge function and the threshold."""
     add_merge_function(parser)
-    parser.add_argument("-th", "--threshold", type=float, help="one threshold (default: all INS_SEGMENT.THRESHOLDS)")
+    parser.add_argument(
+        "-th", "--threshold", type=threshold, help="one threshold (default: all INS_SEGMENT.THRESHOLDS)"
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lsdseg.config.loader import CHECKOUT, EXPERIMENT, load_config
-from lsdseg.errors import DeviceError, UserError, without_secrets
+from lsdseg.config.rules import canonical
+from lsdseg.errors import DeviceError, UserError, quoted, without_secrets
 
 
 class _Parser(argparse.ArgumentParser):
@@ -108,10 +110,35 @@ def call_script(script: str, *arguments: object, cwd: Path | None = None) -> Non
         sys.exit(status)
 
 
+def threshold(text: str) -> float:
+    """Return the threshold that a command line names; the `type` of an option.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no threshold.
+    """
+    try:
+        (value,) = canonical("INS_SEGMENT.THRESHOLDS", text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is no number above 0 to 1") from None
+    return float(value)
+
+
+def _merge_function(text: str) -> str:
+    """Return what can name a merge function; which ones there are, the step knows."""
+    if not re.fullmatch("[A-Za-z0-9_]{1,100}", text):
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is no merge function, such as hist_quant_50")
+    return text
+
+
 def add_merge_function(parser: argparse.ArgumentParser) -> None:
     """Add the option -mf, for scripts that read what 03_agglomerate_blockwise.py wrote."""
     parser.add_argument(
-        "-mf", "--merge_function", metavar="NAME", required=True, help="merge function that 03 was run with"
+        "-mf",
+        "--merge_function",
+        metavar="NAME",
+        type=_merge_function,
+        required=True,
+        help="merge function that 03 was run with",
     )
 
 

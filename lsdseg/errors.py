@@ -38,7 +38,7 @@ def without_secrets(text: str) -> str:
 def quoted(value: object) -> str:
     """Return a value as a message shows it, however large it is and whatever it consists of."""
     try:
-        return repr(value[:MOST_CHARACTERS]) if isinstance(value, str) else _QUOTES.repr(value)
+        return repr(value[:200]) if isinstance(value, str) else _QUOTES.repr(value)
     except Exception:  # some integers have too many digits, and a value of a Python file may be anything
         return f"something of type {type(value).__name__}"
 

@@ -1,5 +1,6 @@
 """The config contract: published files load unchanged, mistakes are one line, shapes follow the network."""
 
+import itertools
 import math
 import re
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lsdseg.cli import run_script
+from lsdseg.cli import run_script, threshold
 from lsdseg.config.defaults import get_cfg_defaults
 from lsdseg.config.loader import CHECKOUT, dump_config, load_config
 from lsdseg.config.network_shapes import input_shape_for, nearest_input_shapes, output_shape
@@ -21,6 +22,7 @@ CONFIG_FILES = sorted(p.name for p in (CHECKOUT / "config").glob("config*.py"))
 # In the manner of the published scripts' files: a tree from scratch, with the keys that users already have.
 PUBLISHED = """
 from yacs.config import CfgNode as CN
+import itertools
 import math
 import numpy as np
 try:
@@ -276,6 +278,15 @@ def test_dump_holds_no_password(scheme):
     assert load_config("out.yaml").DATA.DB_HOST == f"{scheme}://db.lab:27017/?authSource=admin"
 
 
+def test_dump_holds_no_session_token():
+    options = "tls=true&authMechanismProperties=AWS_SESSION_TOKEN:s3cr/t==&tlsCertificateKeyFilePassword=s3cr"
+    for query in (options, "&".join(reversed(options.split("&")))):
+        cfg = load_config(None, ["DATA.DB_HOST", f"mongodb://db.lab/?{query}"])
+        dump_config(cfg, "out.yaml")
+        assert "s3cr" not in Path("out.yaml").read_text()
+        assert load_config("out.yaml").DATA.DB_HOST.rstrip("&") == "mongodb://db.lab/?tls=true"
+
+
 def test_config_is_frozen():
     with pytest.raises(AttributeError):
         load_config().TRAIN.EPOCHS = 3
@@ -358,6 +369,9 @@ def test_all_shapes_of_an_auto_context_model_have_one_middle():
     assert (model.RAW_SHAPE, model.OUTPUT_SHAPE, model.CONTEXT) == ((122,) * 3, (6,) * 3, (58,) * 3)
 
 
+RECURSIVE = []
+RECURSIVE.append(RECURSIVE)
+
 # Mistakes ---------------------------------------------------------------------------------------------------
 
 
@@ -414,6 +428,24 @@ def test_all_shapes_of_an_auto_context_model_have_one_middle():
             ["MODEL_ISO.DOWNSAMPLE_FACTORS", [[2, 2, 2]]],
             ["MODEL_ISO.KERNEL_SIZE_DOWN", "2 levels, got 4", "None"],
         ),
+        (["mongodb://anna:s3cr@t@db.lab", "DATA.DB_HOST"], ["unknown key db.lab", "write DATA.DB_HOST before"]),
+        (["anna:s3cr@t@db.lab:27017", "DATA.DB_HOST"], ["unknown key db.lab:27017"]),
+        (["TRAIN.EPOCHS", 10**5000], ["TRAIN.EPOCHS is something of type int", "whole number"]),
+        (["TRAIN.EPOCHS", "9" * 10**6], ["TRAIN.EPOCHS is '999", "whole number"]),
+        (["TRAIN.EPOCHS", RECURSIVE], ["TRAIN.EPOCHS is [[", "whole number"]),
+        (["MODEL_ISO.VOXEL_SIZE", RECURSIVE], ["MODEL_ISO.VOXEL_SIZE is [[", "3 values"]),
+        (["X" * 10**6, 1], ["unknown key XXX", "did you mean"]),
+        (["TRAIN.EPOCHS", "2020-99-99"], ["TRAIN.EPOCHS is '2020-99-99'", "whole number"]),
+        (["TRAIN.EPOCHS", "[" * 3000], ["TRAIN.EPOCHS is '[[", "whole number"]),
+        (["TRAIN.SEED", 2**32], ["TRAIN.SEED is 4294967296", "from 0 to 4294967295"]),
+        (["TRAIN.BATCH_SIZE", 10**7], ["TRAIN.BATCH_SIZE is 10000000", "to 10000"]),
+        (["MODEL_ISO.NUM_FMAPS", 10**6], ["MODEL_ISO.NUM_FMAPS is 1000000", "5e+17 weights"]),
+        (["DATA.DIM_2D", 1, "MODEL_ISO.DOWNSAMPLE_FACTORS_2D", "[[30000000, 3]]"], ["DOWNSAMPLE_FACTORS_2D", "to 100"]),
+        (["TRAIN.NEIGHBORHOOD", [[-1, 0, 0], [0, 0, 0]]], ["TRAIN.NEIGHBORHOOD", "no offset may be 0"]),
+        (["DATA.HOME", "~nosuchuser/lsd"], ["DATA.HOME is '~nosuchuser/lsd'", "only if there is a user"]),
+        (["DATA.BRAIN_VOL", "x" * 256], ["DATA.BRAIN_VOL is 'xxx", "255 between two /"]),
+        (["DATA.RAW", "a\0b"], ["DATA.RAW is 'a", "printable"]),
+        (["DATA.DB_NAME", "a b"], ["DATA.DB_NAME is 'a b'", "63 characters, without spaces"]),
         (["MODEL_ISO.KERNEL_SIZE_UP", [[(3, 3)]] * 3], ["MODEL_ISO.KERNEL_SIZE_UP", "3 numbers"]),
         (["MODEL_ISO.PAD_CONV", "same"], ["MODEL_ISO.INPUT_SHAPE", "(192, 192, 192) -> (192, 192, 192)"]),
         (
@@ -427,6 +459,8 @@ def test_bad_values_are_named_with_what_is_allowed(overrides, said):
         load_config(None, overrides)
     for part in said:
         assert part in str(error.value)
+    assert re.fullmatch(r".{20,650}", str(error.value))
+    assert "s3cr" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -442,7 +476,12 @@ def test_bad_values_are_named_with_what_is_allowed(overrides, said):
         ("a.py", "def get_cfg_defaults():\n    raise ValueError('no GPU')\n", ["a.py, line 2", "no GPU"]),
         ("a.py", "x = 1\n", ["a.py", "cfg, _C or get_cfg_defaults()"]),
         ("a.yaml", "TRAIN:\n  EPOCHS: 0\n", ["TRAIN.EPOCHS is 0", "a.yaml"]),
+        ("a.py", "import sys\nsys.exit('no GPU')\n", ["a.py, line 2", "SystemExit", "no GPU"]),
         ("a.yaml", "TRAIN: 5\n", ["TRAIN", "a.yaml"]),
+        ("a.yaml", "CLUSTER:\n  TIME: 2020-99-99\n", ["a.yaml", "YAML"]),
+        ("a.yaml", "[" * 100_000, ["a.yaml", "YAML"]),
+        ("a.yaml", "#" * 10**6 + "\n", ["a.yaml", "more than 1000000 bytes"]),
+        ("a.yaml", "TRAIN: {NEIGHBORHOOD: &a [*a]}", ["TRAIN.NEIGHBORHOOD", "a.yaml"]),
         ("a.yaml", "TRAIN: [\n", ["a.yaml", "YAML"]),
         ("a.yaml", "just words\n", ["a.yaml", "sections"]),
         ("a.json", "{}", ["a.json", ".yaml"]),
@@ -453,6 +492,12 @@ def test_bad_files_are_named(name, text, said):
         load_config(write(name, text))
     for part in said:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/a.py", "x" * 300 + ".py"])
+def test_a_file_whose_name_cannot_be_is_missing(name):
+    with pytest.raises(UserError, match="there is no config file"):
+        load_config(name)
 
 
 def test_missing_file_names_where_it_was_looked_for(tmp_path):
@@ -502,6 +547,29 @@ def test_same_padding_keeps_the_shape_but_needs_divisible_ones():
     assert output_shape((72, 60, 84), ISO, padding="same") == (72, 60, 84)
     with pytest.raises(ValueError, match="axis y"):
         output_shape((72, 62, 84), ISO, padding="same")
+
+
+def test_nearest_shapes_of_random_networks_are_those_of_a_search_one_by_one():
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        levels, size = int(random.integers(1, 4)), int(random.integers(1, 100))
+        factors = [[int(factor)] * 2 for factor in random.integers(1, 4, levels)]
+        kernels = [
+            [[[int(width)] * 2 for width in random.integers(1, 6, 2)] for _ in range(levels + n)] for n in (1, 0)
+        ]
+
+        def output(size, network=(factors, *kernels)):
+            try:
+                return output_shape((size, size), *network)[0]
+            except ValueError:
+                return 0
+
+        above = next(larger for larger in itertools.count(size) if output(larger))
+        below = next((smaller for smaller in range(size, 0, -1) if output(smaller)), above)
+        assert {shape[0] for shape, _ in nearest_input_shapes((size, size), factors, *kernels)} == {below, above}
+        large_enough = next(larger for larger in itertools.count(size) if output(larger) >= size)
+        if (output(large_enough) - size) % 2 == 0:
+            assert input_shape_for((size, size), factors, *kernels)[0] == large_enough
 
 
 def test_nearest_shapes_below_and_above():
@@ -561,6 +629,25 @@ def test_mistakes_are_one_line_and_exit_status_2(monkeypatch, capsys, argv):
     assert exit_.value.code == 2
     assert out == ""
     assert re.fullmatch(r"error: [^\n]+\n", err)
+
+
+@pytest.mark.parametrize("given", ["nan", "inf", "0", "1.5", "[0.5, 0.6]", "x" * 10**5])
+def test_what_is_no_threshold_is_refused(monkeypatch, capsys, given):
+    def add_arguments(parser):
+        parser.add_argument("-th", type=threshold)
+
+    with pytest.raises(SystemExit) as exit_:
+        call(
+            monkeypatch, lambda cfg, args: pytest.fail("must not be called"), "-th", given, add_arguments=add_arguments
+        )
+    assert exit_.value.code == 2
+    assert re.fullmatch(r"error: argument -th: .{1,250} is no number above 0 to 1 .*\n", capsys.readouterr().err)
+
+
+def test_an_error_of_the_file_system_is_one_line(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        call(monkeypatch, lambda cfg: Path("x" * 300).read_text())
+    assert (exit_.value.code, capsys.readouterr().err) == (2, f"error: {'x' * 300}: File name too long\n")
 
 
 def test_user_error_of_the_script_itself_is_one_line_too(monkeypatch, capsys):

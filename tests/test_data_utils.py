@@ -322,6 +322,7 @@ def test_good_volumes_pass(cfg, tmp_path):
         ({"labels": None}, LABELS, "it holds volumes/raw"),
         ({"labels": LABELS_DATA.astype(np.float32)}, LABELS, "is float32: store labels as unsigned"),
         ({"labels": LABELS_DATA.astype(np.int64)}, LABELS, "is int64: store labels as unsigned"),
+        ({"labels": LABELS_DATA[None]}, LABELS, "has shape .*: store labels with the axes z, y, x"),
         ({"labels_grid": ((40, 8, 8), (200, 24, 28))}, LABELS, r"voxel size \(40, 8, 8\) nm, .*resample"),
         ({"labels_grid": ((40, 4, 4), (440, 24, 28))}, LABELS, r"not inside volumes/raw .* attribute offset"),
         ({"labels_grid": ((40, 4, 4), (200, 26, 28))}, LABELS, "between the voxels"),

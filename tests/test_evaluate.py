@@ -196,6 +196,20 @@ def test_sections_that_are_not_linked_are_scored_one_by_one(config, real, max_by
     assert linked["voi_sum"] != pytest.approx(row["voi_sum"], abs=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64, np.int32])
+@pytest.mark.parametrize("odd", ["truth", "segmentation"])
+def test_labels_that_are_no_unsigned_integers_are_not_scored(config, dtype, odd):
+    cfg, sample, output = config
+    labels = np.arange(24).reshape(2, 3, 4)
+    arrays = {"truth": labels.astype(np.uint64), "segmentation": labels.astype(np.uint64)}
+    arrays[odd] = labels.astype(dtype)
+    write_array(sample, cfg.DATA.NEURON_LABELS, arrays["truth"], **PLACE)
+    write_array(output, "volumes/segmentation_050", arrays["segmentation"], **PLACE)
+    with pytest.raises(UserError, match=f"is {np.dtype(dtype)}: store labels as unsigned integers"):
+        evaluate(cfg)
+    assert not scores_path(output).exists()
+
+
 def test_without_ground_truth_or_segmentation_nothing_is_scored(config, real, capsys):
     cfg, sample, output = config
     with pytest.raises(UserError, match="neuron_ids"):

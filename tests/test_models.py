@@ -11,7 +11,13 @@ from lsdseg.config.loader import load_config
 from lsdseg.config.network_shapes import output_shape, tile_context
 from lsdseg.errors import UserError
 from lsdseg.models import build_model
-from lsdseg.models.checkpoint import latest_checkpoint, load_checkpoint, network_settings, save_checkpoint
+from lsdseg.models.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    network_settings,
+    read_checkpoint,
+    save_checkpoint,
+)
 from lsdseg.models.losses import weighted_bce, weighted_mse
 
 SMALL = (
@@ -20,6 +26,9 @@ SMALL = (
     *("MODEL_ISO.KERNEL_SIZE_DOWN", "None", "MODEL_ISO.KERNEL_SIZE_UP", "None"),
     *("MODEL_ISO.INPUT_SHAPE", "(40, 56, 60)"),
 )
+
+
+BIAS = "aff_head.conv_pass.0.bias"
 
 
 @pytest.fixture
@@ -208,6 +217,55 @@ def test_broken_and_foreign_checkpoints_are_refused(cfg, tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "foreign")
     with pytest.raises(UserError, match="no model_state_dict"):
         load_checkpoint(tmp_path / "foreign", model, cfg)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda state: state["model_state_dict"][BIAS].fill_(float("nan")), f"{BIAS} holds NaN"),
+        (lambda state: set_weights(state, torch.Tensor.to_sparse), f"{BIAS} is .*not floating-point"),
+        (lambda state: set_weights(state, torch.Tensor.int), f"{BIAS} is torch.int32, not floating-point"),
+        (lambda state: set_weights(state, lambda x: x.to(torch.complex64)), f"{BIAS} is torch.complex64, not floating"),
+        (lambda state: state["model_state_dict"].update({5: torch.zeros(1)}), "model_state_dict is"),
+        (lambda state: state.update(iteration="x" * 10**6), "iteration is 'xxx"),
+        (lambda state: state.update(iteration=-1), "iteration is -1"),
+        (lambda state: state.update(iteration=torch.zeros(3)), "iteration is tensor"),
+        (lambda state: state.update(network_settings=[1]), r"network_settings is \[1\]"),
+        (
+            lambda state: state["network_settings"].update({"MODEL_ISO.NUM_FMAPS": torch.zeros(3)}),
+            "NUM_FMAPS is tensor",
+        ),
+        (lambda state: state.update(ema_state_dict=7), "ema_state_dict is 7"),
+        (lambda state: state.update(optimizer_state_dict={}), "in optimizer_state_dict"),
+        (lambda state: state["optimizer_state_dict"]["state"].update({0: {"step": 1}}), "does not fit the weights"),
+        (lambda state: state["optimizer_state_dict"]["state"][0]["exp_avg"].fill_(float("nan")), "exp_avg .* NaN"),
+    ],
+)
+def test_damaged_fields_of_checkpoints_are_named(cfg, tmp_path, damage, said):
+    model = build_model(cfg)
+    optimizer = torch.optim.Adam(model.parameters())
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    path = tmp_path / "model_checkpoint_1"
+    save_checkpoint(path, model, optimizer, 1, network_settings(cfg))
+    state = read_checkpoint(path)
+    damage(state)
+    torch.save(state, path)
+    with pytest.raises(UserError, match=rf"^.*model_checkpoint_1 is damaged, .{{0,30}}{said}.*copy it again") as error:
+        load_checkpoint(path, model, cfg, optimizer)
+    assert len(str(error.value)) < 650
+
+
+def set_weights(state, change):
+    state["model_state_dict"][BIAS] = change(state["model_state_dict"][BIAS])
+
+
+def test_options_of_the_optimizer_are_those_of_the_config(cfg, tmp_path):
+    model = build_model(cfg)
+    save_checkpoint(tmp_path / "a", model, torch.optim.Adam(model.parameters(), betas=(0.1, 0.2)), 1, {})
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
+    load_checkpoint(tmp_path / "a", model, cfg, optimizer)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.99)
 
 
 def test_a_checkpoint_of_another_network_is_refused_by_config_key_or_tensor_name(cfg, tmp_path):

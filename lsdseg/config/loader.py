@@ -5,6 +5,7 @@ every folder. The result is frozen.
 """
 
 import difflib
+import math
 import os
 import re
 import traceback
@@ -43,6 +44,8 @@ NETWORK = ("DOWNSAMPLE_FACTORS", "KERNEL_SIZE_DOWN", "KERNEL_SIZE_UP", "PAD_CONV
 GROW_INPUT = 36
 # Config files in YAML have a few thousand bytes. Reading a larger one would take minutes.
 MOST_BYTES = 10**6
+# A network with more weights fits no GPU. The published one has 2e8.
+MOST_WEIGHTS = 2 * 10**9
 # Where settings come from, for messages, and (key, value) pairs.
 Source = tuple[str, Iterable[tuple[str, Any]]]
 
@@ -90,7 +93,10 @@ def _merge(sources: Sequence[Source]) -> CfgNode:
     for origin, entries in sources:
         for key, value in entries:
             if key not in RULES:
-                raise UserError(f"unknown key {key!s:.80} ({origin}): did you mean {_nearest(str(key))}?")
+                hint = f"did you mean {_nearest(str(key))}?"
+                if isinstance(value, str) and value in RULES:
+                    hint = f"write {value} before its value"
+                raise UserError(f"unknown key {key!s:.80} ({origin}): {hint}")
             section, _, name = key.partition(".")
             try:
                 cfg[section][name] = canonical(key, value)
@@ -235,9 +241,11 @@ def _resolve_neighborhood(cfg: CfgNode, dims: int, origins: Mapping[str, str]) -
         train.NEIGHBORHOOD_2D = [list(offset[-2:]) for offset in train.LR_NEIGHBORHOOD if offset[0] == 0]
     if dims == 2:
         train.NEIGHBORHOOD = [list(offset) for offset in train.NEIGHBORHOOD_2D]
+    key = "TRAIN.NEIGHBORHOOD_2D" if dims == 2 else "TRAIN.NEIGHBORHOOD"
     if any(len(offset) != dims for offset in train.NEIGHBORHOOD):
-        key = "TRAIN.NEIGHBORHOOD_2D" if dims == 2 else "TRAIN.NEIGHBORHOOD"
         raise _bad_value(key, train.NEIGHBORHOOD, origins, f"in {dims}D every offset needs {dims} numbers")
+    if not all(any(offset) for offset in train.NEIGHBORHOOD):
+        raise _bad_value(key, train.NEIGHBORHOOD, origins, "no offset may be 0 along all axes")
 
 
 def _resolve_model(cfg: CfgNode, section: str, dims: int, used: str, origins: Mapping[str, str]) -> None:
@@ -324,10 +332,24 @@ def _check_model(model: CfgNode, section: str, dims: int, origins: Mapping[str, 
     lsds = 6 if dims == 2 else 10
     if model.LSDS != lsds:
         raise _bad_value(f"{section}.LSDS", model.LSDS, origins, f"in {dims}D there are {lsds}")
+    weights = _weights(model)
+    if weights > MOST_WEIGHTS:
+        reason = f"the network would have {weights:.0e} weights, more than {MOST_WEIGHTS:.0e}; lower it, "
+        raise _bad_value(f"{section}.NUM_FMAPS", model.NUM_FMAPS, origins, f"{reason}FMAP_INC_FACTOR or KERNEL_SIZE")
     for name in ("INTENSITYAUG_SCALE", "INTENSITYAUG_SHIFT"):
         low, high = model[f"{name}_MIN"], model[f"{name}_MAX"]
         if low > high:
             raise _bad_value(f"{section}.{name}_MIN", low, origins, f"it must not be above {name}_MAX, which is {high}")
+
+
+def _weights(model: CfgNode) -> int:
+    """Return about how many weights a network has: those of the convolutions on the way down."""
+    widths = [1, *(model.NUM_FMAPS * model.FMAP_INC_FACTOR**level for level in range(len(model.KERNEL_SIZE_DOWN)))]
+    return sum(
+        math.prod(kernel) * width * (width if number else before)
+        for before, width, kernels in zip(widths, widths[1:], model.KERNEL_SIZE_DOWN, strict=False)
+        for number, kernel in enumerate(kernels)
+    )
 
 
 def _bad_value(key: str, value: Any, origins: Mapping[str, str], reason: str) -> UserError:

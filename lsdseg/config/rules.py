@@ -38,7 +38,6 @@ MOST_IN_PATH = 1000
 MOST_ITEMS = 1000
 # Larger numbers are mistakes, and take for ever.
 LARGEST = 10**9
-MOST_LITERAL = 20_000
 
 
 def _require(condition: bool) -> None:
@@ -104,7 +103,7 @@ def on_disk(string: Rule) -> Rule:
         _require(len(given) <= MOST_IN_PATH and all(len(os.fsencode(part)) <= 255 for part in given.split("/")))
         return given
 
-    return Rule(f"{string.allowed}, as long as file systems allow", parse)
+    return Rule(f"{string.allowed}, at most {MOST_IN_PATH}, and 255 between two /", parse)
 
 
 def path(string: Rule) -> Rule:
@@ -115,18 +114,18 @@ def path(string: Rule) -> Rule:
         _require(not given.startswith("~"))
         return given if not given or os.path.isabs(given) else os.path.abspath(given)
 
-    return Rule(f"{string.allowed}: a path; ~NAME only if there is a user NAME", parse)
+    return Rule(f"{on_disk(string).allowed}; ~NAME only if there is a user NAME", parse)
 
 
-def sequence(item: Rule, *lengths: int, kind: Callable[[Iterable[Any]], Any] = list) -> Rule:
-    """Return a rule for a list, tuple or array of items, of one of the lengths; without lengths, not empty."""
+def sequence(item: Rule, *lengths: int, most: int = MOST_ITEMS, kind: Callable[[Iterable[Any]], Any] = list) -> Rule:
+    """Return a rule for a list, tuple or array of items, of one of the lengths; without lengths, 1 to `most`."""
 
     def parse(value: Any) -> Any:
         _require(isinstance(value, list | tuple) or bool(getattr(value, "shape", ())))
-        _require(len(value) in lengths if lengths else 0 < len(value) <= MOST_ITEMS)
+        _require(len(value) in lengths if lengths else 0 < len(value) <= most)
         return kind(item.parse(v) for v in value)
 
-    size = " or ".join(map(str, lengths)) + " values" if lengths else "a list of values"
+    size = " or ".join(map(str, lengths)) + " values" if lengths else f"a list of 1 to {most} values"
     return Rule(f"{size}, each {item.allowed}", parse)
 
 
@@ -157,8 +156,9 @@ def per_pass(rule: Rule) -> Rule:
 
 
 flag = Rule("True or False", choice(True, False).parse)
-text = pattern(".*", f"a string of at most {MOST_CHARACTERS} printable characters")
-nonempty = on_disk(pattern(".+", "a string of 1 or more printable characters"))
+text = pattern(".*", "a string of printable characters")
+words = pattern(".+", "a string of 1 or more printable characters")
+nonempty = on_disk(words)
 share = number(0, 1)
 positive = number(0, above=True)
 threshold = number(0, 1, above=True)
@@ -166,8 +166,8 @@ decay = number(0, 1, below=True)
 workers = 10_000
 voxels = 100_000
 offsets = sequence(sequence(integer(-voxels, voxels), 2, 3))
-levels = range(1, 11)
-kernels = optional(sequence(sequence(sequence(integer(1, 100), 2, 3, kind=tuple), *levels), *levels))
+levels = 11
+kernels = optional(sequence(sequence(sequence(integer(1, 100), 2, 3, kind=tuple), most=levels), most=levels))
 
 
 def _model_rules(dims: int) -> dict[str, Rule]:
@@ -178,7 +178,7 @@ def _model_rules(dims: int) -> dict[str, Rule]:
         "NUM_FMAPS_OUT": integer(1),
         "FMAP_INC_FACTOR": integer(1),
         # The numbers of axes and levels are checked with the shapes, and only for the network in use.
-        "DOWNSAMPLE_FACTORS": sequence(sequence(integer(1, 100), 2, 3), *levels),
+        "DOWNSAMPLE_FACTORS": sequence(sequence(integer(1, 100), 2, 3), most=levels),
         "KERNEL_SIZE_DOWN": kernels,
         "KERNEL_SIZE_UP": kernels,
         "PAD_CONV": choice("valid", "same"),
@@ -224,7 +224,7 @@ RULES: dict[str, Rule] = {
     "SYSTEM.NUM_WORKERS": integer(0, workers),
     "SYSTEM.CACHE_SIZE": integer(1, workers),
     "SYSTEM.VERBOSE": flag,
-    "DATA.HOME": path(nonempty),
+    "DATA.HOME": path(words),
     "DATA.DATA_DIR_PATH": nonempty,
     "DATA.BRAIN_VOL": nonempty,
     "DATA.TRAIN_TEST_SPLIT": threshold,
@@ -345,7 +345,7 @@ def parse_yaml(text: str) -> Any:
 
 def _parse_literal(value: Any) -> Any:
     """Return what a string spells as a Python literal, or else in YAML. Anything else is returned unchanged."""
-    if not isinstance(value, str) or len(value) > MOST_LITERAL:
+    if not isinstance(value, str) or len(value) > MOST_CHARACTERS:
         return value
     try:
         return ast.literal_eval(value)

@@ -51,7 +51,8 @@ def check_training_volume(path: Path | str, cfg: CfgNode) -> None:
 
     Raises:
         UserError: as for `check_raw`; or raw is smaller than MODEL.RAW_SHAPE; or labels that the model type needs are
-            missing, are not unsigned integers, do not lie inside raw on the voxels of raw, or label nothing.
+            missing, are not (z, y, x) of unsigned integers, do not lie inside raw on the voxels of raw, or label
+            nothing.
     """
     raw = _open_raw(path, cfg)
     needed = cfg.MODEL.RAW_SHAPE
@@ -76,6 +77,22 @@ def label_datasets(cfg: CfgNode) -> list[tuple[str, str]]:
     return [(cfg.DATA[key], cfg.DATA[f"{key}_MASK"]) for key in label_keys(cfg)]
 
 
+def check_labels(labels: Array, where: str) -> None:
+    """Check that an array can hold labels of voxels: ground truth, fragments or segments.
+
+    Args:
+        labels: the array.
+        where: its name, for the message.
+
+    Raises:
+        UserError: it is not (z, y, x) of unsigned integers.
+    """
+    if labels.dims != 3 or labels.voxel_size.dims != 3:
+        raise UserError(f"{where} has shape {labels.shape}: store labels with the axes z, y, x")
+    if labels.dtype.kind != "u":
+        raise UserError(f"{where} is {labels.dtype}: store labels as unsigned integers, e.g. uint64")
+
+
 def _open_raw(path: Path | str, cfg: CfgNode) -> Array:
     """Open raw and check its header."""
     where = f"{cfg.DATA.RAW} in {path}"
@@ -97,8 +114,7 @@ def _open_labels(path: Path | str, dataset: str, cfg: CfgNode, raw: Array) -> Ar
     """Open labels and check their header."""
     where = f"{dataset} in {path}"
     labels = open_array(path, dataset, **source_defaults(cfg))
-    if labels.dtype.kind != "u":
-        raise UserError(f"{where} is {labels.dtype}: store labels as unsigned integers, e.g. uint64")
+    check_labels(labels, where)
     if labels.voxel_size != raw.voxel_size:
         raise UserError(
             f"{where} has voxel size {tuple(labels.voxel_size)} nm, {cfg.DATA.RAW} has "
@@ -125,7 +141,7 @@ def _check_mask(path: Path | str, dataset: str, mask_dataset: str, cfg: CfgNode,
             raise UserError(f"{dataset} in {path} has no labeled voxel: leave the volume out")
         return
     mask = open_array(path, mask_dataset, **source_defaults(cfg))
-    if mask.roi != labels.roi or mask.voxel_size != labels.voxel_size:
+    if mask.shape != labels.shape or mask.roi != labels.roi or mask.voxel_size != labels.voxel_size:
         raise UserError(
             f"{where} has shape {mask.shape} at {tuple(mask.offset)} nm, but {dataset} has {labels.shape} at "
             f"{tuple(labels.offset)}: correct it, or delete it and it is created again"

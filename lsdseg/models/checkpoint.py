@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from yacs.config import CfgNode
 
 from lsdseg.config.model_types import task_channels
-from lsdseg.config.rules import canonical
+from lsdseg.config.rules import RULES, canonical
 from lsdseg.errors import UserError, quoted
 from lsdseg.files import write_whole
 
@@ -209,6 +209,11 @@ def read_checkpoint(path: Path | str, key: str = "TRAIN.CHECKPOINT") -> dict[str
         entries = state.get(field, {})
         if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
             raise _damaged(path, f"{field} is {quoted(entries)}")
+    for setting, value in state.get("network_settings", {}).items():
+        try:
+            canonical(setting, value) if setting in RULES else None
+        except ValueError:
+            raise _damaged(path, f"{setting} is {quoted(value)} in network_settings") from None
     for field, kinds in NUMBERS.items():
         number = state.get(field, 0)
         if type(number) not in kinds or not 0 <= number < math.inf:
@@ -235,11 +240,8 @@ def _check_settings(path: Path, trained: dict[str, Any], cfg: CfgNode, key: str)
     # Older checkpoints do not say it: they had ReLUs. No tensor would show it, and predictions would be wrong.
     trained = {f"{section}.ACTIVATION": "relu" for section in ("MODEL_ISO", "MODEL_ANISO")} | trained
     for setting, now in network_settings(cfg).items():
-        try:
-            then = canonical(setting, trained.get(setting, now))
-        except ValueError:
-            raise _damaged(path, f"{setting} is {quoted(trained[setting])} in network_settings") from None
-        if then != canonical(setting, now):
+        then = trained.get(setting, now)
+        if canonical(setting, then) != canonical(setting, now):
             if key == "TRAIN.CHECKPOINT":
                 remedy = "use that value, or choose another CKPT_FOLDER for the new network"
             else:

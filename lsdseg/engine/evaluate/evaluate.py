@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from yacs.config import CfgNode
 
+from lsdseg.data_utils.checks import check_labels
 from lsdseg.data_utils.labels import is_labeled
 from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, scores_path
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, slabs, voxels_of
@@ -97,16 +98,18 @@ def score_sample(sample: Sample, names: Sequence[str]) -> Report:
         scores: a list of dicts with the keys COLUMNS, one per dataset.
 
     Raises:
-        UserError: there is no ground truth, it shares no labeled voxel with a dataset, or their voxels do not coincide
-            (see `overlaps`).
+        UserError: there is no ground truth; it or a dataset is not (z, y, x) of unsigned integers; they share no
+            labeled voxel, or their voxels do not coincide (see `overlaps`).
     """
     truth_name = sample.cfg.DATA.NEURON_LABELS
     if sample.ground_truth is None:
         raise UserError(f"{sample.volume} has no ground truth {truth_name}: add it, or name it in DATA.NEURON_LABELS")
+    check_labels(sample.ground_truth, f"{truth_name} in {sample.volume}")
     rows: list[dict[str, Any]] = []
     by_section = scored_by_section(sample.cfg)
     for name in names:
         segmentation = open_array(sample.output, name)
+        check_labels(segmentation, f"{name} in {sample.output}")
         shared = overlaps(
             segmentation, sample.ground_truth, sample.ground_truth_mask, by_section=by_section, description=name
         )

@@ -73,11 +73,14 @@ def config_for(checkpoint: Path | str) -> CfgNode:
     settings = dict(read_checkpoint(checkpoint).get("network_settings", {}))
     if not settings:
         raise UserError(f"{checkpoint} does not contain the settings of its network: pass a config as cfg")
-    section = next(key.partition(".")[0] for key in settings if key.startswith("MODEL_"))
-    network = {key.partition(".")[2]: value for key, value in settings.items() if key.startswith(f"{section}.")}
-    shapes = [network[key] for key in ("DOWNSAMPLE_FACTORS", "KERNEL_SIZE_DOWN", "KERNEL_SIZE_UP", "PAD_CONV")]
-    dims = len(shapes[0][0])
-    (input_shape, _), *_ = nearest_input_shapes((INPUT_SIZE,) * dims, *shapes)
+    section = "MODEL_ISO" if "MODEL_ISO.NUM_FMAPS" in settings else "MODEL_ANISO"
+    keys = [f"{section}.{name}" for name in ("DOWNSAMPLE_FACTORS", "KERNEL_SIZE_DOWN", "KERNEL_SIZE_UP", "PAD_CONV")]
+    try:
+        shapes = [settings[key] for key in keys]
+        dims = len(shapes[0][0])
+        (input_shape, _), *_ = nearest_input_shapes((INPUT_SIZE,) * dims, *shapes)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"the network_settings in {checkpoint} describe no network ({error}): pass a config") from None
     settings[f"{section}.INPUT_SHAPE"] = input_shape
     if dims == 2:  # a 2D network is built from the keys with the suffix, where there are any
         settings = {key if key in WITHOUT_2D else f"{key}_2D": value for key, value in settings.items()}
