@@ -3,6 +3,7 @@
 # make setup   create the virtual environment with what the scripts need, and nothing else
 # make test    add what the tests need, and run them all
 # make fuzz    give damaged and odd input to whatever reads files: CASES=10000 of each kind
+# make torture kill, stop and starve the whole chain at random: MINUTES=60 SEED=1 (OPTIONS=--mongodb)
 # make lint    add the linters, and check style, spelling, imports and types
 # make dev     add both, and pre-commit
 # make clean   remove what the other targets made
@@ -12,7 +13,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --progress-bar off --constraint constraints.txt --editable
 
-.PHONY: demo segment raw-named test fuzz lint dev setup clean
+.PHONY: demo segment raw-named test fuzz torture lint dev setup clean
 
 demo: setup
 	$(RUN) demo.py
@@ -29,6 +30,10 @@ test: $(VENV)/ready-test
 fuzz: CASES ?= 10000
 fuzz: $(VENV)/ready-test
 	FUZZ_CASES=$(CASES) $(RUN) -m pytest tests/test_fuzz_*.py
+
+torture: MINUTES ?= 10
+torture: $(VENV)/ready-test
+	$(RUN) -m tests.torture --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(OPTIONS)
 
 lint: $(VENV)/ready-lint
 	$(RUN) -m ruff check .

@@ -1,0 +1,40 @@
+"""A minute of what `make torture` does for hours, and that it notices what differs."""
+
+import pytest
+
+from lsdseg.config.loader import load_config
+from tests import torture
+from tests.torture import Fault, Torture, TortureError, differences, results
+
+
+def fault(kind, target, blocks):
+    return Fault(kind=kind, target=target, blocks=blocks, seconds=0.0, choice=0.0, then="", pause=1.0, room=0)
+
+
+def test_kills_change_nothing_and_differences_are_found(tmp_path, monkeypatch):
+    plan = [[fault("KILL", "workers", 3), fault("KILL", "power", 4)]]
+    monkeypatch.setattr(torture, "plan_step", lambda *_: plan)
+    tortured = Torture(tmp_path, seed=1, kinds={"KILL"}, steps=["predict"], uri="")
+    expected = tortured.expected | {"volumes/other": ""}
+    monkeypatch.setattr(tortured, "expected", expected)
+    with pytest.raises(TortureError, match=r"differs from an undisturbed run: volumes/other$"):
+        tortured.chain(1)
+    assert tortured.counts[("KILL", "power")] >= 2  # the master, the supervisor and what workers there were
+    assert tortured.counts[("KILL", "workers")] >= 1
+
+    cfg = load_config(tortured.config, ["DATA.OUTFILE", str(tmp_path / "kept" / "outputs")])
+    assert differences(results(cfg, ["predict"]), expected) == ["volumes/other"]
+    arrays = [folder for folder in (tmp_path / "kept").rglob("pred_lsds") if folder.is_dir()]
+    chunk = max(file for file in arrays[0].rglob("*") if file.is_file() and file.name[0].isdecimal())
+    chunk.unlink()
+    assert differences(results(cfg, ["predict"]), expected) == ["volumes/other", "volumes/pred_lsds"]
+
+
+@pytest.mark.parametrize(
+    ("status", "signals", "printed"),
+    [(1, {15}, "Traceback"), (-9, {15}, ""), (-7, set(), "Bus error"), (143, set(), ""), (1, {2}, "OSError")],
+)
+def test_ends_that_no_fault_explains_are_found(status, signals, printed):
+    with pytest.raises(TortureError, match=f"ended with status {status}"):
+        torture.check_end(status, signals, printed)
+    torture.check_end(0, signals, printed)
