@@ -21,6 +21,7 @@ from skimage.segmentation import find_boundaries
 from lsdseg.config.loader import CHECKOUT, load_config
 from lsdseg.data_utils.layout import data_folder, lut_path, output_path
 from lsdseg.data_utils.phantom import make_phantom
+from lsdseg.data_utils.records import record_of
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
 from lsdseg.engine.post.fragments import extract_fragments
 from lsdseg.engine.post.steps.edges import agglomerate_blockwise
@@ -127,7 +128,7 @@ def test_placement_is_used_in_blocks_as_in_memory(home, labels):
     # Fragments have other numbers, but the same voxels.
     pairs_found = np.unique(np.stack([found, placed]).reshape(2, -1), axis=1)
     assert pairs_found.shape[1] == len(np.unique(found)) == len(np.unique(placed))
-    with pytest.raises(UserError, match=r"INS_SEGMENT.PLACEMENT \(was True, is None\) changed"):
+    with pytest.raises(UserError, match="volumes/pred_placement is not used now"):
         extract_fragments_blockwise(config(home, **one_block, INS_SEGMENT__PLACEMENT=False))
 
 
@@ -305,7 +306,7 @@ def test_scripts_out_of_order_say_what_comes_first(home):
         extract_segmentation(cfg, MERGE_FUNCTION, THRESHOLD)
 
     changed = {"INS_SEGMENT__FILTER_FRAGMENTS": 0.1}
-    with pytest.raises(UserError, match=r"FILTER_FRAGMENTS .*64 finished blocks.*DATA.DROP_DS_MONGOTABLE True"):
+    with pytest.raises(UserError, match=r"FILTER_FRAGMENTS was 0.0, is 0.1: set DATA.DROP_DS_MONGOTABLE True"):
         extract_fragments_blockwise(config(home, **changed))
     extract_fragments_blockwise(config(home, **changed, DATA__DROP_DS_MONGOTABLE=True))
 
@@ -319,6 +320,72 @@ def test_scripts_out_of_order_say_what_comes_first(home):
     shutil.rmtree(output(home) / "volumes/fragments")
     with pytest.raises(UserError, match=r"no volumes/fragments in .*: run 02"):
         extract_segmentation(config(home, **changed), MERGE_FUNCTION, THRESHOLD)
+
+
+def test_nothing_is_built_on_something_else_than_it_says(home):
+    """Whatever a step was made from is replaced behind its back, and every later step refuses to go on."""
+    cfg, threshold = config(home, INS_SEGMENT__BLOCK_SIZE=(24, 32, 32)), THRESHOLD
+    anew = config(home, INS_SEGMENT__BLOCK_SIZE=(24, 32, 32), DATA__DROP_DS_MONGOTABLE=True)
+    whole_way(cfg)
+    first = record_of(open_array(output(home), FINAL))
+    assert first.inputs["volumes/fragments"] == record_of(open_array(output(home), "volumes/fragments")).id
+
+    # 02 anew with the same settings: its fragments have the same voxels, and another id.
+    extract_fragments_blockwise(anew)
+    with pytest.raises(UserError, match=r"no edges of .hist_quant_75"):
+        find_segments(cfg, MERGE_FUNCTION, threshold)
+    for settings in (cfg, anew):  # not even when it may drop the segmentation: the table is that of others
+        with pytest.raises(UserError, match=r"was made from other fragments: run 03_agglomerate_blockwise.py and 04"):
+            extract_segmentation(settings, MERGE_FUNCTION, threshold)
+    agglomerate_blockwise(cfg)
+    find_segments(cfg, MERGE_FUNCTION, threshold)
+    with pytest.raises(
+        UserError, match=rf"{FINAL} in .* was made from something else: .*volumes/fragments was replaced"
+    ):
+        extract_segmentation(cfg, MERGE_FUNCTION, threshold)
+    assert record_of(open_array(output(home), FINAL)).id == first.id
+    extract_segmentation(anew, MERGE_FUNCTION, threshold)
+    assert record_of(open_array(output(home), FINAL)).id != first.id
+
+    # Another prediction takes the place of the affinities.
+    affinities = open_array(output(home), "volumes/pred_affs")
+    replaced = read(affinities)
+    replaced[:, :4] = 255 - replaced[:, :4]
+    write_array(output(home), "volumes/pred_affs", replaced, voxel_size=(8, 8, 8), offset=OFFSET)
+    for step in (
+        extract_fragments_blockwise,
+        agglomerate_blockwise,
+        lambda cfg: find_segments(cfg, MERGE_FUNCTION, threshold),
+        lambda cfg: extract_segmentation(cfg, MERGE_FUNCTION, threshold),
+    ):
+        with pytest.raises(UserError, match=r"volumes/pred_affs was replaced: set DATA.DROP_DS_MONGOTABLE True"):
+            step(cfg)
+
+
+def test_a_graph_of_others_is_never_dropped_unasked(home):
+    """Published scripts, and another checkpoint of the sample in MongoDB, leave nodes where 02 finds no fragments."""
+    store = open_store(config(home), output(home), "r+")
+    store.write_nodes(0, np.array([1], np.uint64), np.zeros((1, 3)))
+    with pytest.raises(UserError, match=r"there is a graph .* already.*DATA.DB_NAME .*DATA.DROP_DS_MONGOTABLE True"):
+        extract_fragments_blockwise(config(home))
+    assert [len(ids) for ids in open_store(config(home), output(home), "r").node_ids()] == [1]
+    assert "volumes/fragments" not in list_arrays(output(home))
+    extract_fragments_blockwise(config(home, DATA__DROP_DS_MONGOTABLE=True))
+
+
+def test_thresholds_that_differ_have_tables_of_their_own(home):
+    cfg = config(home)
+    extract_fragments_blockwise(cfg)
+    agglomerate_blockwise(cfg)
+    paths = [path for value in (0.501, 0.504) for path in find_segments(cfg, MERGE_FUNCTION, value)]
+    assert [path.name[-8:] for path in paths] == ["50_1.npz", "50_4.npz"]
+
+
+def test_samples_whose_names_meet_are_refused(home):
+    folder = data_folder(config(home), "test")
+    shutil.copytree(folder / "sample_A.zarr", folder / "sample-A.zarr")
+    with pytest.raises(UserError, match=r"sample-A.zarr and sample_A.zarr .* both are named sampleA there: rename one"):
+        extract_fragments_blockwise(config(home))
 
 
 def test_bad_input_is_refused(home):

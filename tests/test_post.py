@@ -295,8 +295,9 @@ def test_segment_names():
     names = names_at(0.5, 0.55, 0.29, 1.0)
     assert [name[-3:] for name in names.values()] == ["050", "055", "029", "100"]
     assert names[0.55] == "volumes/segmentation_055"
+    assert list(names_at(0.501, 0.504).values()) == ["volumes/segmentation_050_1", "volumes/segmentation_050_4"]
     with pytest.raises(UserError, match="THRESHOLDS"):
-        names_at(0.5, 0.501)
+        names_at(0.5, 0.5)
     assert list(names_at(0.5, 0.501, method="mutex").values()) == ["volumes/segmentation_mutex"]
 
 

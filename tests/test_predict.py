@@ -17,6 +17,9 @@ VOLUME = (26, 38, 31)
 OFFSET = (80, 0, 160)
 
 
+ANEW = ("DATA.DROP_DS_MONGOTABLE", "True")
+
+
 @pytest.fixture
 def home(tmp_path):
     """A data folder with a test volume, and random weights of a small network."""
@@ -64,7 +67,7 @@ def predictions(cfg):
 def test_two_tilings_give_the_same_prediction_as_the_whole_volume_at_once(home, padding):
     cfg = config(home, padding=padding)
     _, affs, lsds = predictions(cfg)
-    _, affs_other, lsds_other = predictions(config(home, padding=padding, grow=16))
+    _, affs_other, lsds_other = predictions(config(home, *ANEW, padding=padding, grow=16))
     np.testing.assert_allclose(affs, affs_other, atol=1e-5)
     np.testing.assert_allclose(lsds, lsds_other, atol=1e-5)
 
@@ -95,11 +98,38 @@ def test_output_covers_raw_and_has_its_offset(home):
 
 def test_uint8_is_the_rounded_float_prediction_and_the_inverted_map_its_complement(home):
     _, affs, _ = predictions(config(home))
-    output, affs_uint8, _ = predictions(config(home, "DATA.AFFS_DTYPE", "uint8", "DATA.INVERT_PRED_AFFS", "True"))
+    output, affs_uint8, _ = predictions(
+        config(home, *ANEW, "DATA.AFFS_DTYPE", "uint8", "DATA.INVERT_PRED_AFFS", "True")
+    )
     assert affs_uint8.dtype == np.uint8
     np.testing.assert_array_equal(affs_uint8, np.rint(affs * 255))
     inverted = read(open_array(output, "volumes/pred_affs_inverted"))
     np.testing.assert_allclose(inverted[0], 255 * (1 - affs.mean(axis=0)), atol=0.51)
+
+
+@pytest.mark.parametrize("change", ["raw", "scale", "weights"])
+def test_a_prediction_is_not_taken_for_that_of_other_raw_settings_or_weights(home, change, capsys):
+    predict(config(home))
+    predict(config(home))
+    assert "is predicted already" in capsys.readouterr().out
+    overrides, path = [], home / "connexion/data/HEMI/data_3d/test/sample.zarr"
+    if change == "raw":
+        raw = read(open_array(path, "volumes/raw"))
+        write_array(path, "volumes/raw", 255 - raw, voxel_size=(8, 8, 8), offset=OFFSET)
+    elif change == "scale":
+        overrides = ["MODEL_ISO.INTENSITYSCALESHIFT_SCALE", "[1.0, 1.0]"]
+    else:
+        torch.save({"model_state_dict": build_model(config(home)).state_dict()}, home / "run" / "model_checkpoint_5")
+    expected = {
+        "raw": "raw was replaced",
+        "scale": r"INTENSITYSCALESHIFT_SCALE was \[2.0, 0.5\], is \[1.0, 1.0\]",
+        "weights": "the file TRAIN.CHECKPOINT was replaced",
+    }
+    for step in (predict, predict_blockwise):
+        with pytest.raises(UserError, match=expected[change]):
+            step(config(home, *overrides))
+    predict(config(home, *ANEW, *overrides))
+    predict(config(home, *overrides))
 
 
 def test_reading_beyond_the_volume_mirrors_it(tmp_path):

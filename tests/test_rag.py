@@ -597,7 +597,7 @@ def test_libraries_of_a_store_are_imported_when_it_is_opened(tmp_path):
 class ToyStore(RagStore):
     """Blocks of tables in memory: all that a store has to implement."""
 
-    saved = {}  # URI -> {table: {block: columns}}, and the record under "record"
+    saved = {}  # URI -> {table: {block: columns}}, and the records under "records"
 
     def __init__(self, uri, voxels, mode):
         self._uri = uri
@@ -624,19 +624,19 @@ class ToyStore(RagStore):
         return ({name: block[name] for name in names} for block in self._tree.get(table, {}).values())
 
     def _tables(self):
-        return [name for name in self._tree if name != "record"]
+        return [name for name in self._tree if name != "records"]
 
     def _drop(self, table):
         self._tree.pop(table, None)
 
-    def _read_record(self):
-        return self._tree.get("record")
+    def _read_record(self, name):
+        return self._tree.get("records", {}).get(name)
 
-    def _write_record(self, record):
-        self._tree["record"] = record
+    def _write_record(self, name, record):
+        self._tree.setdefault("records", {})[name] = record
 
 
-def open_toy(uri, cfg, output, mode):
+def open_toy(uri, cfg, output, mode, fragments):
     return ToyStore(f"{uri}/{sample_name(output)}", voxels_in_block(cfg), mode)
 
 

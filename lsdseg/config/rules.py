@@ -10,13 +10,18 @@ import ast
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
+from yacs.config import CfgNode
 
 from lsdseg.config.implementations import MERGE_FUNCTIONS, METHODS, SCHEDULERS
 from lsdseg.config.model_types import LABELS, MODEL_TYPES, TASKS
+
+# What a key can affect: the shape of the network, its training, and the steps from raw to a segmentation.
+NETWORK, TRAINING, PREDICTION = "network", "training", "prediction"
+FRAGMENTS, SEGMENTATION = "fragments", "segmentation"
 
 
 @dataclass(frozen=True)
@@ -26,10 +31,17 @@ class Rule:
     Attributes:
         allowed: what the key may hold, in words that follow "must be".
         parse: takes a value and returns it in its canonical type, or raises ValueError if it is not allowed.
+        affects: the results that depend on the key: NETWORK, TRAINING, PREDICTION, FRAGMENTS, SEGMENTATION. Every
+            entry of RULES says it, by `on`.
     """
 
     allowed: str
     parse: Callable[[Any], Any]
+    affects: tuple[str, ...] | None = None
+
+    def on(self, *results: str) -> "Rule":
+        """Return the same rule for a key that affects these results, and no others."""
+        return replace(self, affects=results)
 
 
 # Longer texts and lists are mistakes, and take long to check and to print.
@@ -174,146 +186,179 @@ def _model_rules(dims: int) -> dict[str, Rule]:
     """Return the rules of the keys of MODEL_ISO and MODEL_ANISO for data with `dims` axes."""
     shape = sequence(integer(1, voxels), dims, kind=tuple)
     return {
-        "NUM_FMAPS": integer(1),
-        "NUM_FMAPS_OUT": integer(1),
-        "FMAP_INC_FACTOR": integer(1),
+        "NUM_FMAPS": integer(1).on(NETWORK),
+        "NUM_FMAPS_OUT": integer(1).on(NETWORK),
+        "FMAP_INC_FACTOR": integer(1).on(NETWORK),
         # The numbers of axes and levels are checked with the shapes, and only for the network in use.
-        "DOWNSAMPLE_FACTORS": sequence(sequence(integer(1, 100), 2, 3), most=levels),
-        "KERNEL_SIZE_DOWN": kernels,
-        "KERNEL_SIZE_UP": kernels,
-        "PAD_CONV": choice("valid", "same"),
-        "ACTIVATION": choice("relu", "leaky_relu"),
-        "INPUT_SHAPE": shape,
-        "OUTPUT_SHAPE": optional(shape),
-        "GROW_INPUT": optional(sequence(integer(0, voxels), dims, kind=tuple)),
-        "VOXEL_SIZE": shape,
-        "LSD_SIGMA": positive,
-        "LSD_DOWNSAMPLE": integer(1, voxels),
-        "GROWBOUNDARY_STEPS": integer(0, 1000),
-        "PROB_ELASTIC": per_pass(share),
-        "CONTROL_POINT_SPACING": per_pass(shape),
-        "JITTER_SIGMA": per_pass(sequence(number(0, 1000), dims, kind=tuple)),
-        "ROTATION_INTERVAL": sequence(number(), 2),
-        "PROB_SLIP": per_pass(share),
-        "PROB_SHIFT": per_pass(share),
-        "MAX_MISALIGN": per_pass(integer(0, 1000)),
-        "SUBSAMPLE": integer(1, 1000),
-        "TRANSPOSE": sequence(choice(*range(dims)), *range(dims + 1)),
-        "INTENSITYAUG_SCALE_MIN": number(),
-        "INTENSITYAUG_SCALE_MAX": number(),
-        "INTENSITYAUG_SHIFT_MIN": number(),
-        "INTENSITYAUG_SHIFT_MAX": number(),
-        **{f"PROB_{name}": share for name in ("FADE", "CUTOUT", "BLUR", "GAMMA", "NOISE", "SECTION")},
-        **{f"AMOUNT_{name}": sequence(share, 2, kind=tuple) for name in ("FADE", "CUTOUT", "NOISE", "SECTION")},
-        "AMOUNT_BLUR": sequence(number(0), 2, kind=tuple),
-        "AMOUNT_GAMMA": sequence(positive, 2, kind=tuple),
-        "INTENSITYSCALESHIFT_SCALE": sequence(number(), 2),
-        "INTENSITYSCALESHIFT_SHIFT": sequence(number(), 2),
-        "DEFECT_AUGMENT": optional(path(text)),
-        "LOG_DIR": optional(path(text)),
-        "CKPT_FOLDER": optional(path(text)),
-        "OUTPUT_DIR": optional(path(text)),
+        "DOWNSAMPLE_FACTORS": sequence(sequence(integer(1, 100), 2, 3), most=levels).on(NETWORK),
+        "KERNEL_SIZE_DOWN": kernels.on(NETWORK),
+        "KERNEL_SIZE_UP": kernels.on(NETWORK),
+        "PAD_CONV": choice("valid", "same").on(NETWORK),
+        "ACTIVATION": choice("relu", "leaky_relu").on(NETWORK),
+        "INPUT_SHAPE": shape.on(TRAINING),
+        "OUTPUT_SHAPE": optional(shape).on(TRAINING),
+        "GROW_INPUT": optional(sequence(integer(0, voxels), dims, kind=tuple)).on(),
+        "VOXEL_SIZE": shape.on(TRAINING),
+        "LSD_SIGMA": positive.on(TRAINING),
+        "LSD_DOWNSAMPLE": integer(1, voxels).on(TRAINING),
+        "GROWBOUNDARY_STEPS": integer(0, 1000).on(TRAINING),
+        "PROB_ELASTIC": per_pass(share).on(TRAINING),
+        "CONTROL_POINT_SPACING": per_pass(shape).on(TRAINING),
+        "JITTER_SIGMA": per_pass(sequence(number(0, 1000), dims, kind=tuple)).on(TRAINING),
+        "ROTATION_INTERVAL": sequence(number(), 2).on(TRAINING),
+        "PROB_SLIP": per_pass(share).on(TRAINING),
+        "PROB_SHIFT": per_pass(share).on(TRAINING),
+        "MAX_MISALIGN": per_pass(integer(0, 1000)).on(TRAINING),
+        "SUBSAMPLE": integer(1, 1000).on(TRAINING),
+        "TRANSPOSE": sequence(choice(*range(dims)), *range(dims + 1)).on(TRAINING),
+        "INTENSITYAUG_SCALE_MIN": number().on(TRAINING),
+        "INTENSITYAUG_SCALE_MAX": number().on(TRAINING),
+        "INTENSITYAUG_SHIFT_MIN": number().on(TRAINING),
+        "INTENSITYAUG_SHIFT_MAX": number().on(TRAINING),
+        **{f"PROB_{name}": share.on(TRAINING) for name in ("FADE", "CUTOUT", "BLUR", "GAMMA", "NOISE", "SECTION")},
+        **{
+            f"AMOUNT_{name}": sequence(share, 2, kind=tuple).on(TRAINING)
+            for name in ("FADE", "CUTOUT", "NOISE", "SECTION")
+        },
+        "AMOUNT_BLUR": sequence(number(0), 2, kind=tuple).on(TRAINING),
+        "AMOUNT_GAMMA": sequence(positive, 2, kind=tuple).on(TRAINING),
+        "INTENSITYSCALESHIFT_SCALE": sequence(number(), 2).on(TRAINING, PREDICTION),
+        "INTENSITYSCALESHIFT_SHIFT": sequence(number(), 2).on(TRAINING, PREDICTION),
+        "DEFECT_AUGMENT": optional(path(text)).on(TRAINING),
+        "LOG_DIR": optional(path(text)).on(),
+        "CKPT_FOLDER": optional(path(text)).on(),
+        "OUTPUT_DIR": optional(path(text)).on(),
         # Without effect.
-        "IN_CHANNELS": Rule("1, because raw has one channel", choice(1).parse),
-        "LSDS": optional(integer(1)),
+        "IN_CHANNELS": Rule("1, because raw has one channel", choice(1).parse).on(NETWORK),
+        "LSDS": optional(integer(1)).on(),
     }
 
 
+# Each rule says by `on` what results the key affects: a step compares these settings before it goes on with a result.
+# What only says where files are, how fast a step is, or which of several results to make, affects none. Nor does what
+# names an input or switches it off: inputs are compared by what is in them.
 RULES: dict[str, Rule] = {
-    "SYSTEM.NUM_GPUS": integer(0),
-    "SYSTEM.NUM_WORKERS": integer(0, workers),
-    "SYSTEM.CACHE_SIZE": integer(1, workers),
-    "SYSTEM.VERBOSE": flag,
-    "DATA.HOME": path(words),
-    "DATA.DATA_DIR_PATH": nonempty,
-    "DATA.BRAIN_VOL": nonempty,
-    "DATA.TRAIN_TEST_SPLIT": threshold,
-    "DATA.FIB": choice(0, 1),
-    "DATA.DIM_2D": flag,
-    "DATA.RAW": nonempty,
-    **{f"DATA.{key}{suffix}": nonempty for key in LABELS for suffix in ("", "_MASK")},
-    "DATA.OUTFILE": optional(path(text)),
-    "DATA.AFFS_DTYPE": choice("uint8", "float32"),
-    "DATA.INVERT_PRED_AFFS": flag,
-    "DATA.DB_HOST": text,
+    "SYSTEM.NUM_GPUS": integer(0).on(),
+    "SYSTEM.NUM_WORKERS": integer(0, workers).on(),
+    "SYSTEM.CACHE_SIZE": integer(1, workers).on(),
+    "SYSTEM.VERBOSE": flag.on(),
+    "DATA.HOME": path(words).on(),
+    "DATA.DATA_DIR_PATH": nonempty.on(),
+    "DATA.BRAIN_VOL": nonempty.on(),
+    "DATA.TRAIN_TEST_SPLIT": threshold.on(TRAINING),
+    "DATA.FIB": choice(0, 1).on(TRAINING),
+    "DATA.DIM_2D": flag.on(TRAINING, PREDICTION),
+    "DATA.RAW": nonempty.on(),
+    **{f"DATA.{key}{suffix}": nonempty.on() for key in LABELS for suffix in ("", "_MASK")},
+    "DATA.OUTFILE": optional(path(text)).on(),
+    "DATA.AFFS_DTYPE": choice("uint8", "float32").on(PREDICTION),
+    "DATA.INVERT_PRED_AFFS": flag.on(PREDICTION),
+    "DATA.DB_HOST": text.on(),
     "DATA.DB_NAME": pattern(
         r'(?:(?![/\\. "$*<>:|?])[!-~]){0,63}',
         'a name that MongoDB takes: at most 63 characters, without spaces and / \\ . " $ * < > : | ?',
-    ),
-    "DATA.DROP_DS_MONGOTABLE": flag,
-    "PREPROCESS.EXPORT_2D_FROM_3D": optional(flag),
-    "PREPROCESS.SOURCE_DATA_OFFSET": optional(sequence(integer(), 2, 3, kind=tuple)),
-    "PREPROCESS.SOURCE_DATA_RESOLUTION": optional(sequence(integer(1), 2, 3, kind=tuple)),
-    "PREPROCESS.HISTOGRAM_MATCH": optional(sequence(nonempty, 2)),
-    "PREPROCESS.USE_WANDB": flag,
-    "PREPROCESS.DATASETS_TO_COPY": optional(sequence(nonempty)),
-    "TRAIN.MODEL_TYPE": choice(*MODEL_TYPES),
-    "TRAIN.EPOCHS": integer(1),
-    "TRAIN.SAVE_EVERY": integer(1),
-    "TRAIN.KEEP_CHECKPOINTS": integer(0),
-    "TRAIN.LOG_EVERY": integer(1),
+    ).on(),
+    "DATA.DROP_DS_MONGOTABLE": flag.on(),
+    "PREPROCESS.EXPORT_2D_FROM_3D": optional(flag).on(),
+    "PREPROCESS.SOURCE_DATA_OFFSET": optional(sequence(integer(), 2, 3, kind=tuple)).on(),
+    "PREPROCESS.SOURCE_DATA_RESOLUTION": optional(sequence(integer(1), 2, 3, kind=tuple)).on(),
+    "PREPROCESS.HISTOGRAM_MATCH": optional(sequence(nonempty, 2)).on(),
+    "PREPROCESS.USE_WANDB": flag.on(),
+    "PREPROCESS.DATASETS_TO_COPY": optional(sequence(nonempty)).on(),
+    "TRAIN.MODEL_TYPE": choice(*MODEL_TYPES).on(NETWORK, PREDICTION),
+    "TRAIN.EPOCHS": integer(1).on(TRAINING),
+    "TRAIN.SAVE_EVERY": integer(1).on(),
+    "TRAIN.KEEP_CHECKPOINTS": integer(0).on(),
+    "TRAIN.LOG_EVERY": integer(1).on(),
     "TRAIN.DEVICE": pattern(
         r"auto|cpu|cuda(:[0-9]{1,2})?|multi_gpu", "one of auto, cpu, cuda, multi_gpu, or one GPU such as cuda:0"
+    ).on(),
+    "TRAIN.BATCH_SIZE": integer(1, 10_000).on(TRAINING),
+    "TRAIN.INITIAL_LR": positive.on(TRAINING),
+    "TRAIN.LR_BETAS": sequence(decay, 2, kind=tuple).on(TRAINING),
+    "TRAIN.LR_FAN_IN": integer(0).on(TRAINING),
+    "TRAIN.LR_SCHEDULE": choice("constant", "cosine").on(TRAINING),
+    "TRAIN.WARMUP": integer(0).on(TRAINING),
+    "TRAIN.AFF_LOSS": choice("mse", "bce").on(TRAINING),
+    "TRAIN.PLACEMENT": flag.on(NETWORK, PREDICTION),
+    **{f"TRAIN.{task.loss_weight}": number(0).on(TRAINING) for task in TASKS.values()},
+    "TRAIN.ACCUMULATE": integer(1, 10_000).on(TRAINING),
+    "TRAIN.EMA": decay.on(TRAINING),
+    "TRAIN.VALIDATE_EVERY": integer(0).on(),
+    "TRAIN.VALIDATION_VOLUME": optional(path(text)).on(),
+    "TRAIN.VALIDATION_SHAPE": sequence(integer(1, voxels), 3, kind=tuple).on(),
+    "TRAIN.MIXED_PRECISION": choice("no", "bf16", "fp16", "auto").on(TRAINING),
+    "TRAIN.COMPILE": flag.on(),
+    "TRAIN.THREADS": integer(0, workers).on(),
+    "TRAIN.SEED": integer(0, 2**32 - 1).on(TRAINING),
+    "TRAIN.AUGMENT": flag.on(TRAINING),
+    "TRAIN.NEIGHBORHOOD": either(offsets, choice("LR_NEIGHBORHOOD"), f"{offsets.allowed}; or LR_NEIGHBORHOOD").on(
+        NETWORK, PREDICTION
     ),
-    "TRAIN.BATCH_SIZE": integer(1, 10_000),
-    "TRAIN.INITIAL_LR": positive,
-    "TRAIN.LR_BETAS": sequence(decay, 2, kind=tuple),
-    "TRAIN.LR_FAN_IN": integer(0),
-    "TRAIN.LR_SCHEDULE": choice("constant", "cosine"),
-    "TRAIN.WARMUP": integer(0),
-    "TRAIN.AFF_LOSS": choice("mse", "bce"),
-    "TRAIN.PLACEMENT": flag,
-    **{f"TRAIN.{task.loss_weight}": number(0) for task in TASKS.values()},
-    "TRAIN.ACCUMULATE": integer(1, 10_000),
-    "TRAIN.EMA": decay,
-    "TRAIN.VALIDATE_EVERY": integer(0),
-    "TRAIN.VALIDATION_VOLUME": optional(path(text)),
-    "TRAIN.VALIDATION_SHAPE": sequence(integer(1, voxels), 3, kind=tuple),
-    "TRAIN.MIXED_PRECISION": choice("no", "bf16", "fp16", "auto"),
-    "TRAIN.COMPILE": flag,
-    "TRAIN.THREADS": integer(0, workers),
-    "TRAIN.SEED": integer(0, 2**32 - 1),
-    "TRAIN.AUGMENT": flag,
-    "TRAIN.NEIGHBORHOOD": either(offsets, choice("LR_NEIGHBORHOOD"), f"{offsets.allowed}; or LR_NEIGHBORHOOD"),
-    "TRAIN.NEIGHBORHOOD_2D": either(offsets, choice("LR_NEIGHBORHOOD"), f"{offsets.allowed}; or LR_NEIGHBORHOOD"),
-    "TRAIN.LR_NEIGHBORHOOD": offsets,
-    "TRAIN.LSD_EPOCHS": optional(integer(1)),
-    "TRAIN.CHECKPOINT": optional(path(text)),
-    "TRAIN.CHECKPOINT_AC": optional(path(text)),
+    "TRAIN.NEIGHBORHOOD_2D": either(offsets, choice("LR_NEIGHBORHOOD"), f"{offsets.allowed}; or LR_NEIGHBORHOOD").on(),
+    "TRAIN.LR_NEIGHBORHOOD": offsets.on(TRAINING),
+    "TRAIN.LSD_EPOCHS": optional(integer(1)).on(TRAINING),
+    "TRAIN.CHECKPOINT": optional(path(text)).on(),
+    "TRAIN.CHECKPOINT_AC": optional(path(text)).on(),
     **{
-        f"{section}.{name}{suffix}": optional(rule) if name + suffix == "VOXEL_SIZE_2D" else rule
+        f"{section}.{name}{suffix}": optional(rule).on(TRAINING) if name + suffix == "VOXEL_SIZE_2D" else rule
         for section in ("MODEL_ISO", "MODEL_ANISO")
         for suffix, dims in (("", 3), ("_2D", 2))
         for name, rule in _model_rules(dims).items()
     },
-    "INS_SEGMENT.METHOD": choice(*METHODS),
-    "INS_SEGMENT.MUTEX_BIAS": optional(sequence(number(-1, 1))),
-    "INS_SEGMENT.LINK_SECTIONS": optional(share),
+    "INS_SEGMENT.METHOD": choice(*METHODS).on(FRAGMENTS, SEGMENTATION),
+    "INS_SEGMENT.MUTEX_BIAS": optional(sequence(number(-1, 1))).on(FRAGMENTS, SEGMENTATION),
+    "INS_SEGMENT.LINK_SECTIONS": optional(share).on(SEGMENTATION),
     "INS_SEGMENT.THRESHOLDS": either(
         sequence(threshold), Rule("", lambda value: [threshold.parse(value)]), sequence(threshold).allowed
-    ),
-    "INS_SEGMENT.MERGE_FUNCTION": optional(choice(*MERGE_FUNCTIONS)),
-    "INS_SEGMENT.FRAGMENTS_IN_XY": flag,
-    "INS_SEGMENT.BACKGROUND_MASK": flag,
-    "INS_SEGMENT.PLACEMENT": flag,
-    "INS_SEGMENT.EPSILON_AGGLOMERATE": share,
-    "INS_SEGMENT.MASK_FILE": optional(path(text)),
-    "INS_SEGMENT.MASK_DATASET": optional(on_disk(text)),
-    "INS_SEGMENT.FILTER_FRAGMENTS": share,
-    "INS_SEGMENT.BLOCK_SIZE": sequence(integer(1, voxels), 3, kind=tuple),
-    "INS_SEGMENT.CONTEXT": sequence(integer(0, voxels), 3, kind=tuple),
-    "CLUSTER.TYPE": choice(*SCHEDULERS),
-    "CLUSTER.PARTITION": text,
-    "CLUSTER.ACCOUNT": text,
-    "CLUSTER.TIME": text,
-    "CLUSTER.MEMORY": text,
-    "CLUSTER.GPUS_PER_WORKER": integer(0),
-    "CLUSTER.CPUS_PER_WORKER": integer(1),
-    "CLUSTER.EXTRA": either(sequence(text), sequence(text, 0), "a list of strings"),
-    "CLUSTER.HOST": text,
+    ).on(),
+    "INS_SEGMENT.MERGE_FUNCTION": optional(choice(*MERGE_FUNCTIONS)).on(),
+    "INS_SEGMENT.FRAGMENTS_IN_XY": flag.on(FRAGMENTS, SEGMENTATION),
+    "INS_SEGMENT.BACKGROUND_MASK": flag.on(FRAGMENTS, SEGMENTATION),
+    "INS_SEGMENT.PLACEMENT": flag.on(),
+    "INS_SEGMENT.EPSILON_AGGLOMERATE": share.on(FRAGMENTS, SEGMENTATION),
+    "INS_SEGMENT.MASK_FILE": optional(path(text)).on(),
+    "INS_SEGMENT.MASK_DATASET": optional(on_disk(text)).on(),
+    "INS_SEGMENT.FILTER_FRAGMENTS": share.on(FRAGMENTS, SEGMENTATION),
+    "INS_SEGMENT.BLOCK_SIZE": sequence(integer(1, voxels), 3, kind=tuple).on(FRAGMENTS),
+    "INS_SEGMENT.CONTEXT": sequence(integer(0, voxels), 3, kind=tuple).on(FRAGMENTS),
+    "CLUSTER.TYPE": choice(*SCHEDULERS).on(),
+    "CLUSTER.PARTITION": text.on(),
+    "CLUSTER.ACCOUNT": text.on(),
+    "CLUSTER.TIME": text.on(),
+    "CLUSTER.MEMORY": text.on(),
+    "CLUSTER.GPUS_PER_WORKER": integer(0).on(),
+    "CLUSTER.CPUS_PER_WORKER": integer(1).on(),
+    "CLUSTER.EXTRA": either(sequence(text), sequence(text, 0), "a list of strings").on(),
+    "CLUSTER.HOST": text.on(),
     # Without effect.
-    "DATA.WITH_MITO": choice(0, 1, 2),
+    "DATA.WITH_MITO": choice(0, 1, 2).on(),
 }
+
+
+def settings_of(cfg: CfgNode, result: str) -> dict[str, Any]:
+    """Collect the values of all keys that affect a result.
+
+    Args:
+        cfg: a loaded config.
+        result: NETWORK, TRAINING, PREDICTION, FRAGMENTS or SEGMENTATION.
+
+    Returns:
+        Key -> number, bool, text or nested lists of numbers. Of the networks, only the one in use counts, with the
+        values that `MODEL` holds.
+    """
+    section = "MODEL_ISO" if cfg.DATA.FIB else "MODEL_ANISO"
+    settings = {}
+    for key, rule in RULES.items():
+        head, _, name = key.partition(".")
+        in_network = head.startswith("MODEL_")
+        if result in (rule.affects or ()) and not (in_network and (head != section or name.endswith("_2D"))):
+            settings[key] = _to_lists(cfg.MODEL[name] if in_network else cfg[head][name])
+    return settings
+
+
+def _to_lists(value: Any) -> Any:
+    return [_to_lists(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def canonical(key: str, value: Any) -> Any:

@@ -101,7 +101,7 @@ def log_folder(sample: str, step: str) -> Path:
 
 def lut_path(output: Path, merge_function: str, threshold: float) -> Path:
     """Return the path of a table, beside the output zarr: luts_full/seg_sampleA_edges_hist_quant_50_70.npz for 0.7."""
-    name = f"seg_{sample_name(output)}_edges_{merge_function}_{round(threshold * 100)}.npz"
+    name = f"seg_{sample_name(output)}_edges_{merge_function}_{_hundredths(threshold, digits=1)}.npz"
     return output.parent / "luts_full" / name
 
 
@@ -161,5 +161,7 @@ def _dimensions(cfg: CfgNode) -> str:
     return "2d" if cfg.DATA.DIM_2D else "3d"
 
 
-def _hundredths(threshold: float) -> str:
-    return f"{round(threshold * 100):03d}"
+def _hundredths(threshold: float, digits: int = 3) -> str:
+    """Write 0.7 as 070, and 0.704 as 070_4, so that no two thresholds have the same name."""
+    whole, _, rest = f"{round(threshold * 100, 6):0.6f}".partition(".")
+    return f"{int(whole):0{digits}d}" + f"_{rest.rstrip('0')}".rstrip("_")

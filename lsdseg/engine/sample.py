@@ -106,6 +106,14 @@ def samples_of(cfg: CfgNode) -> list[Sample]:
     """The sample of every volume in the test folder.
 
     Raises:
-        UserError: there is no volume, or TRAIN.CHECKPOINT is not set.
+        UserError: there is no volume, or TRAIN.CHECKPOINT is not set; two volumes would have the same sample name.
     """
-    return [Sample(cfg, volume) for volume in volumes_in(cfg, "test")]
+    samples: dict[str, Sample] = {}
+    for sample in (Sample(cfg, volume) for volume in volumes_in(cfg, "test")):
+        if sample.name in samples:
+            raise UserError(
+                f"{samples[sample.name].volume.name} and {sample.volume.name} in {sample.volume.parent} would share "
+                f"tables and logs, because both are named {sample.name} there: rename one"
+            )
+        samples[sample.name] = sample
+    return list(samples.values())

@@ -21,22 +21,9 @@ from torch.optim import Optimizer
 from yacs.config import CfgNode
 
 from lsdseg.config.model_types import task_channels
-from lsdseg.config.rules import RULES, canonical
+from lsdseg.config.rules import NETWORK, RULES, canonical, settings_of
 from lsdseg.errors import UserError, quoted
 from lsdseg.files import write_whole
-
-NETWORK_KEYS = (
-    "IN_CHANNELS",
-    "NUM_FMAPS",
-    "NUM_FMAPS_OUT",
-    "FMAP_INC_FACTOR",
-    "DOWNSAMPLE_FACTORS",
-    "KERNEL_SIZE_DOWN",
-    "KERNEL_SIZE_UP",
-    "PAD_CONV",
-    "ACTIVATION",
-)
-
 
 # Entries of a checkpoint that are dicts with names as keys, and those that are numbers, from 0. All but the first may
 # be missing.
@@ -50,16 +37,10 @@ def network_settings(cfg: CfgNode) -> dict[str, Any]:
     Returns:
         Config key -> number, bool, text or nested lists of numbers.
     """
-    section = "MODEL_ISO" if cfg.DATA.FIB else "MODEL_ANISO"
-    settings = {f"{section}.{key}": _to_lists(cfg.MODEL[key]) for key in NETWORK_KEYS}
-    if "affs" in task_channels(cfg):
-        settings["TRAIN.NEIGHBORHOOD"] = _to_lists(cfg.TRAIN.NEIGHBORHOOD)
-        settings["TRAIN.PLACEMENT"] = cfg.TRAIN.PLACEMENT
-    return {"TRAIN.MODEL_TYPE": cfg.TRAIN.MODEL_TYPE, **settings}
-
-
-def _to_lists(value: Any) -> Any:
-    return [_to_lists(v) for v in value] if isinstance(value, list | tuple) else value
+    settings = settings_of(cfg, NETWORK)
+    if "affs" not in task_channels(cfg):
+        del settings["TRAIN.NEIGHBORHOOD"], settings["TRAIN.PLACEMENT"]
+    return settings
 
 
 def checkpoint_path(folder: Path | str, iteration: int) -> Path:

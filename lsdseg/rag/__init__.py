@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["STORES", "MongoStore", "ParquetStore", "RagStore", "open_store"]
 
-# Scheme of a URI -> "module:function", called as function(uri, cfg, output, mode) to open a store of that kind.
-# The empty scheme stands for an empty URI.
+# Scheme of a URI -> "module:function", called as function(uri, cfg, output, mode, fragments) to open a store of that
+# kind. The empty scheme stands for an empty URI.
 STORES = {
     "": "lsdseg.rag.parquet:open_parquet",
     "mongodb": "lsdseg.rag.mongo:open_mongodb",
@@ -31,14 +31,15 @@ STORES = {
 DEFAULT_SCHEME = "mongodb"
 
 
-def open_store(cfg: CfgNode, output: Path | str, mode: Mode = "r") -> RagStore:
+def open_store(cfg: CfgNode, output: Path | str, mode: Mode = "r", fragments: str = "") -> RagStore:
     """Open the graph of the sample that an output zarr holds.
 
     Args:
         cfg: the loaded config. The URI in the environment variable LSD_DB_URI, or else in DATA.DB_HOST, selects the
             store by its scheme (see STORES). If both are empty, the graph is Parquet files beside the zarr.
         output: SAMPLE.zarr.
-        mode: "r" to read, "r+" to read and write, "w" to drop an existing graph first; see `RagStore`.
+        mode: "r" to read, "r+" to read and write, "x" to create, "w" to drop an existing graph first; see `RagStore`.
+        fragments: id of the fragments that the graph must be of. Empty: any.
 
     Returns:
         The open store.
@@ -56,7 +57,7 @@ def open_store(cfg: CfgNode, output: Path | str, mode: Mode = "r") -> RagStore:
             f"LSD_DB_URI or DATA.DB_HOST begins with {scheme}://, but there is no such graph store: use {known} or "
             "HOST:PORT (MongoDB), or leave it empty for Parquet files beside the output"
         )
-    store: RagStore = resolve(STORES[scheme])(uri, cfg, Path(output), mode)
+    store: RagStore = resolve(STORES[scheme])(uri, cfg, Path(output), mode, fragments)
     return store
 
 

@@ -57,14 +57,14 @@ UNAUTHORIZED, AUTHENTICATION_FAILED, DUPLICATE_KEY = 13, 18, 11000
 OUTPUT_PARTS = 5
 
 
-def open_mongodb(uri: str, cfg: CfgNode, output: Path, mode: Mode) -> "MongoStore":
+def open_mongodb(uri: str, cfg: CfgNode, output: Path, mode: Mode, fragments: str = "") -> "MongoStore":
     """Open the graph of SAMPLE.zarr in the database DATA.DB_NAME on the server of the URI.
 
     Collections are named by the sample alone, so the output is recorded with the graph: two checkpoints must not mix
     their graphs. Only the last parts of its path count, because machines may mount a folder in different places.
     """
     origin = "/".join(output.absolute().parts[-OUTPUT_PARTS:])
-    return MongoStore(uri, cfg.DATA.DB_NAME, sample_name(output), voxels_in_block(cfg), mode, origin)
+    return MongoStore(uri, cfg.DATA.DB_NAME, sample_name(output), voxels_in_block(cfg), mode, origin, fragments)
 
 
 class MongoStore(RagStore):
@@ -80,13 +80,21 @@ class MongoStore(RagStore):
         voxels_in_block: number of voxels in a block; see `lsdseg.rag.store`.
         mode: see `RagStore`.
         origin: the output that the graph belongs to; the graph of another output is refused.
+        fragments: id of the fragments that the graph is of; the graph of others is refused. Empty: any.
 
     Raises:
         UserError: within 10 seconds if no server answers or the server refuses the user; otherwise as `RagStore`.
     """
 
     def __init__(
-        self, uri: str, database: str, sample: str, voxels_in_block: int, mode: Mode = "r", origin: str = ""
+        self,
+        uri: str,
+        database: str,
+        sample: str,
+        voxels_in_block: int,
+        mode: Mode = "r",
+        origin: str = "",
+        fragments: str = "",
     ) -> None:
         client = _client(uri)
         servers = client.topology_description.server_descriptions()
@@ -104,7 +112,7 @@ class MongoStore(RagStore):
         self._retry_seconds = RETRY_SECONDS if os.environ.get("LSD_WORKER") else 0
         self._tables()
         self._retry_seconds = RETRY_SECONDS
-        super().__init__(mode, voxels_in_block, output=origin)
+        super().__init__(mode, voxels_in_block, output=origin, fragments=fragments)
 
     def __repr__(self) -> str:
         return f"{self._sample} (database {self._database.name}, MongoDB at {self._address})"
@@ -159,12 +167,15 @@ class MongoStore(RagStore):
         self._with_retries(self._collection(table).drop)
         self._indexed.discard(table)
 
-    def _read_record(self) -> Record | None:
-        return self._with_retries(lambda: self._collection("meta").find_one({"_id": "settings"}, {"_id": False}))
+    def _read_record(self, name: str) -> Record | None:
+        return self._with_retries(lambda: self._collection("meta").find_one({"_id": name}, {"_id": False}))
 
-    def _write_record(self, record: Record) -> None:
+    def _write_record(self, name: str, record: Record | None) -> None:
         meta = self._collection("meta")
-        self._with_retries(lambda: meta.replace_one({"_id": "settings"}, record, upsert=True))
+        if record is None:
+            self._with_retries(lambda: meta.delete_one({"_id": name}))
+        else:
+            self._with_retries(lambda: meta.replace_one({"_id": name}, record, upsert=True))
 
     def _collection(self, name: str) -> Collection[Document]:
         return self._database[f"{self._sample}_{name}"]

@@ -33,12 +33,11 @@ from lsdseg.rag.store import (
 
 # Streamed batches have at least this many rows, except for the last one: the files of single blocks may be small.
 BATCH = 1_000_000
-RECORD = "settings.json"
 
 
-def open_parquet(uri: str, cfg: CfgNode, output: Path, mode: Mode) -> "ParquetStore":
+def open_parquet(uri: str, cfg: CfgNode, output: Path, mode: Mode, fragments: str = "") -> "ParquetStore":
     """Open the graph in the folder SAMPLE.rag beside SAMPLE.zarr. The URI is not used."""
-    return ParquetStore(rag_folder(output), voxels_in_block(cfg), mode)
+    return ParquetStore(rag_folder(output), voxels_in_block(cfg), mode, fragments)
 
 
 class ParquetStore(RagStore):
@@ -50,14 +49,15 @@ class ParquetStore(RagStore):
         folder: SAMPLE.rag.
         voxels_in_block: number of voxels in a block; see `lsdseg.rag.store`.
         mode: see `RagStore`.
+        fragments: id of the fragments that the graph is of; the graph of others is refused. Empty: any.
 
     Raises:
         UserError: the folder cannot be read or written, or as `RagStore`.
     """
 
-    def __init__(self, folder: Path | str, voxels_in_block: int, mode: Mode = "r") -> None:
+    def __init__(self, folder: Path | str, voxels_in_block: int, mode: Mode = "r", fragments: str = "") -> None:
         self._folder = Path(folder)
-        super().__init__(mode, voxels_in_block)
+        super().__init__(mode, voxels_in_block, fragments=fragments)
 
     def __repr__(self) -> str:
         return str(self._folder)
@@ -113,15 +113,15 @@ class ParquetStore(RagStore):
             yield _to_arrays(waiting)
 
     def _tables(self) -> list[str]:
-        return [folder.name for folder in self._folder.glob("*") if is_table(folder.name)]
+        return [folder.name for folder in self._folder.glob("*") if is_table(folder.name) and folder.is_dir()]
 
     def _drop(self, table: str) -> None:
         with explain_os_errors(self._folder / table):
             if (self._folder / table).exists():
                 shutil.rmtree(self._folder / table)
 
-    def _read_record(self) -> Record | None:
-        path = self._folder / RECORD
+    def _read_record(self, name: str) -> Record | None:
+        path = self._folder / f"{name}.json"
         try:
             record: Record = json.loads(path.read_text())
         except FileNotFoundError:
@@ -132,8 +132,13 @@ class ParquetStore(RagStore):
             ) from None
         return record
 
-    def _write_record(self, record: Record) -> None:
-        with write_whole(self._folder / RECORD) as partial:
+    def _write_record(self, name: str, record: Record | None) -> None:
+        path = self._folder / f"{name}.json"
+        if record is None:
+            with explain_os_errors(path):
+                path.unlink(missing_ok=True)
+            return
+        with write_whole(path) as partial:
             partial.write_text(json.dumps(record))
 
     def _path(self, table: str, block: int) -> Path:

@@ -9,11 +9,11 @@ block therefore form one id range, and an edge (u < v) belongs to the block of u
 block, and writing a block again replaces the rows of that block and no others.
 
 To add a store, write a module beside this one and add one entry to `lsdseg.rag.STORES`. The module holds a function
-`open_...(uri, cfg, output, mode)` and the subclass of `RagStore` that it returns. The subclass implements
+`open_...(uri, cfg, output, mode, fragments)` and the subclass of `RagStore` that it returns. The subclass implements
 
     _replace, _read, _stream        the rows of a table
     _tables, _drop                  the tables
-    _read_record, _write_record     what the graph was made with
+    _read_record, _write_record     what the graph, and each table of edges, was made from
     finish                          work that is left until the last block is done
     __repr__                        where the graph is, for messages; without credentials
 
@@ -23,6 +23,7 @@ cannot be used, raise a UserError. `RagStore.__init__` already reads tables and 
 For an example, see `lsdseg.rag.parquet`, or `ToyStore` in tests/test_rag.py, which has nothing but these methods.
 """
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -45,8 +46,9 @@ NODE_COLUMNS: dict[str, type[np.generic]] = {
 EDGE_COLUMNS: dict[str, type[np.generic]] = {"u": np.uint64, "v": np.uint64, "merge_score": np.float32}
 AGGLOMERATED = "agglomerated"  # another column of stored edges: True, the score is known
 
-Mode = Literal["r", "r+", "w"]
-Record = dict[str, int | str]
+Mode = Literal["r", "r+", "x", "w"]
+Record = dict[str, Any]
+GRAPH = "settings"  # the name of the record of the graph itself; that of a table has the name of the table
 Columns = dict[str, NDArray[Any]]
 Ids = NDArray[np.uint64]
 Nodes = tuple[Ids, NDArray[np.int64]]
@@ -75,36 +77,46 @@ class RagStore(ABC):
     Every method raises a UserError if the files or the server cannot be read or written.
 
     Args:
-        mode: "r" opens a graph that exists. "r+" also writes, and creates the graph if there is none. "w" drops an
-            existing graph and creates a new one.
+        mode: "r" opens a graph that exists. "r+" also writes, and creates the graph if there is none. "x" creates a
+            graph where there is none. "w" drops an existing graph and creates a new one.
         voxels_in_block: number of voxels in a block; see the docstring of this module.
-        more: what else must be the same whenever the graph is opened. The store keeps it with the graph.
+        more: what else must be the same whenever the graph is opened, such as the id of its `fragments`. The store
+            keeps it with the graph. What is empty is not compared.
 
     Raises:
-        UserError: there is no graph to read, or its record says that it was made with other values.
+        UserError: there is no graph to read; there is one already; its record says that it was made with other values.
     """
 
     def __init__(self, mode: Mode, voxels_in_block: int, **more: str) -> None:
         self._voxels_in_block = voxels_in_block
-        self._record: Record = {"voxels_in_block": voxels_in_block, **more}
+        self._record: Record = {"voxels_in_block": voxels_in_block} | {key: text for key, text in more.items() if text}
         if mode == "w":
             self.drop()
         # Look for tables first: whoever creates a graph writes the record before the first table.
         exists = bool(self._tables())
-        recorded = self._read_record()
+        recorded = self._read_record(GRAPH)
         if not exists and mode == "r":
             raise UserError(f"there is no graph {self}: run 02_extract_fragments_blockwise.py first")
+        if exists and mode == "x":
+            raise UserError(
+                f"there is a graph {self} already, of other fragments: choose another DATA.DB_NAME to keep it, or set "
+                "DATA.DROP_DS_MONGOTABLE True to drop it"
+            )
         if not exists:
-            self._write_record(self._record)
+            self._write_record(GRAPH, self._record)
         elif recorded is None and mode != "r":
             raise UserError(
                 f"the graph {self} was written by other scripts, so it is read-only: "
                 "set DATA.DROP_DS_MONGOTABLE True to drop it and start over"
             )
-        elif recorded is not None and recorded != self._record:
-            changes = [
-                f"{key} {recorded.get(key)}, now {new}" for key, new in self._record.items() if recorded.get(key) != new
+        elif recorded is not None and (
+            # A graph of an earlier version does not say all that is said now.
+            changes := [
+                f"{key} {recorded[key]}, now {new}"
+                for key, new in self._record.items()
+                if recorded.get(key, new) != new
             ]
+        ):
             raise UserError(
                 f"the graph {self} was made with {'; '.join(changes)}: go back to that INS_SEGMENT.BLOCK_SIZE or "
                 "output, choose another DATA.DB_NAME, or set DATA.DROP_DS_MONGOTABLE True to drop it and start over"
@@ -190,11 +202,22 @@ class RagStore(ABC):
         for merge_function in self.merge_functions():
             self.drop_edges(merge_function)
         self._drop(NODES)
-        self._write_record(self._record)
+        self._write_record(GRAPH, self._record)
 
     def drop_edges(self, merge_function: str) -> None:
-        """Remove the edges of one merge function."""
+        """Remove the edges of one merge function, and their record."""
         self._drop(EDGES + merge_function)
+        self._write_record(EDGES + merge_function, None)
+
+    def edges_record(self, merge_function: str) -> Record | None:
+        """Return what `write_edges_record` kept, None if it kept nothing."""
+        record = self._read_record(EDGES + merge_function)
+        return None if record is None else json.loads(record["made_from"])
+
+    def write_edges_record(self, merge_function: str, record: Record) -> None:
+        """Keep with the edges of a merge function what they were made from: anything that JSON can hold."""
+        # As text: its keys are those of the config, and a database may not take names with dots.
+        self._write_record(EDGES + merge_function, {"made_from": json.dumps(record)})
 
     def id_range(self, block: int) -> tuple[int, int]:
         """Return the first and the last id that fragments of a block can have."""
@@ -252,12 +275,15 @@ class RagStore(ABC):
         """Remove a table if it exists."""
 
     @abstractmethod
-    def _read_record(self) -> Record | None:
-        """Return the record that is kept with the graph, None if there is none."""
+    def _read_record(self, name: str) -> Record | None:
+        """Return the record of this name, None if there is none."""
 
     @abstractmethod
-    def _write_record(self, record: Record) -> None:
-        """Keep a record with the graph. It replaces the earlier one, and is kept when tables are dropped."""
+    def _write_record(self, name: str, record: Record | None) -> None:
+        """Keep a record with the graph, in place of the earlier one of this name. None removes it.
+
+        Records outlive tables.
+        """
 
 
 def _edges(columns: Columns) -> Edges:

@@ -23,6 +23,7 @@ from yacs.config import CfgNode
 from lsdseg.data_utils.checks import check_labels
 from lsdseg.data_utils.labels import is_labeled
 from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, scores_path
+from lsdseg.data_utils.records import Record, record_of
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, slabs, voxels_of
 from lsdseg.engine.evaluate.metrics import count_overlaps, scores
 from lsdseg.engine.sample import Sample, samples_of
@@ -106,6 +107,7 @@ def score_sample(sample: Sample, names: Sequence[str]) -> Report:
         raise UserError(f"{sample.volume} has no ground truth {truth_name}: add it, or name it in DATA.NEURON_LABELS")
     check_labels(sample.ground_truth, f"{truth_name} in {sample.volume}")
     rows: list[dict[str, Any]] = []
+    made_from = {}
     by_section = scored_by_section(sample.cfg)
     for name in names:
         segmentation = open_array(sample.output, name)
@@ -119,6 +121,8 @@ def score_sample(sample: Sample, names: Sequence[str]) -> Report:
             raise UserError(f"{name} in {sample.output} and {truth_name} in {sample.volume}: {error}") from error
         made_with = {key: segmentation.attrs.get(key) for key in ("method", "merge_function", "threshold")}
         rows.append({"dataset": name, **made_with, **row})
+        if record := record_of(segmentation):
+            made_from[name] = record.to_json()
     best = min((row for row in rows if row["dataset"] != FRAGMENTS), key=lambda row: row["voi_sum"])
     return {
         "sample": str(sample.volume),
@@ -128,6 +132,7 @@ def score_sample(sample: Sample, names: Sequence[str]) -> Report:
         "voxels": rows[0]["voxels"],
         "best": best["dataset"],
         "scores": [{key: row[key] for key in COLUMNS} for row in rows],
+        "made_from": made_from,
     }
 
 
@@ -195,6 +200,8 @@ def format_table(report: Report) -> str:
             f"{row['dataset']:{width}}  {row['voi_split']:9.3f} {row['voi_merge']:7.3f} {row['voi_sum']:7.3f}"
             f"  {row['adapted_rand_error']:18.3f}  {row['segments']:8d}"
         )
+    if made_from := Record.from_json(report["made_from"].get(report["best"])):
+        lines.append(f"{report['best']} is {made_from}")
     return "\n".join(lines)
 
 

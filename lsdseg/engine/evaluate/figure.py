@@ -21,6 +21,7 @@ from scipy.sparse import coo_array
 from skimage.segmentation import find_boundaries
 
 from lsdseg.data_utils.layout import FRAGMENTS, prediction_name
+from lsdseg.data_utils.records import record_of
 from lsdseg.data_utils.volumes import has_array, open_array
 from lsdseg.engine.offsets import DIRECT_NEIGHBORS
 from lsdseg.engine.sample import Sample
@@ -93,6 +94,7 @@ def draw_sample(sample: Sample, segmentation_dataset: str, png: Path | str) -> N
     output = sample.output
     segmentation = open_array(output, segmentation_dataset)
     voxel_size, voxels = segmentation.voxel_size, Coordinate(segmentation.shape)
+    record = record_of(segmentation)
     shape = Coordinate(1, *(min(n, MAX_CROP) for n in voxels[1:]))
     roi = Roi(segmentation.roi.offset + (voxels // 2 - shape // 2) * voxel_size, shape * voxel_size)
 
@@ -114,7 +116,7 @@ def draw_sample(sample: Sample, segmentation_dataset: str, png: Path | str) -> N
         fragments=section_if_present(FRAGMENTS),
         segmentation=section(segmentation),
         ground_truth=None if sample.ground_truth is None else section(sample.ground_truth),
-        title=f"{output.stem}: {segmentation_dataset}",
+        title="\n".join([f"{output.stem}: {segmentation_dataset}", *([str(record)] if record else [])]),
     )
 
 

@@ -142,12 +142,12 @@ class Waterz(Method):
         """{0.55: "volumes/segmentation_055"}, one for each threshold.
 
         Raises:
-            UserError: two thresholds are equal when rounded to hundredths.
+            UserError: two thresholds are the same.
         """
         thresholds = settings.THRESHOLDS
         names: dict[float | None, str] = {threshold: segmentation_name(threshold) for threshold in thresholds}
         if len(set(names.values())) < len(thresholds):
-            raise UserError(f"INS_SEGMENT.THRESHOLDS {list(thresholds)}: two are the same in hundredths; drop one")
+            raise UserError(f"INS_SEGMENT.THRESHOLDS {list(thresholds)}: two are the same: drop one")
         return names
 
     def segmentations(

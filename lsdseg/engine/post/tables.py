@@ -4,6 +4,7 @@ An edge says at which thresholds its two fragments are one segment, and nothing 
 threshold has a union-find, edges stream through all of them once, in any order, and none is kept.
 """
 
+import json
 import os
 import struct
 import zipfile
@@ -16,6 +17,7 @@ import numba
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lsdseg.data_utils.records import ATTRIBUTE, Record
 from lsdseg.engine.post.graph import Edges
 from lsdseg.errors import UserError
 from lsdseg.files import write_whole
@@ -91,12 +93,14 @@ def relabel(fragments: ArrayLike, lut: NDArray[np.uint64]) -> NDArray[np.uint64]
     return result.reshape(voxels.shape)
 
 
-def save_lut(path: Path | str, lut: NDArray[np.uint64]) -> None:
+def save_lut(path: Path | str, lut: NDArray[np.uint64], record: Record | None = None) -> None:
     """Write a LUT, uint64 (2, n), as an .npz file; it has its name only when it is complete.
 
-    Not compressed, so that `load_lut` can map it.
+    Not compressed, so that `load_lut` can map it. What it was made from is kept beside it, as text.
     """
     arrays: dict[str, Any] = {KEY: lut}
+    if record is not None:
+        arrays[ATTRIBUTE] = np.array(json.dumps(record.to_json()))
     with write_whole(path) as partial, open(partial, "wb") as file:
         np.savez(file, **arrays)
 
@@ -121,6 +125,15 @@ def load_lut(path: Path | str) -> NDArray[np.uint64]:
         raise UserError(f"no look-up table {path}; run 04_find_segments_full.py first") from error
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
         raise UserError(f"{path} is not a look-up table; run 04_find_segments_full.py again") from error
+
+
+def lut_record(path: Path | str) -> Record | None:
+    """Return what a LUT was made from, None if it does not say: others made it."""
+    try:
+        with np.load(path) as arrays:
+            return Record.from_json(json.loads(str(arrays[ATTRIBUTE])))
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return None
 
 
 def _runs(ids: NDArray[np.uint64]) -> NDArray[np.int64]:

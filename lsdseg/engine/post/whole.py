@@ -10,12 +10,15 @@ from numpy.typing import ArrayLike
 from tqdm import tqdm
 from yacs.config import CfgNode
 
+from lsdseg.config.rules import SEGMENTATION, settings_of
 from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.data_utils.masks import open_mask, read_mask
-from lsdseg.data_utils.volumes import read, rename_array, write_array
+from lsdseg.data_utils.records import Record, record_of
+from lsdseg.data_utils.volumes import list_arrays, open_array, read, rename_array, write_array
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.offsets import Offset, spans_sections
 from lsdseg.engine.post.affinities import float_affinities
+from lsdseg.engine.post.inputs import IN_MEMORY, inputs_of
 from lsdseg.engine.post.link import link_sections
 from lsdseg.engine.post.methods import Segmentation, method_of
 from lsdseg.engine.post.placement import open_placement, read_placement
@@ -69,19 +72,35 @@ def _segment_sample(sample: Sample) -> list[str]:
     except ValueError as error:
         raise UserError(f"{AFFINITIES} in {sample.output}: {error}; run predicter.py again") from error
 
+    record = _record(sample)
     names = []
     total = len(method_of(settings).segmentation_names(settings))
     with tqdm(total=total, desc=settings.METHOD, unit="segmentation") as bar:
         for name, labels, attributes in segmentations(affinities, sample.offsets, settings, mask, placement):
             # Fragments that were made block by block stay: the region adjacency graph speaks of them.
-            if name != FRAGMENTS or not sample.markers("fragments").is_dir():
+            if name != FRAGMENTS or not _in_blocks(sample):
                 place = {"voxel_size": array.voxel_size, "offset": array.offset}
-                write_array(sample.output, f"{name}{PARTIAL}", labels, **place, attributes=attributes)
+                write_array(
+                    sample.output, f"{name}{PARTIAL}", labels, **place, attributes=attributes | record.attributes
+                )
                 rename_array(sample.output, f"{name}{PARTIAL}", name)
             names.append(name)
             bar.set_description(name)
             bar.update(name != FRAGMENTS)
     return names
+
+
+def _record(sample: Sample) -> Record:
+    """What the segmentations of a sample are made from. Their attributes say the rest: merge function and threshold."""
+    return Record(IN_MEMORY, inputs_of(sample), settings_of(sample.cfg, SEGMENTATION))
+
+
+def _in_blocks(sample: Sample) -> bool:
+    """Return whether fragments exist that were not made in memory, by 02 or by others."""
+    if FRAGMENTS not in list_arrays(sample.output):
+        return False
+    record = record_of(open_array(sample.output, FRAGMENTS))
+    return record is None or record.step != IN_MEMORY
 
 
 def check_settings(settings: CfgNode, offsets: Sequence[Offset]) -> None:

@@ -18,20 +18,24 @@ from yacs.config import CfgNode
 from lsdseg.data_utils.checks import check_raw
 from lsdseg.data_utils.layout import prediction_name
 from lsdseg.data_utils.masks import open_mask, read_mask
+from lsdseg.data_utils.records import Record, record_of
 from lsdseg.data_utils.volumes import is_stored, list_arrays, open_array, voxels_of
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.engine.network import load_network
-from lsdseg.engine.predict.predict import create_predictions, finalize_predictions, prediction_channels, write_tile
+from lsdseg.engine.predict.predict import (
+    create_predictions,
+    finalize_predictions,
+    is_predicted,
+    prediction_channels,
+    prediction_record,
+    write_tile,
+)
 from lsdseg.engine.predict.tiles import TilePredictor, tile_voxels
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.engine.sections import along_zyx
 from lsdseg.files import PARTIAL
-
-# The keys that a prediction depends on. Those of the network are not listed: they belong to its weights.
-SETTINGS = ("TRAIN.CHECKPOINT", "TRAIN.CHECKPOINT_AC", "DATA.AFFS_DTYPE")
-MASK_SETTINGS = ("INS_SEGMENT.MASK_FILE", "INS_SEGMENT.MASK_DATASET")
 
 
 def predict_blockwise(cfg: CfgNode, skip_empty: bool = False) -> None:
@@ -45,8 +49,7 @@ def predict_blockwise(cfg: CfgNode, skip_empty: bool = False) -> None:
         UserError: before anything is written, if a volume or the checkpoint cannot be used; later, if blocks fail.
     """
     samples = samples_of(cfg)
-    names = {prediction_name(task) for task in prediction_channels(cfg)}
-    partial = {f"{name}{PARTIAL}" for name in names}
+    names = [prediction_name(task) for task in prediction_channels(cfg)]
     load_network(cfg)
     if skip_empty:
         open_mask(cfg.INS_SEGMENT)
@@ -54,22 +57,38 @@ def predict_blockwise(cfg: CfgNode, skip_empty: bool = False) -> None:
         check_raw(sample.volume, cfg)
     for sample in samples:
         with working_on(sample.output, "predict"):
-            step = _predict_step(sample)
-            existing = set(list_arrays(sample.output))
-            # Without markers, partial arrays are from another kind of run: their type and chunks may differ.
-            begun = step.markers.is_dir()
-            if names <= existing and not begun and not cfg.DATA.DROP_DS_MONGOTABLE:
+            step, record = _predict_step(sample), prediction_record(sample, masked=skip_empty)
+            begun = None if cfg.DATA.DROP_DS_MONGOTABLE else _begun(sample, record)
+            if begun is None and not cfg.DATA.DROP_DS_MONGOTABLE and is_predicted(sample, record):
                 print(f"{sample.output} is predicted already; to predict it again, set DATA.DROP_DS_MONGOTABLE True")
                 continue
-            if cfg.DATA.DROP_DS_MONGOTABLE or not (begun and (partial <= existing or names <= existing)):
-                create_predictions(sample)
+            if begun is None:
+                create_predictions(sample, record)
+            step.settings = {"the prediction": (begun or record).id}
             if skip_empty:
                 step.skip = _blocks_to_skip(sample, step)
-                step.settings |= _values(cfg, MASK_SETTINGS)
             run_blocks(cfg, step)
-            if partial <= set(list_arrays(sample.output)):
-                finalize_predictions(sample)
+            finalize_predictions(sample)
             print(f"{', '.join(sorted(names))} in {sample.output}")
+
+
+def _begun(sample: Sample, record: Record) -> Record | None:
+    """Return the record of a prediction that another run has begun block by block, None if there is none to go on with.
+
+    Raises:
+        UserError: it was begun with something else than what the record says.
+    """
+    if not sample.markers("predict").is_dir():
+        return None
+    existing, begun = set(list_arrays(sample.output)), None
+    for name in (prediction_name(task) for task in prediction_channels(sample.cfg)):
+        # A run may have ended between giving two datasets their final names.
+        array = next((form for form in (f"{name}{PARTIAL}", name) if form in existing), None)
+        begun = record_of(open_array(sample.output, array)) if array else None
+        if begun is None:
+            return None
+        begun.require_same(f"{name} in {sample.output}", record)
+    return begun
 
 
 def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:
@@ -111,14 +130,8 @@ def _predict_step(sample: Sample) -> BlockStep:
         open_worker=f"{__name__}:open_worker",
         arguments=sample.arguments | {"tile": list(tile)},
         markers=sample.markers("predict"),
-        settings=_values(cfg, SETTINGS),
         gpu=True,
     )
-
-
-def _values(cfg: CfgNode, keys: tuple[str, ...]) -> dict[str, Any]:
-    """Return SECTION.NAME -> value of config keys."""
-    return {key: cfg[key.partition(".")[0]][key.partition(".")[2]] for key in keys}
 
 
 def _blocks_to_skip(sample: Sample, step: BlockStep) -> NDArray[np.bool_]:

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from lsdseg.config.model_types import TASKS, task_channels
+from lsdseg.config.model_types import MODEL_TYPES, TASKS, task_channels
+from lsdseg.config.rules import PREDICTION, settings_of
 from lsdseg.data_utils.checks import check_raw
 from lsdseg.data_utils.layout import prediction_name
-from lsdseg.data_utils.volumes import chunk_shape, create_array, rename_array
+from lsdseg.data_utils.records import Record, file_fingerprint, identity, record_of
+from lsdseg.data_utils.volumes import chunk_shape, create_array, list_arrays, open_array, rename_array
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import discard_markers
 from lsdseg.engine.predict.tiles import TilePredictor, tile_voxels
@@ -42,15 +44,59 @@ def predict(cfg: CfgNode) -> None:
     predictor = TilePredictor(cfg)
     for number, sample in enumerate(samples, start=1):
         print(f"[{number}/{len(samples)}] {sample.volume.name} on {predictor.precision.device}", flush=True)
-        began = time.monotonic()
-        names = predict_sample(predictor, sample)
-        print(f"{', '.join(names)} in {sample.output} ({time.monotonic() - began:.0f} s)")
+        with working_on(sample.output, "predict"):
+            record = prediction_record(sample)
+            if not cfg.DATA.DROP_DS_MONGOTABLE and is_predicted(sample, record):
+                print(f"{sample.output} is predicted already; to predict it again, set DATA.DROP_DS_MONGOTABLE True")
+                continue
+            began = time.monotonic()
+            names = predict_sample(predictor, sample, record)
+            print(f"{', '.join(names)} in {sample.output} ({time.monotonic() - began:.0f} s)")
 
 
-def predict_sample(predictor: TilePredictor, sample: Sample) -> list[str]:
+def prediction_record(sample: Sample, masked: bool = False) -> Record:
+    """Say what the prediction of a sample is made from.
+
+    Args:
+        sample: the sample.
+        masked: INS_SEGMENT.MASK_FILE says where to predict.
+
+    Raises:
+        UserError: raw or the weights cannot be read.
+    """
+    cfg = sample.cfg
+    inputs = {"raw": identity(sample.raw), "the file TRAIN.CHECKPOINT": file_fingerprint(cfg.TRAIN.CHECKPOINT)}
+    if MODEL_TYPES[cfg.TRAIN.MODEL_TYPE].first:
+        inputs["the file TRAIN.CHECKPOINT_AC"] = file_fingerprint(cfg.TRAIN.CHECKPOINT_AC)
+    if masked and sample.mask is not None:
+        inputs["the mask"] = identity(sample.mask)
+    return Record("prediction", inputs, settings_of(cfg, PREDICTION))
+
+
+def is_predicted(sample: Sample, record: Record) -> bool:
+    """Return whether a sample has all datasets of its prediction.
+
+    Raises:
+        UserError: one was made from something else than what the record says.
+    """
+    names = [prediction_name(task) for task in prediction_channels(sample.cfg)]
+    existing = set(names) & set(list_arrays(sample.output))
+    for name in sorted(existing):
+        # One without a record was made by others, or by an earlier version: nobody can say from what.
+        if made_from := record_of(open_array(sample.output, name)):
+            made_from.require_same(f"{name} in {sample.output}", record)
+    return len(existing) == len(names)
+
+
+def predict_sample(predictor: TilePredictor, sample: Sample, record: Record) -> list[str]:
     """Predict the whole ROI of one sample.
 
     The datasets get their names after the last tile, so an interrupted run leaves nothing that looks like a prediction.
+
+    Args:
+        predictor: the network.
+        sample: the sample.
+        record: what `prediction_record` returned.
 
     Returns:
         The names of the datasets in the sample's output.
@@ -58,7 +104,7 @@ def predict_sample(predictor: TilePredictor, sample: Sample) -> list[str]:
     cfg, raw = sample.cfg, sample.raw
     tiles = list(predictor.tiles(raw.shape))
     with working_on(sample.output, "predict"), room_on_disk(sample.output):
-        arrays = create_predictions(sample)
+        arrays = create_predictions(sample, record)
         began, done = time.monotonic(), 0
         with tqdm(tiles, unit="tile") as bar:
             for begin, shape in bar:
@@ -86,10 +132,14 @@ def prediction_channels(cfg: CfgNode) -> dict[str, int]:
     return channels | {"affs_inverted": 1}
 
 
-def create_predictions(sample: Sample) -> dict[str, Array]:
+def create_predictions(sample: Sample, record: Record) -> dict[str, Array]:
     """Create empty datasets on raw's voxels, in chunks that no two tiles share.
 
     Their names end in PARTIAL until `finalize_predictions`. The markers of blocks in earlier datasets are deleted.
+
+    Args:
+        sample: the sample.
+        record: what `prediction_record` returned.
 
     Returns:
         Name, as in `prediction_channels` -> array.
@@ -112,7 +162,7 @@ def create_predictions(sample: Sample) -> dict[str, Array]:
                 offset=raw.offset,
                 dtype=dtype,
                 chunk_shape=(count, *chunk_shape(tile_voxels(cfg, raw.shape), raw.shape)),
-                attributes=TASKS[task].attributes(cfg) if task in TASKS else {},
+                attributes=(TASKS[task].attributes(cfg) if task in TASKS else {}) | record.attributes,
             )
             for task, count in channels.items()
         }
@@ -148,9 +198,9 @@ def write_tile(
 
 
 def finalize_predictions(sample: Sample) -> list[str]:
-    """Give the complete datasets of `create_predictions` their final names, and return these."""
+    """Give the complete datasets of `create_predictions` their final names, unless they have them; return these."""
     names = [prediction_name(task) for task in prediction_channels(sample.cfg)]
-    for name in names:
+    for name in set(names) & {array.removesuffix(PARTIAL) for array in list_arrays(sample.output) if PARTIAL in array}:
         rename_array(sample.output, f"{name}{PARTIAL}", name)
     return names
 

@@ -8,6 +8,7 @@ import numpy as np
 from yacs.config import CfgNode
 
 from lsdseg.data_utils.layout import FRAGMENTS
+from lsdseg.data_utils.records import START_OVER, Record, identity
 from lsdseg.data_utils.volumes import open_array, read, voxels_of
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import blocks_left, discard_markers
@@ -17,9 +18,9 @@ from lsdseg.engine.post.graph import edges_of_block
 from lsdseg.engine.post.methods import method_of, method_that_scores
 from lsdseg.engine.post.steps.fragments import check_block_settings, require_fragments
 from lsdseg.engine.post.steps.grid import block_step
-from lsdseg.engine.sample import Sample, samples_of
+from lsdseg.engine.sample import AFFINITIES, Sample, samples_of
 from lsdseg.errors import UserError
-from lsdseg.rag import open_store
+from lsdseg.rag import RagStore, open_store
 
 
 def agglomerate_blockwise(cfg: CfgNode) -> None:
@@ -31,13 +32,16 @@ def agglomerate_blockwise(cfg: CfgNode) -> None:
     merge_function = method_of(cfg.INS_SEGMENT).merge_function(cfg.INS_SEGMENT)
     for sample in samples_of(cfg):
         with working_on(sample.output, edges_name(merge_function), reads=["predict", "fragments"]):
-            require_fragments(sample)
+            fragments = require_fragments(sample)
             check_block_settings(sample)
-            store = open_store(cfg, sample.output, "r+")
-            step = edges_step(sample, merge_function)
-            if cfg.DATA.DROP_DS_MONGOTABLE or merge_function not in store.merge_functions():
-                discard_markers(step.markers)
+            store = open_store(cfg, sample.output, "r+", fragments)
+            record = _record(sample, merge_function, fragments)
+            begun = None if cfg.DATA.DROP_DS_MONGOTABLE else _begun(store, merge_function, record)
+            if begun is None:
+                discard_markers(sample.markers(edges_name(merge_function)))
                 store.drop_edges(merge_function)
+                store.write_edges_record(merge_function, record.to_json())
+            step = edges_step(sample, merge_function, (begun or record).id)
             run_blocks(cfg, step)
             store.finish()
             print(f"edges of {merge_function} in {store}")
@@ -47,7 +51,7 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
     """Open what a worker needs; returns what it does with each block."""
     sample, merge_function = Sample.of_arguments(cfg, arguments), arguments["merge_function"]
     affinities, fragments = sample.affinities, open_array(sample.output, FRAGMENTS)
-    store = open_store(cfg, sample.output, "r+")
+    store = open_store(cfg, sample.output, "r+", identity(fragments))
     method = method_that_scores(merge_function)
     no_edges = (np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.float32))
 
@@ -71,24 +75,73 @@ def edges_name(merge_function: str) -> str:
     return f"agglomerate_{merge_function}"
 
 
-def edges_step(sample: Sample, merge_function: str) -> BlockStep:
-    """The step on a sample, for one merge function."""
-    arguments = {"merge_function": merge_function}
-    return block_step(sample, edges_name(merge_function), f"{__name__}:open_worker", arguments=arguments)
+def edges_step(sample: Sample, merge_function: str, made: str) -> BlockStep:
+    """The step on a sample, for one merge function.
+
+    Args:
+        sample: the sample.
+        merge_function: scores the edges.
+        made: id of the edges.
+    """
+    return block_step(
+        sample,
+        edges_name(merge_function),
+        f"{__name__}:open_worker",
+        arguments={"merge_function": merge_function},
+        settings={f"the edges of {merge_function}": made},
+    )
 
 
-def require_edges(sample: Sample, merge_function: str) -> None:
+def require_edges(sample: Sample, merge_function: str, fragments: str) -> str:
     """Check that this step is done for a merge function.
 
+    Args:
+        sample: the sample.
+        merge_function: its name.
+        fragments: their id, see `require_fragments`.
+
+    Returns:
+        The id of the edges, empty if others made them.
+
     Raises:
-        UserError: it is not.
+        UserError: it is not, or not on these fragments and affinities.
     """
-    store = open_store(sample.cfg, sample.output, "r")
+    store = open_store(sample.cfg, sample.output, "r", fragments)
     available = store.merge_functions()
     if merge_function not in available:
         raise UserError(
             f"the graph {store} has no edges of {merge_function!r}, only of {', '.join(available) or 'none'}: "
             f"run 03_agglomerate_blockwise.py with INS_SEGMENT.MERGE_FUNCTION {merge_function}, or change -mf"
         )
-    if left := blocks_left(edges_step(sample, merge_function)):
+    made_from = Record.from_json(store.edges_record(merge_function))
+    if made_from is not None:
+        made_from.require_same(f"{merge_function} of the graph {store}", _record(sample, merge_function, fragments))
+    made = "" if made_from is None else made_from.id
+    # A graph of others has neither a record nor markers: it is taken as it is.
+    known = made_from is not None or sample.markers(edges_name(merge_function)).is_dir()
+    if known and (left := blocks_left(edges_step(sample, merge_function, made))):
         raise UserError(f"{left} blocks of {sample.output} are not agglomerated: run 03_agglomerate_blockwise.py again")
+    return made
+
+
+def _record(sample: Sample, merge_function: str, fragments: str) -> Record:
+    """What the edges of a sample would be made from now. The keys that affect them affect the fragments, too."""
+    inputs = {AFFINITIES: identity(sample.affinities), FRAGMENTS: fragments}
+    return Record("03_agglomerate_blockwise.py", inputs, {"the merge function": merge_function})
+
+
+def _begun(store: RagStore, merge_function: str, record: Record) -> Record | None:
+    """Return the record of edges to go on with, None if there are none.
+
+    Raises:
+        UserError: they are made from something else, or by others.
+    """
+    begun = Record.from_json(store.edges_record(merge_function))
+    if begun is None and merge_function in store.merge_functions():
+        raise UserError(
+            f"the edges of {merge_function} in {store} do not say what they were made from: go on with "
+            f"04_find_segments_full.py to use them, or {START_OVER}"
+        )
+    if begun is not None:
+        begun.require_same(f"the edges of {merge_function} in {store}", record)
+    return begun

@@ -7,32 +7,26 @@ import daisy
 import numpy as np
 from yacs.config import CfgNode
 
+from lsdseg.config import rules
 from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.data_utils.masks import open_mask, read_mask
+from lsdseg.data_utils.records import START_OVER, Record, identity, record_of
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, voxels_of
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import blocks_left, discard_markers
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.engine.post.graph import fragments_of_block
+from lsdseg.engine.post.inputs import IN_BLOCKS, IN_MEMORY, inputs_of
 from lsdseg.engine.post.methods import method_of
 from lsdseg.engine.post.placement import open_placement, read_placement
 from lsdseg.engine.post.steps.grid import block_step, create_labels
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.errors import UserError
 from lsdseg.rag import open_store
+from lsdseg.rag.store import Mode
 
-# The keys of INS_SEGMENT that fragments depend on.
-SETTINGS = (
-    "METHOD",
-    "MUTEX_BIAS",
-    "FRAGMENTS_IN_XY",
-    "BACKGROUND_MASK",
-    "EPSILON_AGGLOMERATE",
-    "FILTER_FRAGMENTS",
-    "MASK_FILE",
-    "MASK_DATASET",
-)
+NAME = "fragments"
 
 
 def extract_fragments_blockwise(cfg: CfgNode) -> None:
@@ -44,17 +38,18 @@ def extract_fragments_blockwise(cfg: CfgNode) -> None:
     """
     open_mask(cfg.INS_SEGMENT)  # refused before anything is written if it cannot be
     for sample in samples_of(cfg):
-        with working_on(sample.output, "fragments", reads=["predict"]):
+        with working_on(sample.output, NAME, reads=["predict"]):
             check_block_settings(sample)
-            step = fragments_step(sample)
-            if cfg.DATA.DROP_DS_MONGOTABLE:
-                discard_markers(step.markers)
-            if FRAGMENTS in list_arrays(sample.output) and step.markers.is_dir():
-                store = open_store(cfg, sample.output, "r+")
+            record = _record(sample)
+            begun = None if cfg.DATA.DROP_DS_MONGOTABLE else _begun(sample, record)
+            if begun is None:
+                discard_markers(sample.markers(NAME))
+                mode: Mode = "w" if cfg.DATA.DROP_DS_MONGOTABLE else "x"
+                store = open_store(cfg, sample.output, mode, record.id)
+                create_labels(sample, FRAGMENTS, record.attributes)
             else:
-                discard_markers(step.markers)
-                store = open_store(cfg, sample.output, "w")
-                create_labels(sample, FRAGMENTS, {})
+                store = open_store(cfg, sample.output, "r+", begun.id)
+            step = fragments_step(sample)
             run_blocks(cfg, step)
             store.finish()
             print(f"{FRAGMENTS} in {sample.output}, nodes in {store}")
@@ -64,7 +59,7 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
     """Open what a worker needs; returns what it does with each block."""
     sample = Sample.of_arguments(cfg, arguments)
     affinities, fragments = sample.affinities, open_array(sample.output, FRAGMENTS, "r+")
-    store = open_store(cfg, sample.output, "r+")
+    store = open_store(cfg, sample.output, "r+", identity(fragments))
     settings, method = cfg.INS_SEGMENT, method_of(cfg.INS_SEGMENT)
     placement, voxel_size = open_placement(sample), affinities.voxel_size
 
@@ -98,27 +93,59 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
 
 
 def fragments_step(sample: Sample) -> BlockStep:
-    """The step on a sample."""
-    settings = {f"INS_SEGMENT.{key}": sample.cfg.INS_SEGMENT[key] for key in SETTINGS}
-    if open_placement(sample) is not None:
-        settings["INS_SEGMENT.PLACEMENT"] = True
-    return block_step(sample, "fragments", f"{__name__}:open_worker", settings=settings)
+    """The step on a sample, whose fragments exist."""
+    made = identity(open_array(sample.output, FRAGMENTS))
+    return block_step(sample, NAME, f"{__name__}:open_worker", settings={"the fragments": made})
 
 
-def require_fragments(sample: Sample) -> None:
+def require_fragments(sample: Sample) -> str:
     """Check that this step is done.
 
+    Returns:
+        The id of the fragments.
+
     Raises:
-        UserError: it is not, or not with these settings.
+        UserError: it is not, or not with these settings, or not on these affinities.
     """
     if FRAGMENTS not in list_arrays(sample.output):
         raise UserError(
             f"no {FRAGMENTS} in {sample.output}: run 02_extract_fragments_blockwise.py with the same config first"
         )
-    if left := blocks_left(fragments_step(sample)):
+    fragments = open_array(sample.output, FRAGMENTS)
+    record = record_of(fragments)
+    # Fragments of others have neither a record nor markers: they are taken as they are.
+    if record is not None:
+        record.require_same(f"{FRAGMENTS} in {sample.output}", _record(sample))
+    if (record is not None or sample.markers(NAME).is_dir()) and (left := blocks_left(fragments_step(sample))):
         raise UserError(
             f"{left} blocks of {sample.output} have no fragments: run 02_extract_fragments_blockwise.py first"
         )
+    return identity(fragments)
+
+
+def _record(sample: Sample) -> Record:
+    """What the fragments of a sample would be made from now."""
+    return Record(IN_BLOCKS, inputs_of(sample), rules.settings_of(sample.cfg, rules.FRAGMENTS))
+
+
+def _begun(sample: Sample, record: Record) -> Record | None:
+    """Return the record of fragments to go on with, None if there are none.
+
+    Raises:
+        UserError: they are made from something else, or by others.
+    """
+    if FRAGMENTS not in list_arrays(sample.output):
+        return None
+    begun = record_of(open_array(sample.output, FRAGMENTS))
+    if begun is None:
+        raise UserError(
+            f"{FRAGMENTS} in {sample.output} does not say what it was made from: use it with "
+            f"03_agglomerate_blockwise.py, or {START_OVER}"
+        )
+    if begun.step == IN_MEMORY:  # nothing is built on them
+        return None
+    begun.require_same(f"{FRAGMENTS} in {sample.output}", record)
+    return begun
 
 
 def check_block_settings(sample: Sample) -> None:

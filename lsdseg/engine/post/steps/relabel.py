@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from yacs.config import CfgNode
 
 from lsdseg.data_utils.layout import FRAGMENTS, final_segmentation_name, lut_path
+from lsdseg.data_utils.records import START_OVER, Record, record_of
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, voxels_of
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import discard_markers
@@ -20,7 +21,7 @@ from lsdseg.engine.post.methods import method_that_scores
 from lsdseg.engine.post.steps.fragments import require_fragments
 from lsdseg.engine.post.steps.grid import block_step, create_labels
 from lsdseg.engine.post.steps.tables import tables_name
-from lsdseg.engine.post.tables import load_lut, relabel
+from lsdseg.engine.post.tables import load_lut, lut_record, relabel
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.errors import UserError
 
@@ -36,12 +37,13 @@ def extract_segmentation(cfg: CfgNode, merge_function: str, threshold: float) ->
         name = final_segmentation_name(merge_function, threshold)
         reads = ["predict", "fragments", tables_name(merge_function)]
         with working_on(sample.output, _step_name(name), reads=reads):
-            require_fragments(sample)
-            step = _relabel_step(sample, name, path)
-            if cfg.DATA.DROP_DS_MONGOTABLE or name not in list_arrays(sample.output):
-                discard_markers(step.markers)
+            record = _record(path, require_fragments(sample), merge_function, threshold)
+            begun = None if cfg.DATA.DROP_DS_MONGOTABLE else _begun(sample, name, record)
+            if begun is None:
+                discard_markers(sample.markers(_step_name(name)))
                 made_by = {"method": method_that_scores(merge_function).name, "merge_function": merge_function}
-                create_labels(sample, name, made_by | {"threshold": threshold})
+                create_labels(sample, name, made_by | {"threshold": threshold} | record.attributes)
+            step = _relabel_step(sample, name, path, (begun or record).id)
             run_blocks(cfg, step)
             print(f"{name} in {sample.output}")
 
@@ -63,13 +65,44 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
     return process
 
 
-def _relabel_step(sample: Sample, segmentation: str, lut: Path) -> BlockStep:
+def _record(lut: Path, fragments: str, merge_function: str, threshold: float) -> Record:
+    """What a segmentation would be made from now.
+
+    Raises:
+        UserError: there is no look-up table, or it was made from other fragments than these.
+    """
+    inputs = {FRAGMENTS: fragments, "the look-up table": _digest(load_lut(lut))}
+    made_from = lut_record(lut)
+    if made_from is not None and made_from.inputs.get(FRAGMENTS) != fragments:
+        raise UserError(
+            f"{lut} was made from other fragments: run 03_agglomerate_blockwise.py and 04_find_segments_full.py again"
+        )
+    settings = {"the merge function": merge_function, "the threshold": threshold}
+    return Record("05_extract_segmentation_from_lut.py", inputs, settings)
+
+
+def _begun(sample: Sample, name: str, record: Record) -> Record | None:
+    """Return the record of a segmentation to go on with, None if there is none.
+
+    Raises:
+        UserError: it is made from something else, or by others.
+    """
+    if name not in list_arrays(sample.output):
+        return None
+    begun = record_of(open_array(sample.output, name))
+    if begun is None:
+        raise UserError(f"{name} in {sample.output} does not say what it was made from: {START_OVER}")
+    begun.require_same(f"{name} in {sample.output}", record)
+    return begun
+
+
+def _relabel_step(sample: Sample, segmentation: str, lut: Path, made: str) -> BlockStep:
     return block_step(
         sample,
         _step_name(segmentation),
         f"{__name__}:open_worker",
         arguments={"lut": str(lut.absolute()), "segmentation": segmentation},
-        settings={f"the content of {lut.name}": _digest(load_lut(lut))},
+        settings={"the segmentation": made},
         context=(0, 0, 0),
     )
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 from yacs.config import CfgNode
 
-from lsdseg.data_utils.layout import lut_path
+from lsdseg.data_utils.layout import FRAGMENTS, lut_path
+from lsdseg.data_utils.records import Record
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.post.steps.edges import edges_name, require_edges
 from lsdseg.engine.post.steps.fragments import require_fragments
@@ -13,6 +14,8 @@ from lsdseg.engine.post.tables import connected_segments, save_lut
 from lsdseg.engine.sample import samples_of
 from lsdseg.files import room_on_disk
 from lsdseg.rag import open_store
+
+EDGES = "the edges"
 
 
 def find_segments(cfg: CfgNode, merge_function: str, threshold: float | None) -> list[Path]:
@@ -30,16 +33,18 @@ def find_segments(cfg: CfgNode, merge_function: str, threshold: float | None) ->
         with working_on(
             sample.output, tables_name(merge_function), reads=["predict", "fragments", edges_name(merge_function)]
         ):
-            require_fragments(sample)
-            require_edges(sample, merge_function)
-            store = open_store(cfg, sample.output, "r")
+            fragments = require_fragments(sample)
+            inputs = {FRAGMENTS: fragments, EDGES: require_edges(sample, merge_function, fragments)}
+            store = open_store(cfg, sample.output, "r", fragments)
             node_ids = np.sort(np.concatenate([np.empty(0, np.uint64), *store.node_ids()]))
             print(f"{sample.output.name}: {len(node_ids)} fragments, {len(thresholds)} thresholds", flush=True)
             for value, lut in connected_segments(node_ids, store.edges(merge_function), thresholds).items():
                 path = lut_path(sample.output, merge_function, value)
+                settings = {"the merge function": merge_function, "the threshold": value}
+                record = Record("04_find_segments_full.py", inputs, settings)
                 with room_on_disk(path, lut.nbytes):
-                    save_lut(path, lut)
-                print(f"{len(np.unique(lut[1]))} segments at {value:.2f} in {path}")
+                    save_lut(path, lut, record)
+                print(f"{len(np.unique(lut[1]))} segments at {value:g} in {path}")
                 paths.append(path)
     return paths
 
