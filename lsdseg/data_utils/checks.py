@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 
 from lsdseg.config.model_types import label_keys
 from lsdseg.data_utils.labels import is_labeled
-from lsdseg.data_utils.volumes import has_array, list_arrays, open_array, read, slabs, source_defaults
+from lsdseg.data_utils.volumes import has_array, name_arrays, open_array, read, slabs, source_defaults
 from lsdseg.errors import UserError
 
 
@@ -65,7 +65,7 @@ def check_training_volume(path: Path | str, cfg: CfgNode) -> None:
         if not has_array(path, dataset):
             raise UserError(
                 f"no dataset {dataset} in {path}, but {cfg.TRAIN.MODEL_TYPE} is trained on it; it holds "
-                f"{', '.join(list_arrays(path))}: name the labels in DATA, or choose another TRAIN.MODEL_TYPE"
+                f"{name_arrays(path)}: name the labels in DATA, or choose another TRAIN.MODEL_TYPE"
             )
         labels = _open_labels(path, dataset, cfg, raw)
         _check_mask(path, dataset, mask, cfg, labels)

@@ -5,7 +5,6 @@ OME-NGFF. Axes are z, y, x. Voxel sizes and offsets are whole nanometers, becaus
 integers.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from funlib.geometry import Coordinate
 
+from lsdseg.data_utils.stored import read_json
 from lsdseg.errors import UserError
 
 NANOMETERS = {
@@ -27,6 +27,8 @@ NANOMETERS = {
     "millimeter": 10**6,
     "angstrom": 0.1,
 }
+
+LARGEST = 1e15  # nm; beyond it floats and the integers of other libraries lose digits
 
 # Voxel size and offset in nm.
 Placement = tuple[Sequence[float], Sequence[float]]
@@ -67,13 +69,30 @@ def _from_attributes(attributes: Mapping[str, Any], where: str) -> Placement | N
     voxel_size = attributes.get("resolution", attributes.get("voxel_size"))
     if voxel_size is None:
         return None
-    scale = [_nanometers(unit, where) for unit in attributes.get("units", ["nm"] * len(voxel_size))]
-    offset = attributes.get("offset", [0] * len(voxel_size))
+    voxel_size = _numbers(voxel_size, "voxel size", where)
+    offset = _numbers(attributes.get("offset", [0] * len(voxel_size)), "offset", where)
+    units = attributes.get("units", ["nm"] * len(voxel_size))
+    if not isinstance(units, list | tuple) or not units:
+        raise UserError(f"{where} has the units {str(units)[:80]!r}: correct its attribute units, e.g. to [nm, nm, nm]")
+    scale = [_nanometers(unit, where) for unit in units]
     dims = min(len(scale), len(voxel_size), len(offset))  # units and offset may leave out a channel axis
     return (
         [v * s for v, s in zip(voxel_size[-dims:], scale[-dims:], strict=True)],
         [o * s for o, s in zip(offset[-dims:], scale[-dims:], strict=True)],
     )
+
+
+def _numbers(values: Any, what: str, where: str) -> list[float]:
+    """Return an attribute as a list of numbers, one for each axis, or raise UserError if it is none."""
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError, OverflowError):
+        numbers = []
+    if not 1 <= len(numbers) <= 5 or isinstance(values, str) or not all(abs(n) < LARGEST for n in numbers):
+        raise UserError(
+            f"{where} has {what} {str(values)[:80]}: correct its attributes resolution and offset to z, y, x in nm"
+        )
+    return numbers
 
 
 def read_ome_placement(folder: Path, where: str) -> Placement | None:
@@ -89,14 +108,26 @@ def read_ome_placement(folder: Path, where: str) -> Placement | None:
     Raises:
         UserError: a unit is unknown.
     """
-    attributes: dict[str, Any] = {}
-    if (folder.parent / ".zattrs").is_file():
-        attributes = json.loads((folder.parent / ".zattrs").read_text())
-    elif (folder.parent / "zarr.json").is_file():
-        attributes = json.loads((folder.parent / "zarr.json").read_text()).get("attributes", {})
-    for multiscale in attributes.get("ome", attributes).get("multiscales", []):
+    file = folder.parent / ".zattrs"
+    if not file.is_file():
+        file = folder.parent / "zarr.json"
+    attributes = read_json(file)
+    if file.name == "zarr.json":
+        attributes = attributes.get("attributes", {})
+    try:
+        return _from_multiscales(attributes.get("ome", attributes).get("multiscales", []), folder.name, where)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise UserError(
+            f"the OME-NGFF metadata of {where} in {file} is damaged ({type(error).__name__}: {str(error)[:100]}): "
+            "correct or remove its multiscales"
+        ) from error
+
+
+def _from_multiscales(multiscales: list[dict[str, Any]], name: str, where: str) -> Placement | None:
+    """Return voxel size and offset in nm of a level of OME-NGFF multiscales, None if they have no such level."""
+    for multiscale in multiscales:
         for level in multiscale["datasets"]:
-            if level["path"] != folder.name or "coordinateTransformations" not in level:
+            if level["path"] != name or "coordinateTransformations" not in level:
                 continue
             axes = multiscale["axes"]
             scale, translation = np.ones(len(axes)), np.zeros(len(axes))
@@ -113,11 +144,11 @@ def read_ome_placement(folder: Path, where: str) -> Placement | None:
     return None
 
 
-def _nanometers(unit: str, where: str) -> float:
+def _nanometers(unit: Any, where: str) -> float:
     """Return the length of a unit in nm."""
-    if unit not in NANOMETERS:
+    if not isinstance(unit, str) or unit not in NANOMETERS:
         known = ", ".join(filter(None, NANOMETERS))
-        raise UserError(f"{where} has its voxel size in {unit!r}, an unknown unit: use one of {known}")
+        raise UserError(f"{where} has its voxel size in {str(unit)[:80]!r}, an unknown unit: use one of {known}")
     return NANOMETERS[unit]
 
 
@@ -130,9 +161,10 @@ def whole_nanometers(values: Sequence[float], what: str, where: str) -> Coordina
         where: name of the array in messages.
 
     Raises:
-        UserError: the values are not whole numbers.
+        UserError: the values are not whole numbers, or not one to five numbers.
     """
-    rounded = [round(float(value)) for value in values]
+    values = _numbers(values, what, where)
+    rounded = [round(value) for value in values]
     if not np.allclose(values, rounded, rtol=0, atol=1e-6):
         given = tuple(round(float(value), 6) for value in values)
         raise UserError(

@@ -5,8 +5,6 @@ zarr. New zarrs are in format 2 whichever version is installed, so every viewer 
 order is z, y, x. Voxel sizes and offsets are whole nanometers (see `placement`).
 """
 
-import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +28,7 @@ from lsdseg.data_utils.replace import (
     is_array,
     replace_folder,
 )
+from lsdseg.data_utils.stored import ZARR_VERSION, CheckedArray, open_checked, read_header, read_json
 from lsdseg.errors import UserError
 from lsdseg.files import PARTIAL
 
@@ -37,9 +36,13 @@ from lsdseg.files import PARTIAL
 # first used, and gunpowder's PreCache forks.
 dask.config.set(scheduler="synchronous")
 
-ZARR_VERSION = int(zarr.__version__.split(".")[0])
 # Higher levels save a few percent on labels and read several times slower.
-COMPRESSOR = numcodecs.Zstd(level=1)
+# The checksum costs a tenth of the compression's time, and every reader of zstd checks it.
+COMPRESSOR = numcodecs.Zstd(level=1, checksum=True)
+CODECS_3 = [
+    {"name": "bytes", "configuration": {"endian": "little"}},
+    {"name": "zstd", "configuration": {"level": 1, "checksum": True}},
+]
 
 
 def open_array(
@@ -80,6 +83,8 @@ def open_array(
         fallback = default_voxel_size, default_offset or (0,) * len(default_voxel_size)
     voxel_size, offset = read_placement(source.attrs, where, fallback)
     dims = min(len(voxel_size), source.ndim, 3)
+    if dims < 2:
+        raise UserError(f"{where} has voxel size {tuple(voxel_size)} nm: its attribute resolution needs z, y, x")
     channels = source.ndim - dims
     return Array(
         source,
@@ -243,15 +248,34 @@ def voxels_of(array: Array, roi: Roi) -> tuple[slice, ...]:
 
 
 def list_arrays(path: Path | str) -> list[str]:
-    """Return the sorted names of the datasets in a zarr. There are none if the zarr does not exist."""
-    names, folders = [], [Path(path)]
+    """Return the sorted names of the datasets in a zarr. There are none if the zarr does not exist.
+
+    A folder that links reach several times is listed once, so links that form a loop end.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    names, folders, seen = [], [Path(path)], set()
     while folders:
         folder = folders.pop()
         if is_array(folder):
             names.append(folder.relative_to(path).as_posix())
-        elif folder.is_dir():
-            folders.extend(child for child in folder.iterdir() if child.is_dir())
+        elif folder.is_dir() and (identity := _identity(folder)) not in seen:
+            seen.add(identity)
+            try:
+                for child in sorted(folder.iterdir()):
+                    if not child.name.startswith("."):
+                        folders.insert(0 if child.is_symlink() else len(folders), child)  # links come last
+            except OSError as error:
+                raise UserError(f"cannot read {folder}: {error.strerror}; check its permissions") from error
     return sorted(names)
+
+
+def name_arrays(path: Path | str, most: int = 10) -> str:
+    """Return what a zarr holds, for a message: the names of its first datasets."""
+    names = list_arrays(path)
+    more = [f"{len(names) - most} more"] * (len(names) > most)
+    return ", ".join([*names[:most], *more]) or "no datasets"
 
 
 def is_stored(path: Path | str, dataset: str, voxels: Sequence[slice]) -> bool:
@@ -259,21 +283,30 @@ def is_stored(path: Path | str, dataset: str, voxels: Sequence[slice]) -> bool:
     folder = array_folder(path, dataset)
     if sections := _section_names(folder):
         return any(is_stored(path, f"{dataset}/{name}", voxels[1:]) for name in sections[voxels[0]])
-    array = _open_zarr(Path(path), dataset, "r")
-    if (folder / ".zarray").is_file():
-        separator = json.loads((folder / ".zarray").read_text()).get("dimension_separator", ".")
-        prefix = ""
-    else:
-        encoding = json.loads((folder / "zarr.json").read_text())["chunk_key_encoding"]
-        separator = encoding.get("configuration", {}).get("separator", "/")
-        prefix = f"c{separator}" if encoding["name"] == "default" else ""
-    ranges = [range(v.start // c, -(-v.stop // c)) for v, c in zip(voxels, array.chunks, strict=True)]
-    return any(
-        (folder / f"{prefix}{separator.join(map(str, index))}").is_file() for index in itertools.product(*ranges)
-    )
+    header = read_header(folder)
+    return any(header.chunk_file(index).is_file() for index in header.chunks_of(tuple(voxels)))
 
 
-def slabs(array: Array, max_bytes: int = 2**28) -> list[tuple[slice, ...]]:
+class Slabs(Sequence[tuple[slice, ...]]):
+    """Slices along all axes that cover an array once, made when they are asked for: see `slabs`."""
+
+    def __init__(self, shape: Sequence[int], step: Sequence[int]):
+        self.shape, self.step = tuple(shape), tuple(step)
+        self.grid = tuple(-(-size // width) for size, width in zip(self.shape, self.step, strict=True))
+
+    def __len__(self) -> int:
+        """Return the number of slabs."""
+        return math.prod(self.grid)
+
+    def __getitem__(self, number: int) -> tuple[slice, ...]:  # type: ignore[override]
+        """Return one slab."""
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        starts = [int(i) * n for i, n in zip(np.unravel_index(number, self.grid), self.step, strict=True)]
+        return tuple(slice(a, min(a + n, size)) for a, n, size in zip(starts, self.step, self.shape, strict=True))
+
+
+def slabs(array: Array, max_bytes: int = 2**28) -> Slabs:
     """Split an array into slabs, to read one at a time.
 
     Returns:
@@ -284,18 +317,14 @@ def slabs(array: Array, max_bytes: int = 2**28) -> list[tuple[slice, ...]]:
     for axis in reversed(range(array.dims)):
         chunks_that_fit = max_bytes // (math.prod(step) * array.dtype.itemsize)
         step[axis] *= min(max(1, chunks_that_fit), math.ceil(array.shape[axis] / step[axis]))
-    ranges = [range(0, size, width) for size, width in zip(array.shape, step, strict=True)]
-    return [
-        tuple(slice(a, min(a + n, size)) for a, n, size in zip(start, step, array.shape, strict=True))
-        for start in itertools.product(*ranges)
-    ]
+    return Slabs(array.shape, step)
 
 
 def _section_names(folder: Path) -> list[str]:
     """Return the names "m" ... "n" of the sections in a folder, ordered by number. An array has none."""
     if is_array(folder) or not folder.is_dir():
         return []
-    return sorted((child.name for child in folder.iterdir() if child.name.isdigit() and is_array(child)), key=int)
+    return sorted((child.name for child in folder.iterdir() if child.name.isdecimal() and is_array(child)), key=int)
 
 
 def _stack(sections: dict[int, Array], where: str) -> Array:
@@ -309,10 +338,12 @@ def _stack(sections: dict[int, Array], where: str) -> Array:
                 "add it, or move the sections after it to another zarr"
             )
         section = sections[number]
-        if section.roi != first.roi or section.voxel_size != first.voxel_size or len(section.shape) != 2:
+        alike = (section.roi, section.voxel_size, section.dtype) == (first.roi, first.voxel_size, first.dtype)
+        if not alike or len(section.shape) != 2:
             raise UserError(
-                f"section {number} of {where} has shape {section.shape} at {tuple(section.offset)} nm, but the first "
-                f"has {first.shape} at {tuple(first.offset)}: move sections that differ to another zarr"
+                f"section {number} of {where} is {section.dtype} of shape {section.shape} at {tuple(section.offset)} "
+                f"nm, but the first is {first.dtype} of {first.shape} at {tuple(first.offset)}: move sections that "
+                "differ to another zarr"
             )
     thickness = first.voxel_size[-1]
     return Array(
@@ -325,25 +356,30 @@ def _stack(sections: dict[int, Array], where: str) -> Array:
     )
 
 
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
 def _format(path: Path) -> dict[str, Any]:
     """Return the arguments for zarr's format: 2, but 3 in a zarr of format 3, where arrays of format 2 are not seen."""
     if ZARR_VERSION >= 3 and (path / "zarr.json").is_file():
-        return {"zarr_format": 3}  # zstd by default
+        return {"zarr_format": 3, "codecs": CODECS_3}
     format_2 = {"zarr_format": 2} if ZARR_VERSION >= 3 else {}
     return {"compressor": COMPRESSOR, "dimension_separator": "/", **format_2}
 
 
-def _open_zarr(path: Path, dataset: str, mode: str) -> zarr.Array:
+def _open_zarr(path: Path, dataset: str, mode: str) -> CheckedArray:
     """Open a zarr array, or raise UserError if there is none or this version of zarr cannot read it."""
     if not path.is_dir():
         raise UserError(f"{path} does not exist or is not a zarr folder: check the path")
     folder = array_folder(path, dataset)
     if not is_array(folder):
-        names = ", ".join(list_arrays(path)) or "no datasets"
-        raise UserError(f"no dataset {dataset} in {path}; it holds {names}")
+        read_json(folder / "zarr.json")  # a damaged one is the reason
+        raise UserError(f"no dataset {dataset} in {path}; it holds {name_arrays(path)}")
     if ZARR_VERSION < 3 and not (folder / ".zarray").is_file():
         raise UserError(
             f"{dataset} in {path} is in zarr format 3, which zarr {zarr.__version__} cannot read: "
             "use Python 3.12 or newer, or store it in format 2"
         )
-    return zarr.open_array(store=str(path), path=dataset, mode=mode)
+    return open_checked(path, dataset, mode)
