@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -184,10 +185,86 @@ def test_resolution_serves_files_without_attributes(hdf, tmp_path, monkeypatch, 
     status, _, error = run(hdf_to_zarr_script, monkeypatch, capsys, hdf, output)
     assert status == 2
     assert f"{RAW} in {hdf} has no voxel size" in error
+    assert "or --resolution Z Y X" in error
+    assert "PREPROCESS" not in error
     status, printed, _ = run(hdf_to_zarr_script, monkeypatch, capsys, hdf, output, "--resolution", 40, 4, 4)
     assert status == 0
     assert "left out annotations/ids" in printed
     assert open_array(output, RAW).voxel_size == (40, 4, 4)
+
+
+def with_external(file, tmp_path):
+    (tmp_path / "secret.bin").write_bytes(b"s" * 1000)
+    file.create_dataset("volumes/x", (10, 10, 10), "u1", external=[(str(tmp_path / "secret.bin"), 0, 1000)])
+
+
+def with_virtual(file, tmp_path):
+    with h5py.File(tmp_path / "other.hdf", "w") as other:
+        other["x"] = RAW_DATA
+    layout = h5py.VirtualLayout(RAW_DATA.shape, "u1")
+    layout[:] = h5py.VirtualSource(str(tmp_path / "other.hdf"), "x", RAW_DATA.shape)
+    file.create_virtual_dataset("volumes/x", layout)
+
+
+def with_dots(file, _):
+    file["volumes"].create_group("..").create_dataset("x", data=RAW_DATA)
+
+
+def with_a_name_of_zarr(file, _):
+    file["volumes"].create_dataset(".zarray", data=RAW_DATA)
+
+
+def with_undecodable_name(file, _):
+    file["volumes"].create_dataset(b"\xff\xfe", data=RAW_DATA)
+
+
+def with_holes(file, _):
+    file.create_dataset("volumes/x", (10**5, 10**4, 10**4), "u1", chunks=(64, 64, 64))
+
+
+def with_too_much(file, _):
+    file.create_dataset("volumes/x", (10**9, 10**9, 10**9), "u1", chunks=(64, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_external, "volumes/x in .* in other files"),
+        (with_virtual, "volumes/x in .* in other files"),
+        (with_dots, "no name of a dataset"),
+        (with_a_name_of_zarr, "no name of a dataset"),
+        (with_undecodable_name, "no name of a dataset"),
+        (with_holes, "voxels are stored"),
+        (with_too_much, "voxels are stored"),
+    ],
+)
+def test_conversion_refuses_odd_files(hdf, tmp_path, monkeypatch, capsys, change, message):
+    with h5py.File(hdf, "r+") as file:
+        change(file, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    status, _, error = run(hdf_to_zarr_script, monkeypatch, capsys, hdf, tmp_path / "a.zarr")
+    assert (status, error.count("\n")) == (2, 1), error
+    assert re.search(message, error)
+    assert len(error) < 500
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_volumes_of_other_byte_orders_and_odd_datasets_beside_them(hdf, tmp_path):
+    with h5py.File(hdf, "r+") as file:
+        big = file.create_dataset("volumes/big", data=RAW_DATA.astype(">u2"))
+        big.attrs["resolution"] = (40, 4, 4)
+        big.attrs["odd"] = h5py.Empty("f")
+        big.attrs["pair"] = np.array([(1, b"x")], dtype=[("a", "i4"), ("b", "S1")])
+        file.create_dataset("volumes/labels/strings", data=np.full((3, 4, 5), b"neuron"))
+        file.create_dataset("volumes/none", (0, 4, 5))
+        file["volumes/loop"] = file["volumes"]
+        file["volumes/away"] = h5py.ExternalLink("nowhere.hdf", "/x")
+        file["volumes/soft"] = h5py.SoftLink("/volumes/nothing")
+    convert(hdf, tmp_path / "a.zarr")
+    assert list_arrays(tmp_path / "a.zarr") == ["volumes/big", LABELS_MASK, "volumes/labels/mito_ids", LABELS, RAW]
+    array = open_array(tmp_path / "a.zarr", "volumes/big")
+    assert array.dtype == np.dtype("=u2")
+    np.testing.assert_array_equal(read(array), RAW_DATA)
 
 
 def test_damage_found_half_way_leaves_the_old_volume(hdf, tmp_path, monkeypatch, capsys):

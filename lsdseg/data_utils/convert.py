@@ -90,13 +90,13 @@ class Part(NamedTuple):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Type to write: as in the file, but uint64 for signed labels.
+        """Type to write: as in the file, in the byte order of this machine, but uint64 for signed labels.
 
         -1 to -3 then become CREMI's ids for unlabeled voxels.
         """
         dtype = self.volume.data.dtype
         signed_labels = self.volume.name.startswith("volumes/labels/") and dtype.kind == "i"
-        return np.dtype(np.uint64 if signed_labels else dtype)
+        return np.dtype(np.uint64 if signed_labels else dtype.newbyteorder("="))
 
     @property
     def stored_bytes(self) -> int:
@@ -181,8 +181,9 @@ def _copy(part: Part, path: Path, zarr: Path, bar: tqdm) -> None:
     for slab in slabs(array):
         try:
             data = part.read(slab)
-        except OSError as error:
-            raise UserError(f"{part.volume.name} in {path} cannot be read: {error}") from error
+        except Exception as error:
+            reason = str(error)[:200]
+            raise UserError(f"{part.volume.name} in {path} cannot be read ({reason}): use another copy") from error
         array[slab] = data
         bar.update(data.size)
 
@@ -233,7 +234,7 @@ def _part(volume: Volume, path: Path, begin: int, end: int, resolution: Sequence
     """Return sections begin to end of a volume as a part, with their placement."""
     where = f"{volume.name} in {path}"
     fallback = (resolution, (0, 0, 0)) if resolution else None
-    voxel_size, offset = read_placement(volume.attributes, where, fallback)
+    voxel_size, offset = read_placement(volume.attributes, where, fallback, "--resolution Z Y X")
     if voxel_size.dims != 3 or offset.dims != 3:
         raise UserError(f"{where}: its attributes resolution and offset need three numbers each, z, y, x")
     return Part(volume, begin, end, voxel_size, offset + Coordinate(begin * voxel_size[0], 0, 0))
@@ -245,7 +246,7 @@ def parse_sections(text: str) -> Sections:
     Raises:
         UserError: the text is not of that form.
     """
-    match = re.fullmatch(r"(\d*):(\d*)", text)
+    match = re.fullmatch(r"([0-9]{0,9}):([0-9]{0,9})", text)
     if not match:
         raise UserError(f"--sections {text} is not of the form A:B, as in 0:130")
     begin, end = (int(number) if number else None for number in match.groups())

@@ -6,14 +6,14 @@ labeled. If 0 means "not labeled" in your ground truth, provide a mask of your o
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK
-from lsdseg.data_utils.volumes import create_array, has_array, open_array, read, rename_array, slabs
+from lsdseg.data_utils.volumes import SourceDefaults, create_array, has_array, open_array, read, rename_array, slabs
 from lsdseg.files import PARTIAL, room_on_disk
 
 FIRST_UNLABELED = np.uint64(2**64 - 3)
@@ -49,9 +49,7 @@ def create_labels_mask(
     path: Path | str,
     labels_dataset: str = LABELS,
     mask_dataset: str = LABELS_MASK,
-    *,
-    default_voxel_size: Sequence[float] | None = None,
-    default_offset: Sequence[float] | None = None,
+    **defaults: Unpack[SourceDefaults],
 ) -> bool:
     """Write the mask of a zarr's labels, unless it has one.
 
@@ -62,8 +60,7 @@ def create_labels_mask(
         path: the zarr.
         labels_dataset: dataset of the labels.
         mask_dataset: dataset to write.
-        default_voxel_size: as in `open_array`.
-        default_offset: as in `open_array`.
+        defaults: as for `open_array`.
 
     Returns:
         Whether a mask was written.
@@ -73,7 +70,7 @@ def create_labels_mask(
     """
     if has_array(path, mask_dataset):
         return False
-    labels = open_array(path, labels_dataset, default_voxel_size=default_voxel_size, default_offset=default_offset)
+    labels = open_array(path, labels_dataset, **defaults)
     partial = f"{mask_dataset}{PARTIAL}"
     with room_on_disk(path):
         mask = create_array(

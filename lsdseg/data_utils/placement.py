@@ -35,7 +35,7 @@ Placement = tuple[Sequence[float], Sequence[float]]
 
 
 def read_placement(
-    attributes: Mapping[str, Any], where: str, fallback: Placement | None = None
+    attributes: Mapping[str, Any], where: str, fallback: Placement | None = None, or_set: str = ""
 ) -> tuple[Coordinate, Coordinate]:
     """Return the voxel size and offset that an array's attributes give.
 
@@ -43,6 +43,7 @@ def read_placement(
         attributes: attributes of the array.
         where: name of the array in messages.
         fallback: voxel size and offset in nm to return if the attributes give no voxel size.
+        or_set: key or option that gives a fallback, for the message.
 
     Returns:
         Voxel size and offset in nm.
@@ -53,10 +54,8 @@ def read_placement(
     """
     placement = _from_attributes(attributes, where) or fallback
     if placement is None:
-        raise UserError(
-            f"{where} has no voxel size: set its attributes resolution and offset (z, y, x in nm) "
-            "or PREPROCESS.SOURCE_DATA_RESOLUTION"
-        )
+        remedy = f", or {or_set}" if or_set else ""
+        raise UserError(f"{where} has no voxel size: set its attributes resolution and offset (z, y, x in nm){remedy}")
     voxel_size = whole_nanometers(placement[0], "voxel size", where)
     offset = whole_nanometers(placement[1], "offset", where)
     if min(voxel_size) <= 0:

@@ -50,7 +50,7 @@ def check_replaceable_array(path: Path | str, dataset: str) -> None:
         UserError: there is something else, or the dataset would lie in another array.
     """
     folder = array_folder(path, dataset)
-    if folder == Path(path) or folder.name.startswith("."):
+    if folder == Path(path):
         raise UserError(f"{dataset!r} is no name of a dataset to write in {path}: use one as volumes/raw")
     for parent in folder.parents[: len(PurePosixPath(dataset).parts) - 1]:
         if is_array(parent):
@@ -148,7 +148,7 @@ def hidden_array(dataset: str) -> str:
 
 def _usable(name: str) -> bool:
     """Return whether a group or an array can have this name, on every file system and in a message of one line."""
-    return name not in (".", "..") and "\\" not in name and name.isprintable() and len(name.encode()) <= 150
+    return not name.startswith(".") and "\\" not in name and name.isprintable() and len(name.encode()) <= 150
 
 
 def _is_own(folder: Path) -> bool:

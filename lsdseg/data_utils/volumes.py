@@ -52,6 +52,7 @@ def open_array(
     *,
     default_voxel_size: Sequence[float] | None = None,
     default_offset: Sequence[float] | None = None,
+    default_key: str = "",
 ) -> Array:
     """Open an existing array of a zarr. `array[slices]` and `array[roi]` give and take numpy arrays.
 
@@ -68,6 +69,7 @@ def open_array(
         mode: "r" to read, "r+" to write.
         default_voxel_size: voxel size in nm of an array that does not say.
         default_offset: offset in nm of such an array. None: 0.
+        default_key: key that sets the default voxel size, for the message if there is none.
 
     Raises:
         UserError: there is no such array; its voxel size is unknown; voxel size or offset are not in whole nanometers;
@@ -75,13 +77,15 @@ def open_array(
     """
     where = f"{dataset} in {path}"
     if sections := _section_names(array_folder(path, dataset)):
-        defaults = SourceDefaults(default_voxel_size=default_voxel_size, default_offset=default_offset)
+        defaults = SourceDefaults(
+            default_voxel_size=default_voxel_size, default_offset=default_offset, default_key=default_key
+        )
         return _stack({int(name): open_array(path, f"{dataset}/{name}", mode, **defaults) for name in sections}, where)
     source = _open_zarr(Path(path), dataset, mode)
     fallback: Placement | None = read_ome_placement(Path(path) / dataset, where)
     if fallback is None and default_voxel_size is not None:
         fallback = default_voxel_size, default_offset or (0,) * len(default_voxel_size)
-    voxel_size, offset = read_placement(source.attrs, where, fallback)
+    voxel_size, offset = read_placement(source.attrs, where, fallback, default_key)
     dims = min(len(voxel_size), source.ndim, 3)
     if dims < 2:
         raise UserError(f"{where} has voxel size {tuple(voxel_size)} nm: its attribute resolution needs z, y, x")
@@ -189,23 +193,27 @@ def write_array(
     return array
 
 
-class SourceDefaults(TypedDict):
+class SourceDefaults(TypedDict, total=False):
     """Arguments of `open_array` for arrays without attributes.
 
     Attributes:
         default_voxel_size: in nm.
         default_offset: in nm.
+        default_key: the key of the voxel size.
     """
 
     default_voxel_size: Sequence[float] | None
     default_offset: Sequence[float] | None
+    default_key: str
 
 
 def source_defaults(cfg: CfgNode) -> SourceDefaults:
     """Return the arguments of `open_array` for the user's volumes, from the section PREPROCESS of a config."""
     preprocess = cfg.PREPROCESS
     return SourceDefaults(
-        default_voxel_size=preprocess.SOURCE_DATA_RESOLUTION, default_offset=preprocess.SOURCE_DATA_OFFSET
+        default_voxel_size=preprocess.SOURCE_DATA_RESOLUTION,
+        default_offset=preprocess.SOURCE_DATA_OFFSET,
+        default_key="PREPROCESS.SOURCE_DATA_RESOLUTION",
     )
 
 
