@@ -176,6 +176,19 @@ def test_damaged_json(tmp_path, file, content):
         open_array(path, "x")
 
 
+@pytest.mark.parametrize("place", ["/dev/zero", "pipe"])
+def test_a_header_that_never_ends(tmp_path, place):
+    path = tmp_path / "a.zarr"
+    foreign(path, None)
+    (path / "x/.zattrs").unlink()
+    os.mkfifo(path / "x/pipe")
+    (path / "x/.zattrs").symlink_to(place)
+    with pytest.raises(UserError, match=r"x/\.zattrs is damaged"):
+        open_array(path, "x")
+    with pytest.raises(UserError, match="not replaced"):
+        write_array(path, "x", DATA, **GRID)
+
+
 @pytest.mark.parametrize(
     "attributes",
     [
@@ -222,11 +235,23 @@ def test_links_that_form_a_loop_end(tmp_path):
     for number in range(5):
         (path / f"loop{number}").symlink_to(path)
         (path / f"volumes/up{number}").symlink_to(path / "volumes")
+    (path / "away").symlink_to("/")
+    (path / "up").symlink_to("..")
+    write_array(tmp_path / "b.zarr", "inside/labels", DATA, **GRID)
+    (path / "group").symlink_to(tmp_path / "b.zarr/inside")
     (path / "self").symlink_to("self")
     (path / "alias").symlink_to(path / "volumes/raw")
-    assert list_arrays(path) == ["alias", "volumes/raw"]
+    assert list_arrays(path) == ["alias", "group/labels", "volumes/raw"]
     assert not has_array(path, "self")
     np.testing.assert_array_equal(read(open_array(path, "alias")), DATA)
+
+
+def test_a_folder_that_is_half_a_disk_is_not_walked(tmp_path, monkeypatch):
+    monkeypatch.setattr("lsdseg.data_utils.volumes.MAX_GROUPS", 5)
+    for number in range(6):
+        (tmp_path / f"home/{number}").mkdir(parents=True)
+    with pytest.raises(UserError, match="more than 5 folders"):
+        open_array(tmp_path / "home", "volumes/raw")
 
 
 def test_messages_name_ten_datasets_at_most(tmp_path):

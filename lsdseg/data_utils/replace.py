@@ -4,7 +4,6 @@ An array of the suite is known by its attributes (see `OWN`). Everything else in
 plain folder, an array of other software, an input. It is never replaced, and the user is told where it lies.
 """
 
-import json
 import os
 import re
 import shutil
@@ -15,6 +14,7 @@ from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lsdseg.data_utils.stored import read_json
 from lsdseg.errors import UserError
 from lsdseg.files import PARTIAL, explain_os_errors
 
@@ -162,10 +162,9 @@ def _is_own(folder: Path) -> bool:
 def _read(file: Path) -> dict[str, Any]:
     """Return what a JSON file says, nothing if it is damaged or missing."""
     try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_json(file)
+    except UserError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _hidden(path: Path, suffix: str) -> Path:

@@ -23,7 +23,7 @@ from lsdseg.errors import UserError
 
 ZARR_VERSION = int(zarr.__version__.split(".")[0])
 # Beyond what any microscope gives. A header that says more is damaged, and whoever believes it never ends.
-MAX_BYTES, MAX_CHUNK_BYTES, MAX_CHUNKS_ALONG_AXIS = 2**56, 2**32, 2**20
+MAX_BYTES, MAX_CHUNK_BYTES, MAX_CHUNKS_ALONG_AXIS, MAX_JSON_BYTES = 2**56, 2**32, 2**20, 2**26
 
 
 class Header(NamedTuple):
@@ -111,6 +111,9 @@ def read_json(file: Path) -> dict[str, Any]:
         UserError: it is damaged or cannot be read.
     """
     try:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_JSON_BYTES:
+            raise _damaged(file, "it is no text of JSON")
         content = json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return {}
@@ -123,13 +126,22 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def count_chunks(header: Header) -> int:
     """Return how many chunks of an array are stored. It lists all of them: about a second for a million."""
-    names = re.compile(rf"{re.escape(header.prefix)}\d+(\.\d+)*")
-    if header.separator == ".":
-        return sum(bool(names.fullmatch(entry.name)) and entry.is_file() for entry in os.scandir(header.folder))
-    folders = [header.folder / header.prefix]
-    for _ in header.shape[1:]:
-        folders = [Path(e) for f in folders if f.is_dir() for e in os.scandir(f) if e.name.isdecimal() and e.is_dir()]
-    return sum(e.name.isdecimal() and e.is_file() for f in folders if f.is_dir() for e in os.scandir(f))
+    folders, names = [header.folder], re.compile(rf"{re.escape(header.prefix)}\d+(\.\d+)*")
+    if header.separator == "/":
+        folders, names = [header.folder / header.prefix], re.compile(r"\d+")
+        for _ in header.shape[1:]:
+            folders = [Path(e) for e in _entries(folders) if names.fullmatch(e.name) and not _is_file(e)]
+    return sum(bool(names.fullmatch(e.name)) and _is_file(e) for e in _entries(folders))
+
+
+def _entries(folders: list[Path]) -> Iterator[os.DirEntry[str]]:
+    for folder in folders:
+        if folder.is_dir():
+            yield from os.scandir(folder)
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    return entry.is_file(follow_symlinks=False) or os.path.isfile(entry)
 
 
 class CheckedArray(zarr.Array):

@@ -36,6 +36,7 @@ from lsdseg.files import PARTIAL
 # first used, and gunpowder's PreCache forks.
 dask.config.set(scheduler="synchronous")
 
+MAX_GROUPS = 10_000  # a folder with more is no zarr but half a disk
 # Higher levels save a few percent on labels and read several times slower.
 # The checksum costs a tenth of the compression's time, and every reader of zstd checks it.
 COMPRESSOR = numcodecs.Zstd(level=1, checksum=True)
@@ -258,10 +259,11 @@ def voxels_of(array: Array, roi: Roi) -> tuple[slice, ...]:
 def list_arrays(path: Path | str) -> list[str]:
     """Return the sorted names of the datasets in a zarr. There are none if the zarr does not exist.
 
-    A folder that links reach several times is listed once, so links that form a loop end.
+    Links are followed to arrays and groups, but to no plain folders. A group that links reach several times is listed
+    once, so links that form a loop end.
 
     Raises:
-        UserError: a folder cannot be read.
+        UserError: a folder cannot be read, or there are more folders than a zarr can have groups.
     """
     names, folders, seen = [], [Path(path)], set()
     while folders:
@@ -270,10 +272,14 @@ def list_arrays(path: Path | str) -> list[str]:
             names.append(folder.relative_to(path).as_posix())
         elif folder.is_dir() and (identity := _identity(folder)) not in seen:
             seen.add(identity)
+            if len(seen) > MAX_GROUPS:
+                raise UserError(f"{path} holds more than {MAX_GROUPS} folders that are no arrays: name a zarr in it")
             try:
                 for child in sorted(folder.iterdir()):
-                    if not child.name.startswith("."):
-                        folders.insert(0 if child.is_symlink() else len(folders), child)  # links come last
+                    if child.is_symlink() and _is_node(child):
+                        folders.insert(0, child)  # links come last
+                    elif not child.is_symlink() and not child.name.startswith("."):
+                        folders.append(child)
             except OSError as error:
                 raise UserError(f"cannot read {folder}: {error.strerror}; check its permissions") from error
     return sorted(names)
@@ -282,8 +288,11 @@ def list_arrays(path: Path | str) -> list[str]:
 def name_arrays(path: Path | str, most: int = 10) -> str:
     """Return what a zarr holds, for a message: the names of its first datasets."""
     names = list_arrays(path)
-    more = [f"{len(names) - most} more"] * (len(names) > most)
-    return ", ".join([*names[:most], *more]) or "no datasets"
+    shown = names[:most]
+    while len(", ".join(shown)) > 300:
+        shown.pop()
+    more = [f"{len(names) - len(shown)} more"] * (len(names) > len(shown))
+    return ", ".join([*shown, *more]) or "no datasets"
 
 
 def is_stored(path: Path | str, dataset: str, voxels: Sequence[slice]) -> bool:
@@ -362,6 +371,11 @@ def _stack(sections: dict[int, Array], where: str) -> Array:
         units=["nm"] * 3,
         types=["space"] * 3,
     )
+
+
+def _is_node(folder: Path) -> bool:
+    """Return whether a folder is an array or a group of a zarr."""
+    return any((folder / header).is_file() for header in (".zgroup", ".zarray", "zarr.json"))
 
 
 def _identity(folder: Path) -> tuple[int, int]:
