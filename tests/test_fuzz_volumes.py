@@ -90,11 +90,12 @@ def use(path, dataset):
 
 
 def files_in(folder):
-    """Path -> content of every file, of every one but headers of groups."""
+    """Path -> content of every file but the headers of groups."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     return {
         file.relative_to(folder): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name not in (".zgroup", "zarr.json")
+        for file in files
+        if file.name not in (".zgroup", ".zattrs", "zarr.json") or file.with_name(".zarray").is_file()
     }
 
 

@@ -22,6 +22,8 @@ import zarr
 from lsdseg.errors import UserError
 
 ZARR_VERSION = int(zarr.__version__.split(".")[0])
+# Types of voxels that can be opened.
+NUMBERS = {np.dtype(code).newbyteorder(order) for code in "?bhilqBHILQefdFD" for order in "<>"}
 # Beyond what any microscope gives. A header that says more is damaged, and whoever believes it never ends.
 MAX_BYTES, MAX_CHUNK_BYTES, MAX_CHUNKS_ALONG_AXIS, MAX_JSON_BYTES = 2**56, 2**32, 2**20, 2**26
 
@@ -90,7 +92,7 @@ def read_header(folder: Path) -> Header:
             raise ValueError(f"shape {header.shape}, chunks {header.chunks}")
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise _damaged(file, f"{type(error).__name__}: {error}") from error
-    if header.dtype.kind not in "buif" or header.dtype.itemsize > 8:
+    if header.dtype not in NUMBERS:
         raise UserError(f"{folder} holds {str(header.dtype)[:40]}: store integers or floats of at most 64 bits")
     if not 2 <= len(header.shape) <= 5 or 0 in header.shape:
         raise UserError(f"{folder} has shape {str(header.shape)[:100]}: store it with the axes z, y, x and some voxels")
