@@ -23,7 +23,7 @@ from lsdseg.errors import UserError
 
 ZARR_VERSION = int(zarr.__version__.split(".")[0])
 # Types of voxels that can be opened.
-NUMBERS = {np.dtype(order + code) for code in "? b h i l q B H I L Q e f d F D".split() for order in "<>"}
+NUMBERS = {np.dtype(order + code) for code in "?bhilqBHILQefdFD" for order in "<>"}
 # Beyond what any microscope gives. A header that says more is damaged, and whoever believes it never ends.
 MAX_BYTES, MAX_CHUNK_BYTES, MAX_CHUNKS_ALONG_AXIS, MAX_JSON_BYTES = 2**56, 2**32, 2**20, 2**26
 
