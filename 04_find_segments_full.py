@@ -2,7 +2,8 @@
 
 from argparse import ArgumentParser
 
-from lsdseg.cli import add_merge_function, run_script, threshold
+from lsdseg.cli import add_merge_function, argument, run_script
+from lsdseg.config.rules import threshold
 from lsdseg.engine.post.steps.tables import find_segments
 
 
@@ -10,7 +11,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the merge function and the threshold."""
     add_merge_function(parser)
     parser.add_argument(
-        "-th", "--threshold", type=threshold, help="one threshold (default: all INS_SEGMENT.THRESHOLDS)"
+        "-th", "--threshold", type=argument(threshold), help="one threshold (default: all INS_SEGMENT.THRESHOLDS)"
     )
 
 

@@ -2,14 +2,15 @@
 
 from argparse import ArgumentParser
 
-from lsdseg.cli import add_merge_function, run_script, threshold
+from lsdseg.cli import add_merge_function, argument, run_script
+from lsdseg.config.rules import threshold
 from lsdseg.engine.post.steps.relabel import extract_segmentation
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the merge function and the threshold of the look-up table."""
     add_merge_function(parser)
-    parser.add_argument("-th", "--threshold", type=threshold, required=True, help="threshold, as given to 04")
+    parser.add_argument("-th", "--threshold", type=argument(threshold), required=True, help="threshold, as given to 04")
 
 
 if __name__ == "__main__":

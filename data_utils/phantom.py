@@ -2,7 +2,8 @@
 
 import argparse
 
-from lsdseg.cli import command_parser, run_command
+from lsdseg.cli import argument, command_parser, run_command
+from lsdseg.config.rules import integer
 from lsdseg.data_utils.phantom import write_phantom
 
 
@@ -13,10 +14,14 @@ def main() -> None:
         "python data_utils/phantom.py a.zarr --shape 64 256 256 --seed 1 --voxel-size 40 4 4",
     )
     parser.add_argument("path", metavar="OUT.zarr", help="zarr to write; an existing one is replaced")
-    parser.add_argument("--shape", type=int, nargs=3, default=(128, 128, 128), help="z y x in voxels")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other tissue")
-    parser.add_argument("--voxel-size", type=int, nargs=3, default=(10, 10, 10), help="z y x in nm")
-    parser.add_argument("--offset", type=int, nargs=3, default=(0, 0, 0), help="z y x in nm")
+    parser.add_argument(
+        "--shape", type=argument(integer(1, 2000)), nargs=3, default=(128, 128, 128), help="z y x in voxels"
+    )
+    parser.add_argument(
+        "--seed", type=argument(integer(0, 2**32 - 1)), default=0, help="another seed gives other tissue"
+    )
+    parser.add_argument("--voxel-size", type=argument(integer(1)), nargs=3, default=(10, 10, 10), help="z y x in nm")
+    parser.add_argument("--offset", type=argument(integer()), nargs=3, default=(0, 0, 0), help="z y x in nm")
     run_command(parser, write)
 
 

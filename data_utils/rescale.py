@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from lsdseg.cli import command_parser, run_command
+from lsdseg.cli import argument, command_parser, run_command
+from lsdseg.config.rules import integer
 from lsdseg.data_utils.layout import RAW
 from lsdseg.data_utils.rescale import rescale_zarr
 
@@ -18,7 +19,9 @@ def main() -> None:
     parser.add_argument("--dataset", default=RAW, help="dataset to read (default: %(default)s)")
     parser.add_argument("--to", metavar="DATASET", help="dataset to write (default: the same name)")
     grid = parser.add_mutually_exclusive_group(required=True)
-    grid.add_argument("--voxel-size", type=int, nargs=3, metavar=("Z", "Y", "X"), help="new voxel size in whole nm")
+    grid.add_argument(
+        "--voxel-size", type=argument(integer(1)), nargs=3, metavar=("Z", "Y", "X"), help="new voxel size in whole nm"
+    )
     grid.add_argument("--like", nargs=2, metavar=("ZARR", "DATASET"), help="or: voxel size and ROI of this volume")
     parser.add_argument("--labels", action="store_true", help="for labels and masks: take the nearest voxel")
     parser.add_argument("--overwrite", action="store_true", help="replace a zarr that exists")

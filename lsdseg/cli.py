@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lsdseg.config.loader import CHECKOUT, EXPERIMENT, load_config
-from lsdseg.config.rules import canonical
+from lsdseg.config.rules import Rule, pattern, read_value
 from lsdseg.errors import DeviceError, UserError, quoted, without_secrets
 
 
@@ -110,24 +109,16 @@ def call_script(script: str, *arguments: object, cwd: Path | None = None) -> Non
         sys.exit(status)
 
 
-def threshold(text: str) -> float:
-    """Return the threshold that a command line names; the `type` of an option.
+def argument(rule: Rule) -> Callable[[str], Any]:
+    """Return the `type` of an option that takes what a rule of the config takes."""
 
-    Raises:
-        argparse.ArgumentTypeError: it is no threshold.
-    """
-    try:
-        (value,) = canonical("INS_SEGMENT.THRESHOLDS", text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is no number above 0 to 1") from None
-    return float(value)
+    def parse(text: str) -> Any:
+        try:
+            return read_value(rule, text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{quoted(text)} must be {error}") from None
 
-
-def _merge_function(text: str) -> str:
-    """Return what can name a merge function; which ones there are, the step knows."""
-    if not re.fullmatch("[A-Za-z0-9_]{1,100}", text):
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is no merge function, such as hist_quant_50")
-    return text
+    return parse
 
 
 def add_merge_function(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +127,7 @@ def add_merge_function(parser: argparse.ArgumentParser) -> None:
         "-mf",
         "--merge_function",
         metavar="NAME",
-        type=_merge_function,
+        type=argument(pattern("[A-Za-z0-9_]{1,100}", "a name such as hist_quant_50")),
         required=True,
         help="merge function that 03 was run with",
     )

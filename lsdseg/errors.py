@@ -8,7 +8,7 @@ MOST_CHARACTERS = 600
 # User and password in a URI with or without a scheme, unless they are only the words for them.
 _CREDENTIALS = re.compile(r"(?s)(?<=://)(?!USER:PASSWORD@).*@|(?<![^\s'\"/])(?!USER:PASSWORD@)[^\s/@'\"]+:[^\s'\"]*@")
 # Options of a URI of MongoDB that hold secrets.
-_SECRET = r"\w*(?:mechanismproperties|passw|secret|token)\w*=[^&\s'\"]*"
+_SECRET = r"\b\w*(?:mechanismproperties|passw|secret|token)\w*=[^&\s'\"]*"
 SECRET_OPTIONS = re.compile(f"&{_SECRET}|{_SECRET}&?", re.IGNORECASE)
 
 
@@ -48,6 +48,9 @@ _QUOTES.maxstring = _QUOTES.maxother = 200
 
 
 def _one_line(message: str) -> str:
-    line = " ".join(without_secrets(message).split())
-    half = MOST_CHARACTERS // 2
-    return line if len(line) <= MOST_CHARACTERS else f"{line[:half]} ... {line[-half:]}"
+    # Looking for secrets takes long in long texts.
+    return _shortened(" ".join(without_secrets(_shortened(message, 10 * MOST_CHARACTERS)).split()), MOST_CHARACTERS)
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"

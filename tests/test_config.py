@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lsdseg.cli import run_script, threshold
+from lsdseg.cli import argument, run_script
 from lsdseg.config.defaults import get_cfg_defaults
 from lsdseg.config.loader import CHECKOUT, dump_config, load_config
 from lsdseg.config.network_shapes import input_shape_for, nearest_input_shapes, output_shape
-from lsdseg.config.rules import RULES, canonical
+from lsdseg.config.rules import RULES, canonical, threshold
 from lsdseg.errors import UserError
 
 CONFIG_FILES = sorted(p.name for p in (CHECKOUT / "config").glob("config*.py"))
@@ -442,6 +442,7 @@ RECURSIVE.append(RECURSIVE)
         (["MODEL_ISO.NUM_FMAPS", 10**6], ["MODEL_ISO.NUM_FMAPS is 1000000", "5e+17 weights"]),
         (["DATA.DIM_2D", 1, "MODEL_ISO.DOWNSAMPLE_FACTORS_2D", "[[30000000, 3]]"], ["DOWNSAMPLE_FACTORS_2D", "to 100"]),
         (["TRAIN.NEIGHBORHOOD", [[-1, 0, 0], [0, 0, 0]]], ["TRAIN.NEIGHBORHOOD", "no offset may be 0"]),
+        (["TRAIN.NEIGHBORHOOD", [[1000, 0, 0]]], ["TRAIN.NEIGHBORHOOD", "out of every patch", "(196, 196, 196)"]),
         (["DATA.HOME", "~nosuchuser/lsd"], ["DATA.HOME is '~nosuchuser/lsd'", "only if there is a user"]),
         (["DATA.BRAIN_VOL", "x" * 256], ["DATA.BRAIN_VOL is 'xxx", "255 between two /"]),
         (["DATA.RAW", "a\0b"], ["DATA.RAW is 'a", "printable"]),
@@ -634,14 +635,14 @@ def test_mistakes_are_one_line_and_exit_status_2(monkeypatch, capsys, argv):
 @pytest.mark.parametrize("given", ["nan", "inf", "0", "1.5", "[0.5, 0.6]", "x" * 10**5])
 def test_what_is_no_threshold_is_refused(monkeypatch, capsys, given):
     def add_arguments(parser):
-        parser.add_argument("-th", type=threshold)
+        parser.add_argument("-th", type=argument(threshold))
 
     with pytest.raises(SystemExit) as exit_:
         call(
             monkeypatch, lambda cfg, args: pytest.fail("must not be called"), "-th", given, add_arguments=add_arguments
         )
     assert exit_.value.code == 2
-    assert re.fullmatch(r"error: argument -th: .{1,250} is no number above 0 to 1 .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: argument -th: .{1,250} must be a number above 0 to 1 .*\n", capsys.readouterr().err)
 
 
 def test_an_error_of_the_file_system_is_one_line(monkeypatch, capsys):

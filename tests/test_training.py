@@ -219,6 +219,16 @@ def test_cross_entropy_balances_every_channel_and_trains(home):
     assert first["mse"] < 0.5 < first["bce"]
 
 
+def test_affinities_may_reach_as_far_as_the_patch(home):
+    write_labels(home, np.ones((8, 8, 8), np.uint64), offset=(160, 160, 160))
+    offsets = [[-35, 0, 0], [0, 35, 0], [0, 0, -35]]
+    cfg = config(home, TRAIN__NEIGHBORHOOD=offsets, TRAIN__MODEL_TYPE="AFF", MODEL_ISO__LSD_SIGMA=1)
+    create_labels_mask(data_folder(cfg, "train") / "phantom.zarr")
+    for batch in batches_of(cfg, 2):
+        assert batch.targets["affs"].shape[1] == 3
+        assert not batch.targets["affs"].any()
+
+
 def test_placement_is_learned_from_labels_that_touch(home):
     """The boundaries in the labels are the voxels on either side of every face that it separates."""
     seen = 0

@@ -230,6 +230,10 @@ def _resolve(cfg: CfgNode, origins: Mapping[str, str]) -> None:
     cfg.MODEL = _model_in_use(cfg[used], dims)
     _derive_inputs(cfg.MODEL, MODEL_TYPES[train.MODEL_TYPE])
     _check_model(cfg.MODEL, used, dims, origins)
+    for offset in train.NEIGHBORHOOD if "affs" in MODEL_TYPES[train.MODEL_TYPE].tasks else ():
+        if any(abs(step) >= size for step, size in zip(offset, cfg.MODEL.INPUT_SHAPE, strict=True)):
+            reason = f"the offset {offset} leads out of every patch, INPUT_SHAPE {cfg.MODEL.INPUT_SHAPE}"
+            raise _bad_value(f"TRAIN.NEIGHBORHOOD{'_2D' * data.DIM_2D}", train.NEIGHBORHOOD, origins, reason)
 
 
 def _resolve_neighborhood(cfg: CfgNode, dims: int, origins: Mapping[str, str]) -> None:

@@ -367,7 +367,15 @@ def canonical(key: str, value: Any) -> Any:
     Raises:
         ValueError: the value is not allowed; the text says what is.
     """
-    rule = RULES[key]
+    return read_value(RULES[key], value)
+
+
+def read_value(rule: Rule, value: Any) -> Any:
+    """Return what a rule takes, in its canonical type.
+
+    Raises:
+        ValueError: the value is not allowed; the text says what is.
+    """
     for candidate in (value, _parse_literal(value)):
         try:
             return rule.parse(candidate)

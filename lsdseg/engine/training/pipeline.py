@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from yacs.config import CfgNode
 
 from lsdseg.config.implementations import resolve
-from lsdseg.config.model_types import LABELS, TASKS, label_keys
+from lsdseg.config.model_types import LABELS, TASKS, affinity_offsets, label_keys
 from lsdseg.data_utils.volumes import open_array, source_defaults
 from lsdseg.engine.intensity import network_scale_shift, unit_factor
 from lsdseg.engine.sections import along_zyx
@@ -174,16 +174,21 @@ def _source(cfg: CfgNode, path: Path, request: gp.BatchRequest) -> gp.Pipeline:
     arrays = tuple(gp.ArraySource(key, array, interpolatable=key == RAW) for key, array in data.items())
     voxel_size = data[RAW].voxel_size
 
-    # A rotated request reaches as far as its diagonal.
+    def margin(largest: gp.Coordinate) -> gp.Coordinate:
+        """Return how far a request of this shape reaches around a voxel: if it is rotated, as far as its diagonal."""
+        sides = [math.ceil(math.hypot(*largest) / 2 / v) * v for v in voxel_size]
+        return gp.Coordinate((0, *sides[1:]) if cfg.DATA.DIM_2D else sides)
+
     context = lsd_context(cfg.MODEL.LSD_SIGMA, voxel_size, cfg.MODEL.LSD_DOWNSAMPLE, sections=cfg.DATA.DIM_2D)
     largest = request[RAW].roi.shape + context + context
-    margin = gp.Coordinate(math.ceil(math.hypot(*largest) / 2 / v) * v for v in voxel_size)
-    if cfg.DATA.DIM_2D:
-        margin = gp.Coordinate(0, *margin[1:])
     source = arrays + gp.MergeProvider()
     source += gp.Normalize(RAW, factor=unit_factor(data[RAW].dtype))
-    source += gp.Pad(RAW, margin, mode="reflect")
-    reachable = data[NEURONS].roi.grow(margin, margin)
+    source += gp.Pad(RAW, margin(largest), mode="reflect")
+    # Affinities look at labels beyond the patch.
+    reach = gp.Coordinate(max(map(abs, steps)) for steps in zip(*affinity_offsets(cfg), strict=True)) * voxel_size
+    labeled = request[NEURONS].roi.shape + reach + reach
+    around = margin(gp.Coordinate(map(max, zip(largest, labeled, strict=True))))
+    reachable = data[NEURONS].roi.grow(around, around)
     for key in label_keys(cfg):
         labels, mask = LABEL_ARRAYS[key]
         # The mask must be 0 or 1: weights are multiplied by it.
