@@ -8,7 +8,8 @@ from skimage.metrics import adapted_rand_error, variation_of_information
 
 from lsdseg.config.loader import load_config
 from lsdseg.data_utils.layout import output_path, scores_path
-from lsdseg.data_utils.volumes import write_array
+from lsdseg.data_utils.stored import read_header
+from lsdseg.data_utils.volumes import seal_array, write_array
 from lsdseg.engine.evaluate.evaluate import evaluate, overlaps
 from lsdseg.engine.evaluate.metrics import count_overlaps, scores
 from lsdseg.errors import UserError
@@ -208,6 +209,16 @@ def test_labels_that_are_no_unsigned_integers_are_not_scored(config, dtype, odd)
     with pytest.raises(UserError, match=f"is {np.dtype(dtype)}: store labels as unsigned integers"):
         evaluate(cfg)
     assert not scores_path(output).exists()
+
+
+def test_a_segmentation_with_lost_chunks_is_not_scored(config, real):
+    cfg, sample, output = config
+    write_array(sample, cfg.DATA.NEURON_LABELS, real[1], **PLACE)
+    write_array(output, "volumes/segmentation_050", real[1], **PLACE)
+    seal_array(output, "volumes/segmentation_050")
+    read_header(output / "volumes/segmentation_050").chunk_file((0, 0, 0)).unlink()
+    with pytest.raises(UserError, match=r"1 of .* chunks of volumes/segmentation_050 in .* are missing"):
+        evaluate(cfg)
 
 
 def test_without_ground_truth_or_segmentation_nothing_is_scored(config, real, capsys):

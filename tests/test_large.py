@@ -22,7 +22,8 @@ from lsdseg.config.loader import CHECKOUT, load_config
 from lsdseg.data_utils.layout import data_folder, lut_path, output_path
 from lsdseg.data_utils.phantom import make_phantom
 from lsdseg.data_utils.records import record_of
-from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
+from lsdseg.data_utils.stored import read_header
+from lsdseg.data_utils.volumes import list_arrays, open_array, read, seal_array, write_array
 from lsdseg.engine.post.fragments import extract_fragments
 from lsdseg.engine.post.steps.edges import agglomerate_blockwise
 from lsdseg.engine.post.steps.fragments import extract_fragments_blockwise
@@ -360,6 +361,27 @@ def test_nothing_is_built_on_something_else_than_it_says(home):
     ):
         with pytest.raises(UserError, match=r"volumes/pred_affs was replaced: set DATA.DROP_DS_MONGOTABLE True"):
             step(cfg)
+
+
+def test_lost_chunks_are_counted(home):
+    """Voxels of a chunk that is missing read as 0."""
+    cfg, path = config(home), output(home)
+    seal_array(path, "volumes/pred_affs")
+    whole_way(cfg)
+    steps = {
+        "volumes/pred_affs": [extract_fragments_blockwise, agglomerate_blockwise],
+        "volumes/fragments": [agglomerate_blockwise, extract_fragments_blockwise],
+        FINAL: [lambda cfg: extract_segmentation(cfg, MERGE_FUNCTION, THRESHOLD)],
+    }
+    for dataset, functions in steps.items():
+        chunk = read_header(path / dataset).chunk_file((0,) * len(open_array(path, dataset).shape))
+        chunk.rename(home / "away")
+        for function in functions:
+            with pytest.raises(UserError, match=rf"^1 of \d+ chunks of {dataset} in {path} are missing"):
+                function(cfg)
+        (home / "away").rename(chunk)
+        for function in functions:
+            function(cfg)
 
 
 def test_a_graph_of_others_is_never_dropped_unasked(home):

@@ -7,7 +7,17 @@ import pytest
 import zarr
 
 from lsdseg.data_utils.stored import ZARR_VERSION, count_chunks, read_header
-from lsdseg.data_utils.volumes import create_array, has_array, list_arrays, open_array, read, write_array
+from lsdseg.data_utils.volumes import (
+    create_array,
+    has_array,
+    list_arrays,
+    open_array,
+    read,
+    rename_array,
+    require_whole,
+    seal_array,
+    write_array,
+)
 from lsdseg.errors import UserError
 
 GRID = {"voxel_size": (40, 4, 4), "offset": (400, 8, 0)}
@@ -124,6 +134,22 @@ def test_chunks_are_counted(tmp_path, zarr_format):
     assert count_chunks(read_header(tmp_path / "b.zarr/x")) == 8
     create_array(path, "y", (4, 4, 4), dtype=np.uint8, **GRID)
     assert count_chunks(read_header(path / "y")) == 0
+
+
+@pytest.mark.parametrize("zarr_format", FORMATS)
+def test_lost_chunks_are_noticed_when_an_array_was_complete(tmp_path, zarr_format):
+    path = tmp_path / "a.zarr"
+    own(path, zarr_format)
+    require_whole(path, "x")
+    rename_array(path, "x", "y")
+    seal_array(path, "y")
+    copy = write_array(path, "z", DATA, attributes=dict(open_array(path, "y").attrs), **GRID)
+    assert "stored_chunks" not in copy.attrs
+    read_header(path / "y").chunk_file((0, 1, 1)).unlink()
+    for check in (require_whole, seal_array):
+        with pytest.raises(UserError, match=rf"^1 of 8 chunks of y in {path} are missing"):
+            check(path, "y")
+    require_whole(path, "nothing")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from lsdseg.data_utils.replace import (
     is_array,
     replace_folder,
 )
-from lsdseg.data_utils.stored import ZARR_VERSION, CheckedArray, open_checked, read_header, read_json
+from lsdseg.data_utils.stored import ZARR_VERSION, CheckedArray, count_chunks, open_checked, read_header, read_json
 from lsdseg.errors import UserError
 from lsdseg.files import PARTIAL
 
@@ -36,6 +36,7 @@ from lsdseg.files import PARTIAL
 # first used, and gunpowder's PreCache forks.
 dask.config.set(scheduler="synchronous")
 
+CHUNKS = "stored_chunks"  # attribute of a complete array: how many chunks it has on disk
 MAX_GROUPS = 10_000  # a folder with more is no zarr but half a disk
 # Higher levels save a few percent on labels and read several times slower.
 # The checksum costs a tenth of the compression's time, and every reader of zstd checks it.
@@ -166,7 +167,8 @@ def create_array(
         "axis_names": ["c^"] * (len(shape) - dims) + ["z", "y", "x"][-dims:],
         "units": ["nm"] * dims,
     }
-    source.attrs.update({**(attributes or {}), **placement})
+    copied = {key: value for key, value in (attributes or {}).items() if key != CHUNKS}
+    source.attrs.update({**copied, **placement})
     replace_folder(Path(path) / new, array_folder(path, dataset))
     return open_array(path, dataset, "r+")
 
@@ -236,13 +238,42 @@ def chunk_shape(tile_shape: Sequence[int], volume_shape: Sequence[int], largest:
 
 
 def rename_array(path: Path | str, dataset: str, new_name: str) -> None:
-    """Rename a dataset within its zarr. An array of the new name is replaced if this suite wrote it.
+    """Rename a complete array within its zarr. An array of the new name is replaced if this suite wrote it.
 
     Raises:
         UserError: something else has the new name.
     """
     check_replaceable_array(path, new_name)
+    seal_array(path, dataset)
     replace_folder(array_folder(path, dataset), array_folder(path, new_name))
+
+
+def seal_array(path: Path | str, dataset: str) -> None:
+    """Record how many chunks a complete array has. If that is recorded already, check it as `require_whole` does."""
+    array = _open_zarr(Path(path), dataset, "r+")
+    if CHUNKS in array.attrs:
+        require_whole(path, dataset)
+    else:
+        array.attrs[CHUNKS] = count_chunks(array.header)
+
+
+def require_whole(path: Path | str, dataset: str) -> None:
+    """Check that no chunk of an array was lost after `seal_array`. Other arrays, and missing ones, pass.
+
+    A lost chunk reads as zeros. All chunks are listed, so this is for the process that starts a step, not for workers.
+
+    Raises:
+        UserError: chunks are missing.
+    """
+    if not is_array(array_folder(path, dataset)):
+        return
+    array = _open_zarr(Path(path), dataset, "r")
+    expected = array.attrs.get(CHUNKS)
+    if isinstance(expected, int) and (found := count_chunks(array.header)) < expected:
+        raise UserError(
+            f"{expected - found} of {expected} chunks of {dataset} in {path} are missing: restore them from a copy, or "
+            "make it anew (in blocks: with DATA.DROP_DS_MONGOTABLE True)"
+        )
 
 
 def read(array: Array, slices: Any = ...) -> NDArray[Any]:

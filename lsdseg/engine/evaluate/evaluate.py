@@ -24,7 +24,7 @@ from lsdseg.data_utils.checks import check_labels
 from lsdseg.data_utils.labels import is_labeled
 from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, scores_path
 from lsdseg.data_utils.records import Record, record_of
-from lsdseg.data_utils.volumes import list_arrays, open_array, read, slabs, voxels_of
+from lsdseg.data_utils.volumes import list_arrays, open_array, read, require_whole, slabs, voxels_of
 from lsdseg.engine.evaluate.metrics import count_overlaps, scores
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.engine.sections import ids_by_section, scored_by_section
@@ -110,6 +110,7 @@ def score_sample(sample: Sample, names: Sequence[str]) -> Report:
     made_from = {}
     by_section = scored_by_section(sample.cfg)
     for name in names:
+        require_whole(sample.output, name)
         segmentation = open_array(sample.output, name)
         check_labels(segmentation, f"{name} in {sample.output}")
         shared = overlaps(

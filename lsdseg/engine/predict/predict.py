@@ -18,7 +18,7 @@ from lsdseg.config.rules import PREDICTION, settings_of
 from lsdseg.data_utils.checks import check_raw
 from lsdseg.data_utils.layout import prediction_name
 from lsdseg.data_utils.records import Record, file_fingerprint, identity, record_of
-from lsdseg.data_utils.volumes import chunk_shape, create_array, list_arrays, open_array, rename_array
+from lsdseg.data_utils.volumes import chunk_shape, create_array, list_arrays, open_array, rename_array, require_whole
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import discard_markers
 from lsdseg.engine.predict.tiles import TilePredictor, tile_voxels
@@ -77,12 +77,13 @@ def is_predicted(sample: Sample, record: Record) -> bool:
     """Return whether a sample has all datasets of its prediction.
 
     Raises:
-        UserError: one was made from something else than what the record says.
+        UserError: one was made from something else than what the record says, or has lost chunks.
     """
     names = [prediction_name(task) for task in prediction_channels(sample.cfg)]
     existing = set(names) & set(list_arrays(sample.output))
     for name in sorted(existing):
         # One without a record was made by others, or by an earlier version: nobody can say from what.
+        require_whole(sample.output, name)
         if made_from := record_of(open_array(sample.output, name)):
             made_from.require_same(f"{name} in {sample.output}", record)
     return len(existing) == len(names)

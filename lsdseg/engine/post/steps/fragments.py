@@ -11,7 +11,7 @@ from lsdseg.config import rules
 from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.data_utils.masks import open_mask, read_mask
 from lsdseg.data_utils.records import START_OVER, Record, identity, record_of
-from lsdseg.data_utils.volumes import list_arrays, open_array, read, voxels_of
+from lsdseg.data_utils.volumes import list_arrays, open_array, read, require_whole, seal_array, voxels_of
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import blocks_left, discard_markers
 from lsdseg.engine.blocks.run import run_blocks
@@ -52,6 +52,7 @@ def extract_fragments_blockwise(cfg: CfgNode) -> None:
             step = fragments_step(sample)
             run_blocks(cfg, step)
             store.finish()
+            seal_array(sample.output, FRAGMENTS)
             print(f"{FRAGMENTS} in {sample.output}, nodes in {store}")
 
 
@@ -111,6 +112,7 @@ def require_fragments(sample: Sample) -> str:
         raise UserError(
             f"no {FRAGMENTS} in {sample.output}: run 02_extract_fragments_blockwise.py with the same config first"
         )
+    require_whole(sample.output, FRAGMENTS)
     fragments = open_array(sample.output, FRAGMENTS)
     record = record_of(fragments)
     # Fragments of others have neither a record nor markers: they are taken as they are.

@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 
 from lsdseg.data_utils.layout import FRAGMENTS, final_segmentation_name, lut_path
 from lsdseg.data_utils.records import START_OVER, Record, record_of
-from lsdseg.data_utils.volumes import list_arrays, open_array, read, voxels_of
+from lsdseg.data_utils.volumes import list_arrays, open_array, read, seal_array, voxels_of
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import discard_markers
 from lsdseg.engine.blocks.run import run_blocks
@@ -45,6 +45,7 @@ def extract_segmentation(cfg: CfgNode, merge_function: str, threshold: float) ->
                 create_labels(sample, name, made_by | {"threshold": threshold} | record.attributes)
             step = _relabel_step(sample, name, path, (begun or record).id)
             run_blocks(cfg, step)
+            seal_array(sample.output, name)
             print(f"{name} in {sample.output}")
 
 
