@@ -6,7 +6,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from lsdseg.data_utils.layout import lut_path
-from lsdseg.engine.post.tables import KEY, connected_segments, load_lut, relabel, save_lut
+from lsdseg.engine.post.tables import KEY, check_lut, connected_segments, load_lut, relabel, save_lut
 from lsdseg.errors import UserError
 
 VOXELS_IN_BLOCK = 1000
@@ -153,6 +153,40 @@ def test_files_that_are_no_luts(tmp_path):
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(UserError, match=r"seg\.npz is not a look-up table"):
         load_lut(path)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize(
+    "lut", [np.zeros((2, 3), object), np.zeros((2, 3)), np.zeros((2, 3), np.int64), np.zeros((3, 2), np.uint64)]
+)
+def test_arrays_that_are_no_luts(tmp_path, save, lut):
+    save(tmp_path / "seg.npz", **{KEY: lut})
+    with pytest.raises(UserError, match=r"seg\.npz is not a look-up table"):
+        load_lut(tmp_path / "seg.npz")
+
+
+@pytest.mark.parametrize(
+    ("fragments", "segments", "reason"),
+    [
+        ([1, 2, 3], [0, 0, 0], "do not have the id"),
+        ([1, 2, 3], [1, 1, 4], "do not have the id"),
+        ([1, 2, 3], [1, 1, 2], "do not have the id"),
+        ([0, 0, 0], [0, 0, 0], "do not ascend"),
+        ([1, 3, 2], [1, 1, 1], "do not ascend"),
+    ],
+)
+def test_values_that_are_no_luts(tmp_path, fragments, segments, reason):
+    save_lut(tmp_path / "seg.npz", np.array([fragments, segments], np.uint64))
+    with pytest.raises(UserError, match=rf"seg\.npz .*{reason}.*04_find_segments_full"):
+        check_lut(tmp_path / "seg.npz", load_lut(tmp_path / "seg.npz"))
+
+
+def test_values_of_luts(graph, tmp_path):
+    ids, edges = graph
+    for nodes in (ids, ids[:0]):
+        lut = connected_segments(nodes, [edges] if len(nodes) else [], [0.1])[0.1]
+        save_lut(tmp_path / "seg.npz", lut)
+        check_lut(tmp_path / "seg.npz", load_lut(tmp_path / "seg.npz"))
 
 
 def test_a_full_disk_keeps_the_lut_that_was_there(small_disk):

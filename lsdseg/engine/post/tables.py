@@ -108,23 +108,62 @@ def save_lut(path: Path | str, lut: NDArray[np.uint64], record: Record | None = 
 def load_lut(path: Path | str) -> NDArray[np.uint64]:
     """A LUT, uint64 (2, n), from an .npz file: mapped, not read, unless it was compressed by someone else.
 
+    Its values are not looked at; `check_lut` does that.
+
     Raises:
         UserError: there is no such file, or it is not a LUT.
     """
     try:
-        with open(path, "rb") as file:
-            entry = zipfile.ZipFile(file).getinfo(f"{KEY}.npy")
-            if entry.compress_type != zipfile.ZIP_STORED:
-                return np.asarray(np.load(path)[KEY])
-            file.seek(entry.header_offset + 26)  # there, a header of 30 bytes ends with the lengths of two more fields
-            file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
-            np.lib.format.read_magic(file)
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-            return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran_order else "C")
+        return _map_lut(path)
     except FileNotFoundError as error:
         raise UserError(f"no look-up table {path}; run 04_find_segments_full.py first") from error
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+    except Exception as error:  # zipfile and numpy raise what they like at a damaged file
         raise UserError(f"{path} is not a look-up table; run 04_find_segments_full.py again") from error
+
+
+def _map_lut(path: Path | str) -> NDArray[np.uint64]:
+    with open(path, "rb") as file:
+        entry = zipfile.ZipFile(file).getinfo(f"{KEY}.npy")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            lut = np.asarray(np.load(path, allow_pickle=False)[KEY])
+            _require_lut(lut.shape, lut.dtype)
+            return lut
+        file.seek(entry.header_offset + 26)  # there, a header of 30 bytes ends with the lengths of two more fields
+        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+        begin = file.tell()
+        np.lib.format.read_magic(file)
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        _require_lut(shape, dtype)
+        if file.tell() - begin + 2 * shape[1] * dtype.itemsize != entry.file_size:
+            raise ValueError("another size than the header says")
+        return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran_order else "C")
+
+
+def _require_lut(shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Check before any value is read: of objects, the values would be addresses in memory."""
+    if dtype != np.uint64 or len(shape) != 2 or shape[0] != 2:
+        raise ValueError(f"{dtype} {shape} instead of uint64 (2, n)")
+
+
+def check_lut(path: Path | str, lut: NDArray[np.uint64]) -> None:
+    """Check the values of a LUT.
+
+    Args:
+        path: its file, for the message.
+        lut: uint64 (2, n), see `load_lut`.
+
+    Raises:
+        UserError: fragments do not ascend, or a segment is not named by one of its fragments.
+    """
+    ids, segments = np.asarray(lut)
+    if (ids[:1] == 0).any() or (ids[1:] <= ids[:-1]).any():
+        raise UserError(f"the fragments in {path} do not ascend: run 04_find_segments_full.py again")
+    own, unknown = _translate(segments, ids, segments, _runs(ids))
+    if unknown or (own != segments).any():
+        raise UserError(
+            f"{path} is damaged: segments in it do not have the id of one of their fragments; "
+            "run 04_find_segments_full.py again"
+        )
 
 
 def lut_record(path: Path | str) -> Record | None:

@@ -21,7 +21,7 @@ from lsdseg.engine.post.methods import method_that_scores
 from lsdseg.engine.post.steps.fragments import require_fragments
 from lsdseg.engine.post.steps.grid import block_step, create_labels
 from lsdseg.engine.post.steps.tables import tables_name
-from lsdseg.engine.post.tables import load_lut, lut_record, relabel
+from lsdseg.engine.post.tables import check_lut, load_lut, lut_record, relabel
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.errors import UserError
 
@@ -70,9 +70,11 @@ def _record(lut: Path, fragments: str, merge_function: str, threshold: float) ->
     """What a segmentation would be made from now.
 
     Raises:
-        UserError: there is no look-up table, or it was made from other fragments than these.
+        UserError: there is no look-up table, it is damaged, or it was made from other fragments than these.
     """
-    inputs = {FRAGMENTS: fragments, "the look-up table": _digest(load_lut(lut))}
+    table = load_lut(lut)
+    check_lut(lut, table)
+    inputs = {FRAGMENTS: fragments, "the look-up table": _digest(table)}
     made_from = lut_record(lut)
     if made_from is not None and made_from.inputs.get(FRAGMENTS) != fragments:
         raise UserError(
