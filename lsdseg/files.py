@@ -5,12 +5,14 @@ was killed. So it is written under a temporary name and renamed, which POSIX fil
 """
 
 import errno
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lsdseg.errors import UserError
 
@@ -39,6 +41,24 @@ def write_whole(path: Path | str) -> Iterator[Path]:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Return the object that a JSON file of ours holds.
+
+    Raises:
+        UserError: the file is damaged or cannot be read; the message ends with the remedy.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+        reason = "it holds no object"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+    raise UserError(f"{path} cannot be read ({reason}): {remedy}")
 
 
 @contextmanager
@@ -70,7 +90,7 @@ def room_on_disk(path: Path | str, needed_bytes: int = 0) -> Iterator[None]:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise UserError(
-            f"no room on disk for {path}: {needed_bytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; "
+            f"no room on disk for {path}: {_size(needed_bytes)} needed, {_size(free)} free; "
             "delete something or write elsewhere"
         )
     try:
@@ -85,3 +105,9 @@ def cannot_write(path: Path | str, error: OSError) -> UserError:
     """Return the error to raise after the operating system failed to write `path`."""
     remedy = "free some space" if error.errno in FULL_DISK else "check the permissions, or write elsewhere"
     return UserError(f"cannot write {path}: {error.strerror or error}; {remedy}, then run the same command again")
+
+
+def _size(count: int) -> str:
+    """Bytes in words: 1.5 GB."""
+    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+    return next((f"{count / unit:.1f} {name}" for unit, name in units if count >= unit), f"{count} bytes")

@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from funlib.geometry import Coordinate, Roi
@@ -16,6 +18,7 @@ from lsdseg.cli import run_script
 from lsdseg.config.loader import CHECKOUT, load_config
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
+from lsdseg.engine.blocks.supervisor import ALIVE
 
 VOLUME = Roi((80, 0, 40), (100, 120, 90))
 BLOCK = Coordinate(40, 40, 30)
@@ -79,6 +82,33 @@ def wait_for(condition, seconds=60):
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
+
+
+@contextmanager
+def meanwhile(action):
+    """Do something in a thread while the body, a run, is at work; it has to succeed."""
+    errors = []
+
+    def run():
+        try:
+            action()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+    assert not errors, errors
+
+
+def supervisor(folder):
+    """The id of the supervisor's process, once it is known."""
+    file = folder / "daisy_logs" / "sample_toy" / ALIVE
+    wait_for(lambda: file.is_file() and file.read_text())
+    return int(file.read_text())
 
 
 def _main(cfg, args):

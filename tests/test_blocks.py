@@ -1,22 +1,39 @@
 """Blocks on local workers: nothing gets lost or done with mixed settings, whatever is killed."""
 
+import contextlib
 import fcntl
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import daisy
 import numpy as np
 import pytest
+from funlib.geometry import Roi
 
 from lsdseg.config.loader import CHECKOUT, load_config
-from lsdseg.engine.blocks import lock
-from lsdseg.engine.blocks.markers import discard_markers
+from lsdseg.engine.blocks import lock, run
+from lsdseg.engine.blocks.markers import RECORD, blocks_left, discard_markers, finished, record_files
 from lsdseg.engine.blocks.run import run_blocks
+from lsdseg.engine.blocks.supervisor import ALIVE
 from lsdseg.errors import UserError
-from tests.block_master import BLOCKS, CONTEXT, VOLUME, config, results, start_master, toy_task, trouble, wait_for
+from tests.block_master import (
+    BLOCKS,
+    CONTEXT,
+    VOLUME,
+    config,
+    meanwhile,
+    results,
+    start_master,
+    supervisor,
+    toy_task,
+    trouble,
+    wait_for,
+)
 
 
 @pytest.fixture
@@ -234,11 +251,195 @@ def test_workers_get_the_resolved_config_the_password_and_a_gpu_each(folder, mon
 
 
 def test_a_worker_that_does_not_see_the_files_says_so(folder):
-    command = [sys.executable, "-m", "lsdseg.engine.blocks.worker", "/nowhere/config_0.yaml", "/nowhere/step.json"]
+    names = ("config_0.yaml", "step.json", "records")
+    command = [sys.executable, "-m", "lsdseg.engine.blocks.worker", *(f"/nowhere/{name}" for name in names)]
     environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
     worker = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert worker.returncode == 2
     assert "does not see /nowhere/config_0.yaml" in worker.stdout
+
+
+def test_a_stopped_worker_is_replaced(folder):
+    def stop_one():
+        wait_for(lambda: len(results(folder)) >= 3)
+        os.kill(worker_processes(folder)[0], signal.SIGSTOP)
+
+    with meanwhile(stop_one):
+        assert run_blocks(config(1), toy_task(folder, 0.05)).done == BLOCKS
+    assert len({result["worker"] for result in results(folder).values()}) == 2
+    assert "killed, because it was stopped" in (folder / "daisy_logs/sample_toy/worker_0.log").read_text()
+    assert worker_processes(folder) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_supervisor_that_is_silent_or_gone_is_replaced(folder, number, monkeypatch, capsys):
+    monkeypatch.setattr(run, "SECONDS_OF_SILENCE", 5)
+    first_workers = []
+
+    def strike():
+        wait_for(lambda: len(results(folder)) >= 3)
+        first_workers.extend(worker_processes(folder))
+        os.kill(supervisor(folder), number)
+        if number == signal.SIGSTOP:  # else they end with it
+            for worker in first_workers:
+                os.kill(worker, signal.SIGKILL)
+
+    with meanwhile(strike):
+        assert run_blocks(config(2), toy_task(folder, 0.3)).done == BLOCKS
+    assert len(results(folder)) == BLOCKS
+    assert "the supervisor of the workers was killed" in capsys.readouterr().out
+    assert not {result["worker"] for result in results(folder).values()} <= set(first_workers)
+    assert worker_processes(folder) == []
+
+
+def test_nothing_that_is_stopped_outlives_a_killed_master(folder):
+    master = start_master(folder, "--seconds", 0.2, "SYSTEM.NUM_WORKERS", 2)
+    wait_for(lambda: len(results(folder)) >= 3)
+    processes = [*worker_processes(folder), supervisor(folder)]
+    for process in processes:
+        os.kill(process, signal.SIGSTOP)
+    master.kill()
+    master.wait()
+    wait_for(lambda: not any(Path(f"/proc/{process}/cmdline").exists() for process in processes))
+
+
+def test_a_run_waits_for_the_workers_of_one_that_was_killed(folder, monkeypatch):
+    monkeypatch.setattr(lock, "SECONDS_TO_WAIT", 0.3)
+    with open(folder / "markers.workers.lock", "w") as opened:
+        fcntl.flock(opened, fcntl.LOCK_SH)
+        with pytest.raises(UserError, match="another run works in"):
+            run_blocks(config(1), toy_task(folder))
+    assert run_blocks(config(1), toy_task(folder)).done == BLOCKS
+
+
+INTRUDER = """
+import sys
+import daisy
+from daisy import Client, Context
+context = Context.from_env()
+context["task_id"] = sys.argv[1] or context["task_id"]
+client = Client(context)
+for _ in range(9):
+    with client.acquire_block() as block:
+        print(block, flush=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["", "toy"], ids=["knows the secret", "does not know the secret"])
+def test_blocks_that_others_report_as_done_are_done(folder, name, capfd):
+    def intrude():
+        wait_for(lambda: len(results(folder)) >= 2)
+        environment = Path(f"/proc/{worker_processes(folder)[0]}/environ").read_bytes().decode().split("\0")
+        (context,) = (entry for entry in environment if entry.startswith("DAISY_CONTEXT="))
+        secret = re.search("task_id=(toy-[0-9a-f]+)", context)[1]
+        (folder / "secret").write_text(secret)
+        intruder = [sys.executable, "-c", INTRUDER, name]
+        variables = os.environ | {"DAISY_CONTEXT": context.partition("=")[2]}
+        taken = subprocess.run(intruder, env=variables, capture_output=True, text=True)
+        assert (taken.stdout.count(secret) == 9) == (not name), taken
+
+    with meanwhile(intrude):
+        summary = run_blocks(config(1), toy_task(folder, 0.1))
+    assert (summary.done, summary.failed) == (BLOCKS, 0)
+    assert len(results(folder)) == BLOCKS
+    assert "a program that is no worker of this run" in capfd.readouterr().out
+
+
+def test_the_secret_of_a_run_is_in_no_file(folder):
+    """Whoever may read the logs may not take part."""
+    trouble(folder, "raise_4")
+    with pytest.raises(UserError, match="failed"):
+        run_blocks(config(1), toy_task(folder))
+    logs = "".join(file.read_text() for file in (folder / "daisy_logs/sample_toy").iterdir())
+    assert logs.count("ValueError: block 4 is bad") == 4
+    assert not re.search("toy-[0-9a-f]{8}", logs)
+
+
+@pytest.mark.parametrize("free", [0, 1])
+def test_a_disk_that_fills_at_the_markers_spoils_nothing(folder, small_disk, free):
+    disk = small_disk(200)
+    task = toy_task(folder, markers=disk / "markers")
+    filler = disk / "filler"
+    with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    os.truncate(filler, filler.stat().st_size - 4096 * free)
+    with pytest.raises(UserError, match=r"No space left on device; free some space, then run the same command again"):
+        run_blocks(config(2), task)
+    filler.unlink()
+    assert run_blocks(config(2), task).done <= BLOCKS
+    assert len(results(folder)) == BLOCKS
+
+
+def test_damaged_markers_are_recognized(folder):
+    task = toy_task(folder)
+    run_blocks(config(1), task)
+    (file,) = record_files(task.markers)
+    whole = file.read_bytes()
+    assert len(whole) == BLOCKS * RECORD.itemsize
+    for damage, left in [
+        (whole[:-5], 1),  # a worker that was killed, a full disk
+        (whole[: -RECORD.itemsize] + bytes(RECORD.itemsize), 1),  # a machine that crashed
+        (b"\xff" * RECORD.itemsize + whole, 0),
+        (b"", BLOCKS),
+    ]:
+        file.write_bytes(damage)
+        assert blocks_left(task) == left
+    for damage in ("", "{", "[]", "\0" * 100, "[" * 100_000):
+        (task.markers / "settings.json").write_text(damage)
+        with pytest.raises(UserError, match=r"settings.json cannot be read .*: set DATA.DROP_DS_MONGOTABLE True"):
+            run_blocks(config(1), task)
+    discard_markers(task.markers)
+    assert run_blocks(config(1), task).done == BLOCKS
+
+
+def test_damaged_files_of_a_run_are_written_anew(folder):
+    cause = trouble(folder, "full_4")
+    with pytest.raises(UserError, match="no room"):
+        run_blocks(config(1), toy_task(folder))
+    cause.unlink()
+    for name in ("config_0.yaml", "step.json", "stopped", ALIVE):
+        (folder / "daisy_logs/sample_toy" / name).write_bytes(b"\0{[")
+    run_blocks(config(1), toy_task(folder))
+    assert len(results(folder)) == BLOCKS
+
+
+def test_markers_of_another_grid_are_no_markers_of_this_one(folder):
+    run_blocks(config(1), toy_task(folder))
+    block = Roi(VOLUME.begin, (20, 40, 30))
+    other = toy_task(folder, read_roi=block.grow(CONTEXT, CONTEXT), write_roi=block)
+    with pytest.raises(UserError, match=r"blocks of another size or volume \(block \(nm\) was .*BLOCK_SIZE"):
+        blocks_left(other)
+
+
+def test_the_markers_of_version_0_1_count(folder):
+    """daisy wrote them; its grid begins with the context, which is more than two blocks here."""
+    context = (0, 100, 10)
+    task = toy_task(
+        folder, total_roi=VOLUME.grow(context, context), read_roi=Roi(VOLUME.begin, (40, 40, 30)).grow(context, context)
+    )
+    done = []
+
+    def process(block):
+        if len(done) == 10:
+            raise KeyError
+        done.append(tuple((block.write_roi.begin - VOLUME.begin) / block.write_roi.shape))
+
+    earlier = daisy.Task(
+        "toy", task.total_roi, task.read_roi, task.write_roi, process, read_write_conflict=False, fit="shrink",
+        max_retries=0, tracking_path=str(task.markers / "blocks"),
+    )  # fmt: skip
+    assert tuple(earlier.block_grid_shape) == task.grid == (3, 3, 3)
+    with contextlib.suppress(RuntimeError, KeyError):
+        daisy.run_blockwise(earlier, multiprocessing=False, progress=False, summary=False)
+    assert len(done) == 10
+    assert {tuple(map(int, index)) for index in np.argwhere(finished(task))} == set(done)
+    assert run_blocks(config(1), task).skipped == 10
+
+
+def test_a_second_run_counts_blocks_that_are_both_done_and_skipped_once(folder):
+    run_blocks(config(1), toy_task(folder))
+    assert blocks_left(toy_task(folder, skip=np.ones((3, 3, 3), bool))) == 0
 
 
 def test_slurm_that_is_not_installed(folder, monkeypatch):

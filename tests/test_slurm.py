@@ -1,6 +1,8 @@
 """Workers as jobs of a real Slurm that the tests start on this machine."""
 
+import os
 import shlex
+import signal
 import subprocess
 
 import pytest
@@ -9,7 +11,18 @@ from lsdseg.config.loader import CHECKOUT
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.errors import UserError
 from tests import slurm
-from tests.block_master import BLOCKS, config, master_command, results, start_master, toy_task, trouble, wait_for
+from tests.block_master import (
+    BLOCKS,
+    config,
+    master_command,
+    meanwhile,
+    results,
+    start_master,
+    supervisor,
+    toy_task,
+    trouble,
+    wait_for,
+)
 
 pytestmark = pytest.mark.slurm
 
@@ -56,6 +69,29 @@ def test_a_cancelled_job_is_replaced(folder, cluster):
     assert len(jobs) == 2
     assert job in jobs
     assert len(results(folder)) == BLOCKS
+
+
+def test_a_job_that_is_stopped_is_replaced(folder, cluster):
+    def stop_it():
+        wait_for(lambda: len(results(folder)) >= 2)
+        os.kill(next(iter(results(folder).values()))["worker"], signal.SIGSTOP)
+
+    with meanwhile(stop_it):
+        assert run_blocks(config(1, *ON_SLURM), toy_task(folder, 0.15, timeout=2, silence=4)).done == BLOCKS
+    assert len({result["job"] for result in results(folder).values()}) == 2
+    wait_for(lambda: not slurm.job_ids(cluster))
+
+
+def test_jobs_of_a_killed_supervisor_are_cancelled(folder, cluster):
+    def kill_it():
+        wait_for(lambda: len(results(folder)) >= 2)
+        os.kill(next(iter(results(folder).values()))["worker"], signal.SIGSTOP)
+        os.kill(supervisor(folder), signal.SIGKILL)
+
+    with meanwhile(kill_it):
+        assert run_blocks(config(1, *ON_SLURM), toy_task(folder, 0.15)).done == BLOCKS
+    assert len({result["job"] for result in results(folder).values()}) == 2
+    wait_for(lambda: not slurm.job_ids(cluster))
 
 
 def test_ctrl_c_and_sigkill_cancel_all_jobs(folder, cluster):

@@ -44,6 +44,16 @@ def working_on(output: Path, *steps: str, reads: Sequence[str] = ()) -> Iterator
 def step_lock(markers: Path, alone: bool = True) -> Iterator[None]:
     """Keep other runs from the results of one step, which this folder of markers describes; as `run_lock`."""
     with run_lock(markers.with_name(f"{markers.name}.lock"), f"in {markers}", alone):
+        if alone:
+            with workers_lock(markers, alone=True):
+                pass  # workers of a run that was killed have ended
+        yield
+
+
+@contextmanager
+def workers_lock(markers: Path, alone: bool = False) -> Iterator[None]:
+    """Hold what tells other runs that workers may still write the results of a step; as `run_lock`."""
+    with run_lock(markers.with_name(f"{markers.name}.workers.lock"), f"in {markers}", alone):
         yield
 
 

@@ -1,78 +1,100 @@
-"""Markers of finished blocks: the one place that knows daisy's files.
+"""Markers of finished blocks: which are done, and with which settings. They lie beside the outputs that they describe.
 
-daisy records in zarr arrays, one byte per block, which blocks are done. They lie beside the outputs that they describe,
-together with the settings that these depend on: resuming with others would mix two results, so it is refused.
+A worker records a block after it has written it and before it says so over the network, in a file that it alone appends
+to. Only what is recorded counts as done: whoever reaches the scheduler's port can report what they like. Workers never
+wait for each other, and one that is killed, or a disk that is full, spoils at most the last record, whose block is done
+again. With other settings, finished blocks would be mixed with others, so going on is refused.
 """
 
+import errno
 import json
 import math
 import os
 import shutil
+import uuid
 from pathlib import Path
+from typing import Any
 
-import daisy
 import numpy as np
+from numpy.typing import NDArray
 
 from lsdseg.engine.blocks.lock import step_lock
 from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.errors import UserError
-from lsdseg.files import write_whole
+from lsdseg.files import read_json, write_whole
 
-RETRIES = 3
-
-
-def daisy_task(step: BlockStep) -> daisy.Task:
-    """The step as daisy schedules it, without the function that starts the workers."""
-    return daisy.Task(
-        step.name,
-        step.total_roi,
-        step.read_roi,
-        step.write_roi,
-        read_write_conflict=False,
-        fit="shrink",
-        max_workers=1,  # the supervisor, which starts the workers
-        max_worker_restarts=0,
-        max_retries=RETRIES,
-        timeout=step.timeout,
-        tracking_path=str(step.markers / "blocks"),
-        resource_tracking=True,
-        skip_mask=step.skip,
-    )
+# A block is known by its number in the grid, counted from 1: zeros, which a crash may leave, are no record.
+RECORD = np.dtype([("block", "<u8"), ("seconds", "<f4"), ("megabytes", "<f4")])
 
 
-def total_blocks(step: BlockStep) -> int:
-    """Number of blocks of a step."""
-    return math.prod(daisy_task(step).block_grid_shape)
+def new_record_file(markers: Path) -> Path:
+    """Create the empty file in which one worker records its blocks."""
+    file = markers / "done" / uuid.uuid4().hex
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    return file
+
+
+def record_block(file: Path, number: int, seconds: float, megabytes: float) -> None:
+    """Record a block as done.
+
+    The file is closed each time, which makes a network file system show the record to other machines.
+
+    Args:
+        file: the worker's own, see `new_record_file`.
+        number: of the block in the grid, from 0.
+        seconds: how long the block took.
+        megabytes: most memory that the worker has taken so far.
+    """
+    record = np.array((number + 1, seconds, megabytes), RECORD).tobytes()
+    opened = os.open(file, os.O_WRONLY | os.O_APPEND)
+    try:
+        if os.write(opened, record) < len(record):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(opened)
+
+
+def record_files(markers: Path) -> set[Path]:
+    """The files in which workers recorded blocks."""
+    return {file for file in (markers / "done").glob("*") if file.is_file()}
+
+
+def records_in(files: set[Path]) -> NDArray[Any]:
+    """All records in these files; a last one that is incomplete is left out."""
+    return np.concatenate([np.empty(0, RECORD), *(np.fromfile(file, RECORD) for file in sorted(files))])
+
+
+def finished(step: BlockStep) -> NDArray[np.bool_]:
+    """Which blocks are recorded as done, over the grid of blocks.
+
+    Raises:
+        UserError: what is recorded are blocks of another grid.
+    """
+    done = np.zeros(math.prod(step.grid), bool)
+    if not step.markers.is_dir():
+        return done.reshape(step.grid)
+    before = read_settings(step)
+    changed = [key for key, roi in _rois(step).items() if before and before.get(key) != roi]
+    if changed:
+        raise UserError(
+            f"{step.markers} describes blocks of another size or volume ({changed[0]} was {before[changed[0]]}, is "
+            f"{_rois(step)[changed[0]]}): use the BLOCK_SIZE and CONTEXT that they were made with, or make them anew"
+        )
+    numbers = records_in(record_files(step.markers))["block"]
+    done[numbers[(numbers > 0) & (numbers <= done.size)].astype(np.int64) - 1] = True
+    return done.reshape(step.grid) | _finished_by_version_0_1(step)
+
+
+def finished_blocks(step: BlockStep) -> int:
+    """Number of blocks that are recorded as done."""
+    return int(np.count_nonzero(finished(step)))
 
 
 def blocks_left(step: BlockStep) -> int:
     """Number of blocks that are not done yet; those that are skipped count as done."""
-    skipped = 0 if step.skip is None else np.count_nonzero(step.skip)
-    return int(total_blocks(step) - skipped - finished_blocks(step.markers))
-
-
-def finished_blocks(markers: Path) -> int:
-    """Number of blocks that are recorded as done."""
-    files = (file for file in (markers / "blocks" / "done" / "c").rglob("*") if file.is_file())
-    return sum(int(np.count_nonzero(np.fromfile(file, np.uint8))) for file in files)
-
-
-def allocate_markers(markers: Path) -> None:
-    """Give all of daisy's marker files their room on disk.
-
-    daisy maps them into memory: a full disk, when a page of one is first written, would end the master by SIGBUS.
-    """
-    for header in (markers / "blocks").glob("*/zarr.json"):
-        array = json.loads(header.read_text(encoding="utf-8"))
-        if array["node_type"] != "array":
-            continue
-        chunk = array["chunk_grid"]["configuration"]["chunk_shape"]
-        size = math.prod(chunk) * np.dtype(array["data_type"]).itemsize
-        for index in np.ndindex(*(-(-n // c) for n, c in zip(array["shape"], chunk, strict=True))):
-            file = header.parent.joinpath("c", *map(str, index))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(file, "ab") as opened:
-                os.posix_fallocate(opened.fileno(), 0, size)
+    done = finished(step)
+    return int(done.size - np.count_nonzero(done if step.skip is None else done | step.skip))
 
 
 def discard_markers(markers: Path) -> None:
@@ -85,28 +107,60 @@ def discard_markers(markers: Path) -> None:
         shutil.rmtree(markers, ignore_errors=True)
 
 
+def read_settings(step: BlockStep) -> dict[str, Any]:
+    """The settings that the finished blocks were made with, empty if there are none yet.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = step.markers / "settings.json"
+    if not file.is_file():
+        return {}
+    return read_json(file, "set DATA.DROP_DS_MONGOTABLE True to do this step anew")
+
+
 def check_settings(step: BlockStep) -> None:
     """Record the settings that the finished blocks depend on.
 
     Raises:
         UserError: they were made with other settings.
     """
-    rois = {"volume (nm)": step.total_roi, "block (nm)": step.read_roi, "block without context (nm)": step.write_roi}
-    settings = {key: [list(roi.offset), list(roi.shape)] for key, roi in rois.items()} | step.settings
-    settings = json.loads(json.dumps(settings))
-    file = step.markers / "settings.json"
-    if not file.is_file():
-        with write_whole(file) as partial:
+    settings = json.loads(json.dumps(_rois(step) | step.settings))
+    before = read_settings(step)
+    if not before:
+        with write_whole(step.markers / "settings.json") as partial:
             partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
     changed = [
         f"{key} (was {before.get(key)}, is {settings.get(key)})"
         for key in before | settings
         if before.get(key) != settings.get(key)
     ]
     if changed:
+        count = len(np.unique(records_in(record_files(step.markers))["block"]))
         raise UserError(
-            f"{', '.join(changed)} changed, which makes {finished_blocks(step.markers)} finished blocks of {step} "
-            "invalid: set DATA.DROP_DS_MONGOTABLE True to start over, or change back"
+            f"{', '.join(changed)} changed, which makes {count} finished blocks of {step} invalid: set "
+            "DATA.DROP_DS_MONGOTABLE True to start over, or change back"
         )
+
+
+def _rois(step: BlockStep) -> dict[str, list[list[int]]]:
+    """What the grid of blocks depends on."""
+    rois = {"volume (nm)": step.total_roi, "block (nm)": step.read_roi, "block without context (nm)": step.write_roi}
+    return {key: [[int(n) for n in roi.offset], [int(n) for n in roi.shape]] for key, roi in rois.items()}
+
+
+def _finished_by_version_0_1(step: BlockStep) -> NDArray[np.bool_]:
+    """Blocks that version 0.1 finished: daisy kept a byte for each, in a grid that begins with the context."""
+    done = np.zeros(step.grid, bool)
+    folder = step.markers / "blocks" / "done"
+    file = folder.joinpath("c", *"0" * len(step.grid))
+    if not file.is_file():
+        return done
+    shape = read_json(folder / "zarr.json", f"delete {folder}")["shape"]
+    context = (step.write_roi.begin - step.total_roi.begin) / step.write_roi.shape
+    kept = np.fromfile(file, np.uint8)
+    if kept.size == math.prod(shape):
+        kept = kept.reshape(shape)[*(slice(first, first + n) for first, n in zip(context, step.grid, strict=True))]
+        done[*(slice(n) for n in kept.shape)] = kept > 0
+    return done

@@ -1,16 +1,19 @@
 """Runs a step: which blocks are left, workers for them, progress, and how it went.
 
-daisy does the scheduling, retries, timeouts and done markers (`markers.py`). `supervisor.py` keeps the workers going,
-whatever they are (`workers.py`), and `worker.py` is one of them.
+daisy does the scheduling, retries and timeouts. `markers.py` knows which blocks are done. `supervisor.py` keeps the
+workers going, whatever they are (`workers.py`), and `worker.py` is one of them.
 """
 
-import errno
 import functools
 import json
+import math
+import os
+import secrets
 import signal
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,22 +24,18 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from lsdseg.config.loader import dump_config
+from lsdseg.engine.blocks.life import Listener
 from lsdseg.engine.blocks.lock import run_lock, step_lock
-from lsdseg.engine.blocks.markers import (
-    RETRIES,
-    allocate_markers,
-    blocks_left,
-    check_settings,
-    daisy_task,
-    finished_blocks,
-    total_blocks,
-)
+from lsdseg.engine.blocks.markers import blocks_left, check_settings, finished, record_files, records_in
 from lsdseg.engine.blocks.step import BlockStep, Summary
-from lsdseg.engine.blocks.supervisor import STOPPED, supervise
+from lsdseg.engine.blocks.supervisor import ALIVE, STOPPED, supervise
 from lsdseg.engine.blocks.workers import workers_class
 from lsdseg.engine.signals import signal_handlers
 from lsdseg.errors import UserError
-from lsdseg.files import cannot_write, room_on_disk
+from lsdseg.files import room_on_disk, write_whole
+
+RETRIES = 3  # of a block that fails, and of starting over when nothing gets done
+SECONDS_OF_SILENCE = 30  # after which the supervisor is replaced
 
 
 def run_blocks(cfg: CfgNode, step: BlockStep) -> Summary:
@@ -57,63 +56,107 @@ def run_blocks(cfg: CfgNode, step: BlockStep) -> Summary:
         with room_on_disk(step.markers), room_on_disk(step.folder):
             check_settings(step)
             _prepare_folder(cfg, step)
-        total = total_blocks(step)
-        skipped = total - blocks_left(step)
-        if skipped >= total:
+        total, left = math.prod(step.grid), blocks_left(step)
+        if not left:
             print(f"{step}: nothing to do, all {total} blocks are done")
             return Summary(total, 0, total, 0)
-        workers = min(max(cfg.SYSTEM.NUM_WORKERS, 1), total - skipped)
-        print(f"{step}: {total} blocks, {skipped} of them done before or skipped")
+        workers = min(max(cfg.SYSTEM.NUM_WORKERS, 1), left)
+        print(f"{step}: {total} blocks, {total - left} of them done before or skipped")
         print(f"workers: {workers} ({cfg.CLUSTER.TYPE}), their logs are in {step.folder}")
-        summary, first_error = _schedule(cfg, step, workers, total)
+        recorded_before = record_files(step.markers)
+        failed, error, reason = _do_all(cfg, step, workers)
+        records = records_in(record_files(step.markers) - recorded_before)
+        summary = Summary(
+            blocks=total,
+            done=left - blocks_left(step),
+            skipped=total - left,
+            failed=failed,
+            seconds_per_block=float(records["seconds"].mean()) if len(records) else 0.0,
+            peak_memory=int(records["megabytes"].max(initial=0) * 1e6),
+        )
         print(summary)
-        _raise_if_incomplete(step, summary, first_error)
+        _raise_if_incomplete(step, summary, error, reason)
         return summary
 
 
-def _schedule(cfg: CfgNode, step: BlockStep, workers: int, total: int) -> tuple[Summary, str | None]:
-    """Let daisy hand out the blocks; returns how it went, and the first error that a worker reported."""
-    task = daisy_task(step)
-    task.process_function = functools.partial(supervise, cfg, step.folder, step.markers, step.gpu, workers)
-    server = daisy.Server()
+def _do_all(cfg: CfgNode, step: BlockStep, workers: int) -> tuple[int, str | None, str]:
+    """Schedule the blocks that are left until all are done, some failed for good, or nothing gets done any more.
+
+    Returns:
+        As `_schedule`.
+    """
+    left, rounds_in_vain = blocks_left(step), 0
+    while True:
+        result = _schedule(cfg, step, workers)
+        failed, _, reason = result
+        before, left = left, blocks_left(step)
+        rounds_in_vain = rounds_in_vain + 1 if left == before else 0
+        if not left or failed or (step.folder / STOPPED).is_file() or rounds_in_vain > RETRIES:
+            return result
+        print(f"{step}: {reason}; starting new workers for the {left} blocks that are left", flush=True)
+
+
+def _schedule(cfg: CfgNode, step: BlockStep, workers: int) -> tuple[int, str | None, str]:
+    """Let daisy hand out the blocks that are left.
+
+    Returns:
+        How many blocks failed, the first error that was reported, and why blocks are left if none failed.
+    """
+    done = finished(step)
+    task = daisy.Task(
+        # Workers have to know the name of the task, so nobody else takes its blocks.
+        f"{step.name}-{secrets.token_hex(8)}",
+        step.total_roi,
+        step.read_roi,
+        step.write_roi,
+        functools.partial(supervise, cfg, step.folder, step.markers, step.gpu, workers, step.timeout + step.silence),
+        read_write_conflict=False,
+        fit="shrink",
+        max_workers=1,  # the supervisor, which starts the workers
+        max_worker_restarts=0,
+        max_retries=RETRIES,
+        timeout=step.timeout,
+        skip_mask=done if step.skip is None else done | step.skip,
+    )
     set_log_basedir(None)
-    progress = _Progress(str(step), step.markers)
+    progress = _Progress(str(step))
     try:
-        with _interrupted_by_any_signal() as received:
-            states = server.run_blockwise(task, progress=progress, host=workers_class(cfg).host(cfg), summary=False)
+        with _interrupted_by_any_signal() as received, _watched(step.folder / ALIVE):
+            states = daisy.Server().run_blockwise(
+                task, progress=progress, host=workers_class(cfg).host(cfg), summary=False, block_tracking=False
+            )
     except KeyboardInterrupt:
-        finished = finished_blocks(step.markers)
-        print(f"{step}: ended; {finished} of {total} blocks are done, the same command does the rest")
+        print(f"{step}: ended; {blocks_left(step)} of {done.size} blocks are left, the same command does the rest")
         if received:
             sys.exit(128 + received[0])
         raise
-    except RuntimeError as error:  # how daisy reports what happens to its markers
-        if "No space left on device" not in str(error):
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # how daisy ends when it is asked for a task that it does not have
             raise
-        raise cannot_write(step.markers, OSError(errno.ENOSPC, "No space left on device")) from error
-    state = states[step.name]
-    resources: Any = server.last_tracking_summary
-    costs = resources["per_task"][step.name]
-    summary = Summary(
-        blocks=total,
-        done=state.completed_count - state.skipped_count,
-        skipped=state.skipped_count,
-        failed=state.failed_count,
-        seconds_per_block=costs["mean_block_ms"] / 1000,
-        peak_memory=costs["max_peak_rss_bytes"],
-    )
-    return summary, state.first_worker_error
+        return 0, None, "a program that is no worker of this run asked for blocks"
+    state = states[task.task_id]
+    if state.completed_count == state.total_block_count:
+        reason = "a program that is no worker of this run said that it did blocks"
+    else:
+        last_line = (state.last_worker_error or "").strip().rpartition("\n")[2]
+        reason = f"the supervisor of the workers was killed ({last_line})"
+    return state.failed_count, state.first_worker_error, reason
 
 
 def _prepare_folder(cfg: CfgNode, step: BlockStep) -> None:
     """Write what workers read, and remove the reason why the last run stopped."""
     dump_config(cfg, step.folder / "config_0.yaml")
+    first, block = ([int(n) for n in edge] for edge in (step.write_roi.begin, step.write_roi.shape))
     worker = {"open_worker": step.open_worker, "arguments": step.arguments}
-    (step.folder / "step.json").write_text(json.dumps(worker, indent=1), encoding="utf-8")
-    (step.folder / STOPPED).unlink(missing_ok=True)
+    with write_whole(step.folder / "step.json") as partial:
+        partial.write_text(
+            json.dumps(worker | {"begin": first, "block": block, "grid": step.grid}, indent=1), encoding="utf-8"
+        )
+    for name in (STOPPED, ALIVE):
+        (step.folder / name).unlink(missing_ok=True)
 
 
-def _raise_if_incomplete(step: BlockStep, summary: Summary, first_error: str | None) -> None:
+def _raise_if_incomplete(step: BlockStep, summary: Summary, error: str | None, reason: str) -> None:
     left = summary.blocks - summary.done - summary.skipped
     if not left:
         return
@@ -122,9 +165,31 @@ def _raise_if_incomplete(step: BlockStep, summary: Summary, first_error: str | N
     if stopped.is_file():
         raise UserError(f"{stopped.read_text(encoding='utf-8')}; {remedy}")
     if not summary.failed:
-        raise UserError(f"the supervisor of the workers was killed; {remedy}")
-    print(f"\nThe first block that failed:\n{first_error}", file=sys.stderr)
+        raise UserError(f"{reason}; {remedy}")
+    print(f"\nThe first block that failed:\n{error}", file=sys.stderr)
     raise UserError(f"blocks of {step} failed {RETRIES + 1} times, see {step.folder}; {remedy}")
+
+
+@contextmanager
+def _watched(alive: Path) -> Iterator[None]:
+    """Kill the supervisor if it gives no sign of life; its workers end with it."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        listener = Listener(alive)
+        while not ended.wait(1):
+            if listener.silence() > SECONDS_OF_SILENCE:
+                with suppress(OSError, ValueError):
+                    os.kill(int(alive.read_text(encoding="utf-8")), signal.SIGKILL)
+                listener = Listener(alive)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
 
 
 @contextmanager
@@ -143,12 +208,11 @@ def _interrupted_by_any_signal() -> Iterator[list[int]]:
 class _Progress:
     """daisy's observer: one bar that counts blocks."""
 
-    def __init__(self, what: str, markers: Path):
-        self.what, self.markers = what, markers
+    def __init__(self, what: str):
+        self.what = what
 
     def on_start(self, states: dict[str, Any]) -> None:
         (state,) = states.values()
-        allocate_markers(self.markers)
         self.bar = tqdm(total=state.total_block_count, desc=self.what, unit="block")
 
     def on_progress(self, states: dict[str, Any]) -> None:

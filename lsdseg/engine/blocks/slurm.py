@@ -17,17 +17,19 @@ from lsdseg.engine.blocks.workers import Workers
 from lsdseg.errors import UserError
 
 SECONDS_BETWEEN_QUERIES = 2.0
+SECONDS_TO_ANSWER = 60  # of a command of Slurm
+SECONDS_TO_END = 10  # of jobs that are canceled
 NOT_ENDED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED")
 
 
 class SlurmWorkers(Workers):
     """One job for each worker; the section CLUSTER of the config says what it asks for."""
 
-    def __init__(self, cfg: CfgNode, name: str, gpu: bool, count: int, environment: Mapping[str, str]):
-        super().__init__(cfg, name, gpu, count, environment)
+    def __init__(self, cfg: CfgNode, folder: Path, gpu: bool, count: int, environment: Mapping[str, str]):
+        super().__init__(cfg, folder, gpu, count, environment)
         cluster = cfg.CLUSTER
         options = {
-            "job-name": name,
+            "job-name": folder.name,
             "export": "ALL",
             "open-mode": "append",
             "ntasks": 1,
@@ -42,6 +44,10 @@ class SlurmWorkers(Workers):
         self.jobs: list[str] = []
         self.states: dict[str, str] = {}
         self.queried = 0.0
+        self.file = folder / "jobs"  # outlives a supervisor that is killed
+        if self.file.is_file():
+            self.jobs = self.file.read_text(encoding="utf-8").split()
+            self.stop()
 
     @classmethod
     def check_installed(cls) -> None:
@@ -57,12 +63,14 @@ class SlurmWorkers(Workers):
     def start(self, number: int, command: Sequence[str], log: Path) -> str:
         """Submit a worker; the id of its job."""
         sbatch = ["sbatch", "--parsable", *self.options, f"--output={log}", f"--wrap=exec {shlex.join(command)}"]
-        answer = subprocess.run(sbatch, env=self.environment, capture_output=True, text=True)
+        answer = self._run(*sbatch)
         if answer.returncode:
             reason = " ".join(answer.stderr.replace("sbatch: error: ", "").split())
             raise UserError(f"Slurm refuses the job: {reason}; see the section CLUSTER of the config")
         job = answer.stdout.strip().partition(";")[0]
         self.jobs.append(job)
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(f"{job}\n")
         self.states[job] = "PENDING"
         return job
 
@@ -74,14 +82,32 @@ class SlurmWorkers(Workers):
             return None
         return "" if state == "COMPLETED" else f"job {worker} is {state}"
 
+    def kill(self, worker: str) -> None:
+        self._run("scancel", worker)
+
     def stop(self) -> None:
-        """Cancel every job that was ever submitted; scancel takes those that have ended, too."""
+        """Cancel every job that was ever submitted, ended or not, and wait for their end."""
         if self.jobs:
-            subprocess.run(["scancel", *self.jobs], env=self.environment, capture_output=True)
+            self._run("scancel", *self.jobs)
+            deadline = time.monotonic() + SECONDS_TO_END
+            self._query()
+            while any(self.end_of(job) is None for job in self.jobs) and time.monotonic() < deadline:
+                time.sleep(0.2)
+                self._query()
+        self.jobs = []
+        self.file.unlink(missing_ok=True)
 
     def _query(self) -> None:
-        squeue = ["squeue", "--me", "--states=all", "--noheader", "--format=%i %T"]
-        answer = subprocess.run(squeue, env=self.environment, capture_output=True, text=True)
+        answer = self._run("squeue", "--me", "--states=all", "--noheader", "--format=%i %T")
         if answer.returncode == 0:  # else the controller does not answer just now, which ends no job
             self.states = dict(line.split() for line in answer.stdout.splitlines())
         self.queried = time.monotonic()
+
+    def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of Slurm; one that gives no answer fails."""
+        try:
+            return subprocess.run(
+                command, env=self.environment, capture_output=True, text=True, timeout=SECONDS_TO_ANSWER
+            )
+        except subprocess.TimeoutExpired:
+            return subprocess.CompletedProcess(command, 1, "", f"{command[0]} does not answer")

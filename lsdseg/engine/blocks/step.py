@@ -29,6 +29,8 @@ class BlockStep:
         settings: {key: value} of all settings on which the result depends; finished blocks are only good for these.
         gpu: workers use a GPU.
         timeout: seconds after which a block counts as stuck and its worker is replaced.
+        silence: seconds without a sign of life, beyond the timeout, after which a worker is replaced. A network file
+            system may show such a sign a minute late.
         skip: bool array over the grid of blocks, True for those that need not be done. None: do all.
     """
 
@@ -43,7 +45,14 @@ class BlockStep:
     settings: dict[str, Any] = field(default_factory=dict)
     gpu: bool = False
     timeout: float = 3600.0
+    silence: float = 90.0
     skip: NDArray[np.bool_] | None = None
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Number of blocks along each axis."""
+        written = self.total_roi.end - (self.read_roi.end - self.write_roi.end) - self.write_roi.begin
+        return tuple(-(-size // block) for size, block in zip(written, self.write_roi.shape, strict=True))
 
     @property
     def folder(self) -> Path:

@@ -11,85 +11,146 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import daisy
 from yacs.config import CfgNode
 
 from lsdseg.config.loader import CHECKOUT
-from lsdseg.engine.blocks.markers import finished_blocks
+from lsdseg.engine.blocks.life import Listener, end_with_parent, show_life
+from lsdseg.engine.blocks.lock import workers_lock
+from lsdseg.engine.blocks.markers import new_record_file, record_files
 from lsdseg.engine.blocks.workers import Workers, workers_class
 from lsdseg.errors import UserError
+from lsdseg.files import room_on_disk
 
 # Workers that may end one after the other without a block getting done, besides one for each that runs.
 FAILURES_IN_A_ROW = 10
 SECONDS_BETWEEN_LOOKS = 0.2
-STOPPED = "stopped"  # file in the folder of a run: why the supervisor gave up
+SECONDS_STOPPED = 5  # after which a worker that someone stopped is replaced
+# Files in the folder of a run:
+STOPPED = "stopped"  # why the supervisor gave up
+ALIVE = "supervisor"  # its process, and its sign of life
 
 
-def supervise(cfg: CfgNode, folder: Path, markers: Path, gpu: bool, count: int) -> None:
+def supervise(cfg: CfgNode, folder: Path, markers: Path, gpu: bool, count: int, patience: float) -> None:
     """Keep workers going until no blocks are left or the run has ended; daisy calls this in a process of its own.
 
     Args:
         cfg: the config; CLUSTER.TYPE says what workers are.
-        folder: holds config_0.yaml and step.json for the workers and gets their logs, and the file STOPPED.
+        folder: holds config_0.yaml and step.json for the workers and gets their logs, and the files STOPPED and ALIVE.
         markers: of the step, see `BlockStep`.
         gpu: workers use a GPU.
         count: number of workers.
+        patience: seconds without a sign of life after which a worker is replaced.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # the master decides; handlers, unlike SIG_IGN, are not inherited
+    if workers_class(cfg).all_on_this_machine:
+        end_with_parent()
     context = daisy.Context.from_env()
     # All workers share this context. A number that daisy has not given keeps it from taking them for this process.
     context["worker_id"] = -1
-    workers = workers_class(cfg)(cfg, folder.name, gpu, count, _environment(cfg, context))
     try:
-        _keep_going(workers, folder, markers, int(context["port"]))
+        with workers_lock(markers), room_on_disk(folder), room_on_disk(markers):
+            (folder / ALIVE).write_text(str(os.getpid()), encoding="utf-8")
+            show_life(folder / ALIVE)
+            workers = workers_class(cfg)(cfg, folder, gpu, count, _environment(cfg, context))
+            try:
+                _Crew(workers, markers, patience).keep_going(int(context["port"]))
+            finally:
+                workers.stop()
     except UserError as error:
-        (folder / STOPPED).write_text(str(error), encoding="utf-8")
+        with suppress(OSError):  # a full disk
+            (folder / STOPPED).write_text(str(error), encoding="utf-8")
         sys.exit(str(error))  # not 0, which daisy takes for a worker that was not waited for
-    finally:
-        workers.stop()
 
 
-def _keep_going(workers: Workers, folder: Path, markers: Path, port: int) -> None:
-    """Replace workers that die until the master's port is closed."""
-    files = [str(folder / name) for name in ("config_0.yaml", "step.json")]
-    command = [sys.executable, "-m", "lsdseg.engine.blocks.worker", *files]
-    logs = [folder / f"worker_{number}.log" for number in range(workers.count)]
+class _Crew:
+    """The workers of a run; one that dies, or that will do nothing more, is replaced.
 
-    def start(number: int) -> object:
-        with logs[number].open("a", encoding="utf-8") as log:
-            log.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        return workers.start(number, command, logs[number])
+    Args:
+        workers: starts and ends them.
+        markers: of the step.
+        patience: seconds without a sign of life after which a worker is replaced.
+    """
 
-    running = {number: start(number) for number in range(workers.count)}
-    failures, finished = 0, finished_blocks(markers)
-    while _listens(port):
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-        ends = {number: workers.end_of(worker) for number, worker in running.items()}
-        for number, end in ends.items():
-            if end is None:
-                continue
-            del running[number]
-            if not end or not _listens(port):
-                continue
-            last_words = _last_line(logs[number])
-            before, finished = finished, finished_blocks(markers)
-            failures = failures + 1 if finished == before else 1
-            if failures >= FAILURES_IN_A_ROW + workers.count:
-                silent = last_words.startswith("=== ")
-                raise UserError(
-                    f"{failures} workers in a row ended before they finished a block, the last one so: {end}; "
-                    f"{logs[number]} ends with: {'nothing; does its machine see it?' if silent else last_words}"
-                )
-            running[number] = start(number)
-        if not running:
-            # Nothing was left to hand out when the last one asked. If that lost a block with a worker that died, which
-            # daisy notices after half a second, the port stays open.
-            time.sleep(1)
-            if _listens(port):
-                running[0] = start(0)
+    def __init__(self, workers: Workers, markers: Path, patience: float):
+        self.workers, self.markers, self.patience = workers, markers, patience
+        self.logs = [workers.folder / f"worker_{number}.log" for number in range(workers.count)]
+        self.running: dict[int, Any] = {}
+        self.listeners: dict[int, Listener] = {}
+        self.stopped_since: dict[int, float] = {}
+        self.failures, self.recorded = 0, _bytes_recorded(markers)
+
+    def keep_going(self, port: int) -> None:
+        """Replace workers until the master's port is closed."""
+        for number in range(self.workers.count):
+            self._start(number)
+        while _listens(port):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            for number, worker in list(self.running.items()):
+                end = self.workers.end_of(worker)
+                if end is None:
+                    self._kill_if_stuck(number, worker)
+                    continue
+                del self.running[number]
+                if end and _listens(port):
+                    self._count_failure(number, end)
+                    self._start(number)
+            if not self.running:
+                # Nothing was left to hand out when the last one asked. If that lost a block with a worker that died,
+                # which daisy notices after half a second, the port stays open.
+                time.sleep(1)
+                if _listens(port):
+                    self._start(0)
+
+    def _start(self, number: int) -> None:
+        folder, records = self.workers.folder, new_record_file(self.markers)
+        self._log(number, time.strftime("%Y-%m-%d %H:%M:%S"))
+        files = [folder / "config_0.yaml", folder / "step.json", records]
+        command = [sys.executable, "-m", "lsdseg.engine.blocks.worker", *map(str, files)]
+        self.listeners[number] = Listener(records)
+        self.running[number] = self.workers.start(number, command, self.logs[number])
+
+    def _kill_if_stuck(self, number: int, worker: Any) -> None:
+        """Kill a worker that is stopped or silent; daisy ends those that run and take too long for a block."""
+        now = time.monotonic()
+        stopped_since = self.stopped_since.setdefault(number, now)
+        if not self.workers.is_stopped(worker):
+            del self.stopped_since[number]
+        elif now - stopped_since > SECONDS_STOPPED:
+            self._log(number, "killed, because it was stopped")
+            self.workers.kill(worker)
+        if self.listeners[number].silence() > self.patience:
+            self._log(number, "killed, because it gave no sign of life")
+            self.workers.kill(worker)
+
+    def _count_failure(self, number: int, end: str) -> None:
+        """Give up after too many failures in a row.
+
+        Raises:
+            UserError: the worker ended with a mistake of the user, or there were too many.
+        """
+        last_words = _last_line(self.logs[number])
+        before, self.recorded = self.recorded, _bytes_recorded(self.markers)
+        self.failures = self.failures + 1 if self.recorded == before else 1
+        if self.failures >= FAILURES_IN_A_ROW + self.workers.count:
+            silent = last_words.startswith("=== ")
+            raise UserError(
+                f"{self.failures} workers in a row ended before they finished a block, the last one so: {end}; "
+                f"{self.logs[number]} ends with: {'nothing; does its machine see it?' if silent else last_words}"
+            )
+
+    def _log(self, number: int, text: str) -> None:
+        with self.logs[number].open("a", encoding="utf-8") as log:
+            log.write(f"=== {text}\n")
+
+
+def _bytes_recorded(markers: Path) -> int:
+    return sum(file.stat().st_size for file in record_files(markers))
 
 
 def _last_line(log: Path) -> str:

@@ -1,54 +1,58 @@
 """One worker process: opens what its step needs once, then takes blocks until none are left.
 
-    python -m lsdseg.engine.blocks.worker daisy_logs/SAMPLE_STEP/config_0.yaml daisy_logs/SAMPLE_STEP/step.json
+    python -m lsdseg.engine.blocks.worker daisy_logs/SAMPLE_STEP/config_0.yaml daisy_logs/SAMPLE_STEP/step.json RECORDS
 
 The supervisor starts it, here or as a job; the environment variable DAISY_CONTEXT says where the blocks come from. A
 worker ends after a block that failed, and another takes its place: nothing that broke, such as a GPU's context, is used
 again.
 """
 
-import json
+import logging
 import os
+import resource
 import socket
 import sys
 import time
 from pathlib import Path
 
 import daisy
+import numpy as np
+from daisy.logging import set_log_basedir, set_log_mode
 
 from lsdseg.config.implementations import resolve
 from lsdseg.config.loader import load_config
+from lsdseg.engine.blocks.life import end_with_parent, show_life
+from lsdseg.engine.blocks.markers import record_block
 from lsdseg.errors import UserError
+from lsdseg.files import explain_os_errors, read_json
 
 
-def work(config: Path, step: Path) -> None:
+def work(config: Path, step: Path, records: Path) -> None:
     """Process blocks until the master has none left.
 
     Args:
         config: config_0.yaml of the run.
-        step: step.json beside it: `BlockStep.open_worker` and its arguments.
+        step: step.json beside it: `BlockStep.open_worker`, its arguments, and the grid of blocks.
+        records: file to record finished blocks in, see `markers.new_record_file`; it is also the sign of life.
 
     Raises:
         UserError: this machine does not see the files, or does not reach the master.
     """
     parent = os.getppid()
+    end_with_parent()
     host = socket.gethostname()
-    for file in (config, step):
+    for file in (config, step, records):
         if not file.is_file():
             raise UserError(
                 f"{host} does not see {file}: workers need the folder in which the script was started, the data and "
                 "the results on a file system that all machines share"
             )
+    show_life(records)
     # Away from the master's folder: an experiment.yaml there is in this config already, and must not win again.
     os.chdir(config.parent)
     cfg = load_config(config)
-    what = json.loads(step.read_text(encoding="utf-8"))
-    client = daisy.Client()
-    if not client.connected:
-        raise UserError(
-            f"{host} cannot connect to {client.host}:{client.port}: either the run has ended, or CLUSTER.HOST has "
-            "to be the address under which workers reach the machine that runs the script"
-        )
+    what = read_json(step, "run the same command again")
+    client = _connect(host)
     process = resolve(what["open_worker"])(cfg, what["arguments"])
     print(f"{host}: process {os.getpid()} is ready", flush=True)
     while os.getppid() == parent:  # else the supervisor was killed
@@ -58,7 +62,25 @@ def work(config: Path, step: Path) -> None:
             wall, cpu = time.monotonic(), time.process_time()
             process(block)
             wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+            position = (np.array(block.write_roi.begin) - what["begin"]) // what["block"]
+            number = int(np.ravel_multi_index(position, what["grid"]))
+            with explain_os_errors(records):
+                record_block(records, number, wall, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
             print(f"block {block.block_id[1]}: {wall:.4f} s, {cpu:.4f} s CPU", flush=True)
+
+
+def _connect(host: str) -> daisy.Client:
+    client = daisy.Client()
+    if not client.connected:
+        raise UserError(
+            f"{host} cannot connect to {client.host}:{client.port}: either the run has ended, or CLUSTER.HOST has "
+            "to be the address under which workers reach the machine that runs the script"
+        )
+    # What daisy says of a block that failed names the task, which is the run's secret; Python reports the error itself.
+    logging.getLogger("daisy").setLevel(logging.CRITICAL)
+    set_log_basedir(Path.cwd())
+    set_log_mode("file")  # which is none
+    return client
 
 
 if __name__ == "__main__":

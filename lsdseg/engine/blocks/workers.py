@@ -16,6 +16,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from lsdseg.config.implementations import SCHEDULERS, resolve
+from lsdseg.engine.blocks.life import is_stopped
 
 
 class Workers(ABC):
@@ -23,14 +24,17 @@ class Workers(ABC):
 
     Args:
         cfg: the config.
-        name: of the run, for jobs and queues.
+        folder: of the run; its name is a name for jobs and queues.
         gpu: workers use a GPU.
         count: how many there are at a time.
         environment: environment variables of the workers.
     """
 
-    def __init__(self, cfg: CfgNode, name: str, gpu: bool, count: int, environment: Mapping[str, str]):
-        self.cfg, self.name, self.gpu, self.count = cfg, name, gpu, count
+    # Whether the kernel may end the supervisor with the master, because the workers end with the supervisor.
+    all_on_this_machine = False
+
+    def __init__(self, cfg: CfgNode, folder: Path, gpu: bool, count: int, environment: Mapping[str, str]):
+        self.cfg, self.folder, self.gpu, self.count = cfg, folder, gpu, count
         threads = str(self.threads())
         # Threads that share a core with another worker wait for each other.
         self.environment = {**environment, "OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
@@ -68,6 +72,14 @@ class Workers(ABC):
     def end_of(self, worker: Any) -> str | None:
         """How a worker ended: None if it waits or runs, "" if it ended well, else a description."""
 
+    def is_stopped(self, worker: Any) -> bool:
+        """Whether a worker is known to be stopped (SIGSTOP), so that it will do nothing more."""
+        return False
+
+    @abstractmethod
+    def kill(self, worker: Any) -> None:
+        """End a worker at once, even if it is stopped; `end_of` tells when it has ended."""
+
     @abstractmethod
     def stop(self) -> None:
         """End all workers that were ever started, at once: a block may be broken off anywhere."""
@@ -82,8 +94,10 @@ def workers_class(cfg: CfgNode) -> type[Workers]:
 class LocalWorkers(Workers):
     """Processes on this machine; they share out the GPUs if TRAIN.DEVICE is multi_gpu."""
 
-    def __init__(self, cfg: CfgNode, name: str, gpu: bool, count: int, environment: Mapping[str, str]):
-        super().__init__(cfg, name, gpu, count, environment)
+    all_on_this_machine = True
+
+    def __init__(self, cfg: CfgNode, folder: Path, gpu: bool, count: int, environment: Mapping[str, str]):
+        super().__init__(cfg, folder, gpu, count, environment)
         self.devices = _shared_devices(cfg) if gpu else []
         self.processes: list[subprocess.Popen[bytes]] = []
 
@@ -109,6 +123,12 @@ class LocalWorkers(Workers):
         if status is None:
             return None
         return f"process {worker.pid} ended with status {status}" if status else ""
+
+    def is_stopped(self, worker: subprocess.Popen[bytes]) -> bool:
+        return is_stopped(worker.pid)
+
+    def kill(self, worker: subprocess.Popen[bytes]) -> None:
+        worker.kill()
 
     def stop(self) -> None:
         for process in self.processes:

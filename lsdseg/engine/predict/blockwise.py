@@ -104,9 +104,11 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
     sample = Sample.of_arguments(cfg, arguments)
     raw, tile = sample.raw, tuple(arguments["tile"])
     predictor = TilePredictor(cfg)
-    arrays = {
-        task: open_array(sample.output, f"{prediction_name(task)}{PARTIAL}", "r+") for task in prediction_channels(cfg)
-    }
+    existing, arrays = set(list_arrays(sample.output)), {}
+    for task in prediction_channels(cfg):
+        name = prediction_name(task)  # it has its final name if records of finished blocks were lost since
+        partial = f"{name}{PARTIAL}"
+        arrays[task] = open_array(sample.output, partial if partial in existing else name, "r+")
 
     def process(block: daisy.Block) -> None:
         begin = tuple((block.write_roi.begin - raw.roi.begin) / raw.voxel_size)
