@@ -236,8 +236,10 @@ def test_broken_and_foreign_checkpoints_are_refused(cfg, tmp_path):
             "NUM_FMAPS is tensor",
         ),
         (lambda state: state.update(ema_state_dict=7), "ema_state_dict is 7"),
+        (lambda state: state.update(scaler_state_dict={"scale": 1.0}), "scaler_state_dict is"),
         (lambda state: state.update(optimizer_state_dict={}), "in optimizer_state_dict"),
         (lambda state: state["optimizer_state_dict"]["state"].update({0: {"step": 1}}), "does not fit the weights"),
+        (lambda state: state["optimizer_state_dict"]["state"].update({0: []}), "does not fit the weights"),
         (lambda state: state["optimizer_state_dict"]["state"][0]["exp_avg"].fill_(float("nan")), "exp_avg .* NaN"),
     ],
 )

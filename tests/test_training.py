@@ -542,6 +542,10 @@ def test_unusable_training_volumes_are_refused_before_anything_is_written(home, 
         ({"MODEL_ISO__INPUT_SHAPE": (60, 60, 60)}, "smaller than"),
         ({"MODEL_ISO__VOXEL_SIZE": (10, 10, 10)}, "voxel size"),
         ({"TRAIN__DEVICE": "cuda:5"}, "TRAIN.DEVICE"),
+        (
+            {"TRAIN__BATCH_SIZE": 10_000, "MODEL_ISO__INPUT_SHAPE": (1004,) * 3},
+            "BATCH_SIZE is 10000: raw .* takes 40482 GB",
+        ),
         ({"TRAIN__MIXED_PRECISION": "fp16"}, "MIXED_PRECISION"),
     ],
 )

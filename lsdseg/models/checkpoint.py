@@ -29,6 +29,8 @@ from lsdseg.files import write_whole
 # be missing.
 DICTS = ("model_state_dict", "optimizer_state_dict", "scaler_state_dict", "ema_state_dict", "network_settings")
 NUMBERS = {"iteration": (int,), "validation_voi": (int, float)}
+# What a loss scaler reads from its entry, which may be empty.
+SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
 def network_settings(cfg: CfgNode) -> dict[str, Any]:
@@ -195,6 +197,9 @@ def read_checkpoint(path: Path | str, key: str = "TRAIN.CHECKPOINT") -> dict[str
             canonical(setting, value) if setting in RULES else None
         except ValueError:
             raise _damaged(path, f"{setting} is {quoted(value)} in network_settings") from None
+    scaler = state.get("scaler_state_dict") or dict.fromkeys(SCALER, 0)
+    if not scaler.keys() >= SCALER or not all(type(n) in (int, float) and 0 <= n < math.inf for n in scaler.values()):
+        raise _damaged(path, f"scaler_state_dict is {quoted(scaler)}")
     for field, kinds in NUMBERS.items():
         number = state.get(field, 0)
         if type(number) not in kinds or not 0 <= number < math.inf:
@@ -278,7 +283,10 @@ def _load_optimizer(path: Path, state: dict[str, Any], optimizer: Optimizer) -> 
         for parameter in group["params"]:
             moments = optimizer.state.get(parameter, {})
             shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape} if moments else {}
-            if {name: getattr(tensor, "shape", None) for name, tensor in moments.items()} != shapes:
+            if (
+                not isinstance(moments, dict)
+                or {name: getattr(tensor, "shape", None) for name, tensor in moments.items()} != shapes
+            ):
                 raise _damaged(path, "optimizer_state_dict does not fit the weights")
             for name, tensor in moments.items():
                 _check_tensor(path, f"{name} in optimizer_state_dict", tensor)

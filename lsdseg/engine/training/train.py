@@ -8,6 +8,7 @@ stop. An auto-context type is two such runs, one after the other; the first one 
 from __future__ import annotations
 
 import math
+import os
 import random
 import sys
 import time
@@ -53,6 +54,7 @@ def train(cfg: CfgNode) -> None:
     volumes = volumes_in(cfg, "train")
     used = math.ceil(len(volumes) * cfg.DATA.TRAIN_TEST_SPLIT)
     volumes, left_out = volumes[:used], volumes[used:]
+    _check_memory(cfg)
     check_training_volumes(volumes, cfg)
     device = resolve_device(cfg, cfg.SYSTEM.NUM_WORKERS, ranks.local_rank, ranks.local_size)
     validation = Validation(cfg, left_out) if cfg.TRAIN.VALIDATE_EVERY else None
@@ -69,6 +71,17 @@ def train(cfg: CfgNode) -> None:
             weights = _train_network(first, volumes, device, ranks, None)
             cfg = derived_config(cfg, {"TRAIN.CHECKPOINT_AC": str(weights)})
         _train_network(cfg, volumes, device, ranks, validation)
+
+
+def _check_memory(cfg: CfgNode) -> None:
+    """Check that the raw data of one batch fits into memory: else it takes hours until the machine gives up."""
+    needed = 4 * cfg.TRAIN.BATCH_SIZE * math.prod(cfg.MODEL.RAW_SHAPE)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise UserError(
+            f"TRAIN.BATCH_SIZE is {cfg.TRAIN.BATCH_SIZE}: raw data of so many patches takes {needed / 1e9:.0f} GB, and "
+            f"this machine has {memory / 1e9:.0f} GB; lower it, or set TRAIN.ACCUMULATE instead"
+        )
 
 
 def seed_everything(seed: int) -> None:
