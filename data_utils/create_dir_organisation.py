@@ -3,8 +3,10 @@
 import argparse
 from pathlib import Path
 
-from lsdseg.cli import command_parser, run_command
+from lsdseg.cli import argument, command_parser, run_command
+from lsdseg.config.rules import nonempty, path, words
 from lsdseg.data_utils.layout import create_data_folders
+from lsdseg.errors import UserError
 
 
 def main() -> None:
@@ -13,14 +15,18 @@ def main() -> None:
         "Create BASE/NAME/data_{2d,3d}/{train,test} for every data set NAME.",
         "python data_utils/create_dir_organisation.py ~/lsd/connexion/data CREMI FIB25",
     )
-    parser.add_argument("base", metavar="BASE", type=Path, help="HOME/DATA_DIR_PATH of your config")
-    parser.add_argument("names", metavar="NAME", nargs="+", help="a data set, BRAIN_VOL of your config")
+    parser.add_argument("base", metavar="BASE", type=argument(path(words)), help="HOME/DATA_DIR_PATH of your config")
+    parser.add_argument(
+        "names", metavar="NAME", type=argument(nonempty), nargs="+", help="a data set, BRAIN_VOL of your config"
+    )
     run_command(parser, create)
 
 
 def create(arguments: argparse.Namespace) -> None:
     """Create the folders, and say how to point a config at them."""
-    base = arguments.base.absolute()
+    base = Path(arguments.base)
+    if base == base.parent:
+        raise UserError(f"{base} can be no folder of data sets: DATA.HOME lies above it; name a folder below")
     print(*create_data_folders(base, arguments.names), sep="\n")
     depth = 2 if base.match("connexion/data") else 1  # the default of DATA.DATA_DIR_PATH, or one folder
     home = base.parents[depth - 1]

@@ -355,6 +355,15 @@ def test_output_path(cfg, tmp_path):
         output_path(cfg, "/data/test/sample_A.zarr")
 
 
+@pytest.mark.parametrize("arguments", [["/", "CREMI"], ["data", "x" * 300], ["~nosuchuser", "CREMI"]])
+def test_folders_that_cannot_be_are_refused_before_any_is_made(tmp_path, arguments):
+    script = [sys.executable, CHECKOUT / "data_utils" / "create_dir_organisation.py", *arguments]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert list(tmp_path.iterdir()) == []
+    assert not Path("/CREMI").exists()
+
+
 # checks.py
 
 
