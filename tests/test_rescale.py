@@ -144,6 +144,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
     for source, voxel_size, roi, message in [
         (ids, (10, 10, 10), None, "uint64 .* is not raw"),
         (raw, (10, 0, 10), None, r"voxel size \(10, 0, 10\)"),
+        (raw, (10, 10, 10**9), None, "more than 1000 times"),
         (raw, (10, 10), None, r"voxel size \(10, 10\)"),
         (raw, (8, 8, 8), Roi(OFFSET, (8 * 22, 80, 80)), "source covers"),
     ]:

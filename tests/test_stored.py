@@ -5,7 +5,9 @@ import numcodecs
 import numpy as np
 import pytest
 import zarr
+from yacs.config import CfgNode
 
+from lsdseg.data_utils.masks import open_mask
 from lsdseg.data_utils.stored import ZARR_VERSION, count_chunks, read_header
 from lsdseg.data_utils.volumes import (
     create_array,
@@ -271,6 +273,13 @@ def test_links_that_form_a_loop_end(tmp_path):
     assert list_arrays(path) == ["alias", "group/labels", "volumes/raw"]
     assert not has_array(path, "self")
     np.testing.assert_array_equal(read(open_array(path, "alias")), DATA)
+
+
+def test_a_mask_of_other_axes_is_refused(tmp_path):
+    path = tmp_path / "mask.zarr"
+    write_array(path, "mask", DATA[None], **GRID)
+    with pytest.raises(UserError, match=r"mask in .* has shape .*: store it with the axes z, y, x"):
+        open_mask(CfgNode({"MASK_FILE": str(path), "MASK_DATASET": "mask"}))
 
 
 def test_a_folder_that_is_half_a_disk_is_not_walked(tmp_path, monkeypatch):

@@ -111,6 +111,16 @@ def test_nothing_but_own_arrays_is_replaced(tmp_path, data, name):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_an_array_that_cannot_be_made_leaves_nothing(tmp_path, data):
+    path = tmp_path / "a.zarr"
+    write_array(path, "x", data, **GRID)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(TypeError, match="JSON serializable"):
+        write_array(path, "x", data, **GRID, attributes={"odd": object()})
+    assert sorted(tmp_path.rglob("*")) == before
+    np.testing.assert_array_equal(read(open_array(path, "x")), data)
+
+
 def foreign_file(path, data):
     write_array(path, "x", data, **GRID)
     (path / "notes.txt").write_text("mine")

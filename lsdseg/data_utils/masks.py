@@ -14,13 +14,18 @@ def open_mask(settings: CfgNode) -> Array | None:
     """Return the mask that a section INS_SEGMENT names, or None if it has no MASK_FILE.
 
     Raises:
-        UserError: MASK_DATASET is not set, or there is no such dataset.
+        UserError: MASK_DATASET is not set, there is no such dataset, or it is not (z, y, x).
     """
     if not settings.MASK_FILE:
         return None
     if not settings.MASK_DATASET:
         raise UserError(f"INS_SEGMENT.MASK_FILE is {settings.MASK_FILE}: name the dataset in INS_SEGMENT.MASK_DATASET")
-    return open_array(settings.MASK_FILE, settings.MASK_DATASET)
+    mask = open_array(settings.MASK_FILE, settings.MASK_DATASET)
+    if not len(mask.shape) == mask.voxel_size.dims == 3:
+        raise UserError(
+            f"{settings.MASK_DATASET} in {settings.MASK_FILE} has shape {mask.shape}: store it with the axes z, y, x"
+        )
+    return mask
 
 
 def read_mask(mask: Array | None, roi: Roi, voxel_size: Coordinate) -> NDArray[np.bool_] | None:

@@ -141,9 +141,25 @@ def write_zarr(path: Path | str, inputs: Sequence[Path | str] = ()) -> Iterator[
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def hidden_array(dataset: str) -> str:
-    """Return a name beside a dataset for an array without its attributes, which nothing lists."""
-    return str(PurePosixPath(dataset).with_name(_hidden(Path(dataset), PARTIAL).name))
+@contextmanager
+def replacing_array(path: Path | str, dataset: str) -> Iterator[str]:
+    """Let the body make an array under a temporary name, and give it its name if the body succeeds.
+
+    Yields:
+        The temporary name of the dataset, which nothing lists.
+
+    Raises:
+        UserError: something else has that name, or the name without PARTIAL that the array will get.
+    """
+    for name in (dataset, dataset.removesuffix(PARTIAL)):
+        check_replaceable_array(path, name)
+    folder = array_folder(path, dataset)
+    new = _hidden(folder, PARTIAL)
+    try:
+        yield new.relative_to(path).as_posix()
+        replace_folder(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _usable(name: str) -> bool:

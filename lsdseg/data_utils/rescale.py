@@ -22,6 +22,7 @@ from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk
 
 SLAB_BYTES = 2**24
+LARGEST_STEP = 1000  # voxels of the source that one new voxel averages over, along each axis
 
 
 def rescale_zarr(
@@ -150,6 +151,11 @@ def _check(source: Array, target: Path | str, voxel_size: Coordinate, roi: Roi |
         raise UserError(
             f"voxel size {tuple(voxel_size)} nm for {target} from an array of shape {source.shape}: "
             "give one number above 0 for each axis"
+        )
+    if any(new > LARGEST_STEP * old for new, old in zip(voxel_size, source.voxel_size, strict=True)):
+        raise UserError(
+            f"voxel size {tuple(voxel_size)} nm for {target} is more than {LARGEST_STEP} times that of the source, "
+            f"{tuple(source.voxel_size)}: make it smaller"
         )
     if not labels and source.dtype != np.uint8 and source.dtype.kind != "f":
         raise UserError(

@@ -24,13 +24,12 @@ from lsdseg.data_utils.placement import Placement, read_ome_placement, read_plac
 from lsdseg.data_utils.replace import (
     array_folder,
     check_replaceable_array,
-    hidden_array,
     is_array,
     replace_folder,
+    replacing_array,
 )
 from lsdseg.data_utils.stored import ZARR_VERSION, CheckedArray, count_chunks, open_checked, read_header, read_json
 from lsdseg.errors import UserError
-from lsdseg.files import PARTIAL
 
 # Indexing a funlib Array computes a dask graph. Dask's thread pool hangs in a process that is forked after the pool was
 # first used, and gunpowder's PreCache forks.
@@ -146,19 +145,6 @@ def create_array(
     if chunk_shape is None:
         edge = 64 if dims == 3 else 512
         chunk_shape = (*shape[:-dims], *(min(edge, size) for size in shape[-dims:]))
-    for name in (dataset, dataset.removesuffix(PARTIAL)):
-        check_replaceable_array(path, name)
-    new = hidden_array(dataset)
-    source = zarr.open_array(
-        store=str(path),
-        path=new,
-        mode="w",
-        shape=shape,
-        chunks=tuple(map(int, chunk_shape)),
-        dtype=dtype,
-        fill_value=0,
-        **_format(Path(path)),
-    )
     # This project reads resolution. With the others, funlib's own open_ds finds the same placement.
     placement = {
         "resolution": list(voxel_size),
@@ -168,8 +154,18 @@ def create_array(
         "units": ["nm"] * dims,
     }
     copied = {key: value for key, value in (attributes or {}).items() if key != CHUNKS}
-    source.attrs.update({**copied, **placement})
-    replace_folder(Path(path) / new, array_folder(path, dataset))
+    with replacing_array(path, dataset) as new:
+        source = zarr.open_array(
+            store=str(path),
+            path=new,
+            mode="w",
+            shape=shape,
+            chunks=tuple(map(int, chunk_shape)),
+            dtype=dtype,
+            fill_value=0,
+            **_format(Path(path)),
+        )
+        source.attrs.update({**copied, **placement})
     return open_array(path, dataset, "r+")
 
 
