@@ -127,7 +127,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def count_chunks(header: Header) -> int:
-    """Return how many chunks of an array are stored. It lists all of them: about a second for a million."""
+    """Return how many chunks of an array are stored. It lists all of them: some seconds for a million."""
     folders, names = [header.folder], re.compile(rf"{re.escape(header.prefix)}\d+(\.\d+)*")
     if header.separator == "/":
         folders, names = [header.folder / header.prefix], re.compile(r"\d+")
