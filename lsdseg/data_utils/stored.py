@@ -243,28 +243,23 @@ def _separator(text: Any) -> str:
 def _check_chunk(header: Header, file: Path) -> None:
     """Check that a chunk is a file, and that one of Blosc is as long as it says. A missing one is fine."""
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise _damaged(file, "it is not a file")
+        if not header.blosc:
+            return
+        with open(file, "rb", buffering=0) as stream:
+            start = stream.read(16)
     except FileNotFoundError:
         return
     except OSError as error:
         raise _damaged(file, error.strerror or str(error)) from error
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise _damaged(file, "it is not a file")
-        if header.blosc:
-            start = os.read(descriptor, 16)
-            if len(start) < 16:
-                raise _damaged(file, f"it has only {len(start)} bytes")
-            # c-blosc's header: at 4 the number of bytes without compression, at 12 with it
-            unpacked, stored = (int.from_bytes(start[i : i + 4], "little") for i in (4, 12))
-            if stored != status.st_size or (header.plain and unpacked != header.chunk_bytes):
-                raise _damaged(
-                    file,
-                    f"{status.st_size} bytes for {header.chunk_bytes} of voxels, but it says {stored} for {unpacked}",
-                )
-    finally:
-        os.close(descriptor)
+    # c-blosc's header has at 4 the number of bytes without compression, at 12 with it
+    unpacked, stored = (int.from_bytes(start[i : i + 4], "little") for i in (4, 12))
+    if len(start) < 16 or stored != status.st_size or (header.plain and unpacked != header.chunk_bytes):
+        raise _damaged(
+            file, f"{status.st_size} bytes for {header.chunk_bytes} of voxels, but it says {stored} for {unpacked}"
+        )
 
 
 def _damaged(file: Path, reason: str) -> UserError:
