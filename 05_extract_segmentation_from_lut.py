@@ -9,8 +9,11 @@ from lsdseg.engine.post.steps.relabel import extract_segmentation
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the merge function and the threshold of the look-up table."""
-    add_merge_function(parser)
-    parser.add_argument("-th", "--threshold", type=argument(threshold), required=True, help="threshold, as given to 04")
+    # The defaults of the published script.
+    add_merge_function(parser, default="hist_quant_50")
+    parser.add_argument(
+        "-th", "--threshold", type=argument(threshold), default=0.3, help="threshold, as given to 04 (default: 0.3)"
+    )
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ The demo makes its own data, prints and runs the commands that a user would type
 
 import json
 import time
+from argparse import Namespace
 from pathlib import Path
 
-from lsdseg.cli import call_script
+from lsdseg.cli import call_script, command_parser, run_command
 from lsdseg.config.loader import load_config
 from lsdseg.data_utils.layout import PREDICT_CONFIG, data_folder, scores_path
 from lsdseg.data_utils.phantom import write_phantom
@@ -24,7 +25,7 @@ CONFIG = CHECKOUT / "config" / "config_demo.py"
 VOLUMES = {"train/phantom_1": (128, 1), "train/phantom_2": (128, 2), "test/phantom_3": (112, 3)}
 
 
-def main() -> None:
+def main(_arguments: Namespace) -> None:
     """Make phantoms, train, predict, segment and score. Compare with an untrained network, and draw a picture."""
     began = time.monotonic()
     cfg = load_config(CONFIG, ["DATA.HOME", str(HOME)])
@@ -93,4 +94,4 @@ def print_title(title: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(command_parser("Run the whole pipeline on synthetic data, in ./demo_data.", "python demo.py"), main)

@@ -1,9 +1,11 @@
 """How every script runs: parse the arguments, load the config, make one call, and report a mistake in one line."""
 
 import argparse
+import ctypes
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lsdseg.config.loader import CHECKOUT, EXPERIMENT, load_config
+from lsdseg.config.loader import CHECKOUT, CONFIG_SUFFIXES, EXPERIMENT, load_config
 from lsdseg.config.rules import Rule, pattern, read_value
 from lsdseg.errors import DeviceError, UserError, quoted, without_secrets
 
@@ -75,10 +77,17 @@ def run_script(
             default=default_config,
             help=f".py or .yaml file; a bare name is also looked up in config/ (default: {default_config})",
         )
-        parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="settings that override the file")
+        parser.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="KEY VALUE",
+            help="settings that override the file; FILE may also come first",
+        )
         if add_arguments is not None:
             add_arguments(parser)
         args = parser.parse_intermixed_args()
+        if args.overrides and Path(args.overrides[0]).suffix in CONFIG_SUFFIXES and args.config == default_config:
+            args.config, *args.overrides = args.overrides  # as the published scripts take it
         cfg = load_config(args.config, args.overrides)
         logging.getLogger("gunpowder").setLevel(logging.WARNING)  # it reports every process it starts and ends
         logging.basicConfig(
@@ -93,7 +102,7 @@ def run_script(
 
 
 def call_script(script: str, *arguments: object, cwd: Path | None = None) -> None:
-    """Print a script's command line as a user would type it in the checkout, and run it.
+    """Print a script's command line as a user would type it in the checkout, and run it. It ends with this process.
 
     Args:
         script: path of the script in the checkout.
@@ -105,8 +114,16 @@ def call_script(script: str, *arguments: object, cwd: Path | None = None) -> Non
     """
     command = [script, *map(str, arguments)]
     print("\n$ python", without_secrets(shlex.join(command)), flush=True)
-    if status := subprocess.run([sys.executable, CHECKOUT / script, *command[1:]], cwd=cwd).returncode:
+    run = [sys.executable, str(CHECKOUT / script), *command[1:]]
+    if status := subprocess.run(run, cwd=cwd, preexec_fn=_end_with_parent).returncode:
         sys.exit(status)
+
+
+def _end_with_parent() -> None:
+    """Let Linux send SIGTERM to this process when the one that started it ends, however it ends."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def argument(rule: Rule) -> Callable[[str], Any]:
@@ -121,15 +138,15 @@ def argument(rule: Rule) -> Callable[[str], Any]:
     return parse
 
 
-def add_merge_function(parser: argparse.ArgumentParser) -> None:
+def add_merge_function(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """Add the option -mf, for scripts that read what 03_agglomerate_blockwise.py wrote."""
     parser.add_argument(
         "-mf",
         "--merge_function",
         metavar="NAME",
         type=argument(pattern("[A-Za-z0-9_]{1,100}", "a name such as hist_quant_50")),
-        required=True,
-        help="merge function that 03 was run with",
+        default=default,
+        help=f"merge function that 03 was run with (default: {default or 'that of the config'})",
     )
 
 

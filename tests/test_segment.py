@@ -67,13 +67,13 @@ def test_the_segmentation_has_the_voxels_of_the_volume(tmp_path, config, capfd, 
     segment.main(None, args)
 
     out = tmp_path / "fly_segmentation.zarr"
-    assert list_arrays(out) == ["volumes/segmentation"]
-    segmentation, volume = open_array(out, "volumes/segmentation"), open_array(raw, "em/s0")
+    assert list_arrays(out) == [f"volumes/{name}"]
+    segmentation, volume = open_array(out, f"volumes/{name}"), open_array(raw, "em/s0")
     assert (segmentation.roi, segmentation.voxel_size) == (volume.roi, volume.voxel_size)
     assert segmentation.dtype == np.uint64
     assert read(segmentation).any()
-    assert (tmp_path / "fly_segmentation.png").is_file()
-    assert f"{out}/volumes/segmentation" in capfd.readouterr().out
+    assert (tmp_path / f"fly_segmentation_{name}.png").is_file()
+    assert f"{out}/volumes/{name}" in capfd.readouterr().out
 
     # Input and output of the network have its own voxels, at the same place. Each voxel gets the label at its center.
     at_10_nm = next((tmp_path / "fly_segmentation_work" / "lsd_outputs").rglob("fly_segmentation.zarr"))
@@ -83,6 +83,25 @@ def test_the_segmentation_has_the_voxels_of_the_volume(tmp_path, config, capfd, 
     assert open_array(at_10_nm, "volumes/pred_affs").shape[0] == 9
     indices = [((np.arange(size) + 0.5) * voxel_size / 10).astype(int) for size in SHAPE]
     np.testing.assert_array_equal(read(segmentation), read(labels)[np.ix_(*indices)])
+
+
+def test_other_thresholds_are_added_without_predicting_again(tmp_path, config, capfd):
+    raw = write_volume(tmp_path / "fly.zarr", dataset="em/s0")
+
+    def run(*thresholds):
+        overrides = ["DATA.RAW", "em/s0", "INS_SEGMENT.THRESHOLDS", str(list(thresholds))]
+        segment.main(None, argparse.Namespace(raw=str(raw), out=None, config=str(config), overrides=overrides))
+
+    out = tmp_path / "fly_segmentation.zarr"
+    run(0.5)
+    before = read(open_array(out, "volumes/segmentation_050"))
+    capfd.readouterr()
+    run(0.4, 0.604)
+    assert "is predicted already" in capfd.readouterr().out
+    assert list_arrays(out) == [f"volumes/segmentation_{name}" for name in ("040", "050", "060_4")]
+    np.testing.assert_array_equal(read(open_array(out, "volumes/segmentation_050")), before)
+    with pytest.raises(UserError, match=r"holds volumes/segmentation_040 already"):
+        run(0.4)
 
 
 def test_a_failing_command_ends_the_script_with_its_status(tmp_path):

@@ -312,8 +312,9 @@ _C.INS_SEGMENT.MUTEX_BIAS = None
 _C.INS_SEGMENT.LINK_SECTIONS = None
 # Agglomeration thresholds, one segmentation for each. Higher thresholds merge more.
 _C.INS_SEGMENT.THRESHOLDS = [0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75]
-# Merge function of waterz: hist_quant_10 ... hist_quant_95, the same with _initmax, or mean. None: hist_quant_N, where
-# N is 100 times the first of THRESHOLDS above EPSILON_AGGLOMERATE.
+# Merge function of waterz: hist_quant_10 ... hist_quant_95, the same with _initmax, or mean. None, as published:
+# instance_segmenter.py takes mean and no EPSILON_AGGLOMERATE; in blocks it is hist_quant_N, where N is 100 times the
+# first of THRESHOLDS above EPSILON_AGGLOMERATE.
 _C.INS_SEGMENT.MERGE_FUNCTION = None
 # Run the watershed in each section separately. For anisotropic data, where affinities in z are weak.
 _C.INS_SEGMENT.FRAGMENTS_IN_XY = False

@@ -32,12 +32,27 @@ from lsdseg.files import write_whole
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 EXPERIMENT = "experiment.yaml"
+CONFIG_SUFFIXES = (".py", ".yaml", ".yml")
 SECTIONS = tuple(dict.fromkeys(key.partition(".")[0] for key in RULES))
 MODEL_SECTIONS = ("MODEL_ISO", "MODEL_ANISO")
 # Loading derives this section. Files may hold it, but it is ignored, and it is not written to them.
 DERIVED_SECTION = "MODEL"
 # Keys of MODEL_* for the folders of a run, and the folders of HOME that these lie in by default.
 RUN_FOLDERS = {"LOG_DIR": "lsd_logs", "CKPT_FOLDER": "lsd_checkpoints", "OUTPUT_DIR": "lsd_snapshots"}
+# Keys of folders that results go to. Those below DATA.HOME move with it if a later source changes DATA.HOME.
+OUTPUT_FOLDERS = ("DATA.OUTFILE", *(f"{section}.{name}" for section in MODEL_SECTIONS for name in RUN_FOLDERS))
+# Keys that the published scripts add to the config_0.yaml that they write. What they say follows from other keys here.
+PUBLISHED_KEYS = (
+    "DATA.CONTEXT",
+    "DATA.SAMPLE",
+    "DATA.SAMPLE_NAME",
+    "DATA.SAMPLE_SLICE",
+    "DATA.DB_COLLECTION_NAME",
+    "INS_SEGMENT.AFFS_DS",
+    "INS_SEGMENT.OUT_FRAGS_DS",
+    "INS_SEGMENT.NUM_VOXELS_IN_BLOCK",
+    "INS_SEGMENT.THRESHOLD",
+)
 # Keys of MODEL_* that describe the network, in the order of the arguments of `network_shapes`.
 NETWORK = ("DOWNSAMPLE_FACTORS", "KERNEL_SIZE_DOWN", "KERNEL_SIZE_UP", "PAD_CONV")
 # Default of GROW_INPUT, if the network can take it.
@@ -71,7 +86,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[Any] = ()) -
     sources: list[Source] = [("config/config.py", _entries(get_cfg_defaults()))]
     files = [] if path is None else [find_config(path)]
     files += [Path(EXPERIMENT)] if Path(EXPERIMENT).is_file() else []
-    sources += [(str(file), _entries(read_config_file(file))) for file in files]
+    sources += [(str(file), _without_published_keys(_entries(read_config_file(file)))) for file in files]
     sources += [("command line", _pairs(overrides))]
     return _merge(sources)
 
@@ -91,7 +106,7 @@ def _merge(sources: Sequence[Source]) -> CfgNode:
     cfg = CfgNode({section: {} for section in SECTIONS})
     origins: dict[str, str] = {}
     for origin, entries in sources:
-        for key, value in entries:
+        for key, value in _with_moved_folders(cfg, list(entries)):
             if key not in RULES:
                 hint = f"did you mean {_nearest(str(key))}?"
                 if isinstance(value, str) and value in RULES:
@@ -106,6 +121,34 @@ def _merge(sources: Sequence[Source]) -> CfgNode:
     _resolve(cfg, origins)
     cfg.freeze()
     return cfg
+
+
+def _with_moved_folders(cfg: CfgNode, entries: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield a source's (key, value) pairs. If they change DATA.HOME, folders of earlier sources below it come first."""
+    old, new = cfg.DATA.get("HOME"), dict(entries).get("DATA.HOME")
+    for key in OUTPUT_FOLDERS if old and isinstance(new, str) else ():
+        section, _, name = key.partition(".")
+        folder = cfg[section].get(name)
+        if folder and Path(folder).is_relative_to(old):
+            yield key, str(Path(str(new)) / Path(folder).relative_to(old))
+    yield from entries
+
+
+def _without_published_keys(entries: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Drop the keys that published scripts add to a config.
+
+    They also set DATA.OUTFILE to the zarr of the sample, OUTFILE/TYPE/3d/RUN/CHECKPOINT/SAMPLE.zarr.
+    """
+    for key, value in entries:
+        if (
+            key == "DATA.OUTFILE"
+            and isinstance(value, str)
+            and value.endswith(".zarr")
+            and len(Path(value).parents) > 4
+        ):
+            yield key, str(Path(value).parents[4])
+        elif key not in PUBLISHED_KEYS:
+            yield key, value
 
 
 def find_config(path: str | Path) -> Path:
@@ -149,7 +192,7 @@ def read_config_file(file: Path) -> dict[str, Any]:
     """
     if file.suffix == ".py":
         return _run_python(file)
-    if file.suffix not in (".yaml", ".yml"):
+    if file.suffix not in CONFIG_SUFFIXES:
         raise UserError(f"{file}: the name of a config file must end in .py, .yaml or .yml")
     try:
         if file.stat().st_size > MOST_BYTES:

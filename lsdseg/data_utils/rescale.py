@@ -6,6 +6,7 @@ of the two volumes begin and end. Only the voxels that a slab needs are read, so
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from scipy.sparse import csr_array
 from tqdm import tqdm
 
 from lsdseg.data_utils.replace import check_replaceable_zarr, write_zarr
-from lsdseg.data_utils.volumes import create_array, open_array, read, slabs
+from lsdseg.data_utils.volumes import create_array, has_array, open_array, read, rename_array, slabs
 from lsdseg.errors import UserError
-from lsdseg.files import room_on_disk
+from lsdseg.files import PARTIAL, room_on_disk
 
 SLAB_BYTES = 2**24
 LARGEST_STEP = 1000  # voxels of the source that one new voxel averages over, along each axis
@@ -35,6 +36,7 @@ def rescale_zarr(
     like: Sequence[str] | None,
     labels: bool,
     overwrite: bool,
+    add: bool = False,
 ) -> None:
     """Resample a dataset of a zarr into another zarr, and print what was written.
 
@@ -47,21 +49,26 @@ def rescale_zarr(
         like: zarr and dataset to take voxel size and ROI from.
         labels: take the nearest voxel.
         overwrite: replace a target that exists.
+        add: keep what is in a target that exists, and add the dataset.
 
     Raises:
-        UserError: an input does not exist, the target exists, as for `check_replaceable_zarr`, or as for `rescale`.
+        UserError: an input does not exist, the target or the dataset to add exists, as for `check_replaceable_zarr`, or
+            as for `rescale`.
     """
     array = open_array(source, dataset)
     grid = open_array(like[0], like[1]) if like else None
-    inputs = [source, Path(like[0])] if like else [source]
-    check_replaceable_zarr(target, inputs)
-    if target.exists() and not overwrite:
+    inputs, name = [source, Path(like[0])] if like else [source], to or dataset
+    add = add and target.exists()
+    if add and has_array(target, name):
+        raise UserError(f"{target} holds {name} already: write to another dataset (--to)")
+    if not add:
+        check_replaceable_zarr(target, inputs)
+    if target.exists() and not overwrite and not add:
         raise UserError(f"{target} exists: add --overwrite, or write elsewhere")
-    name = to or dataset
     if grid is None:
-        rescale(array, target, name, voxel_size or (), labels=labels)
+        rescale(array, target, name, voxel_size or (), labels=labels, add=add)
     else:
-        rescale(array, target, name, grid.voxel_size, grid.roi, labels=labels)
+        rescale(array, target, name, grid.voxel_size, grid.roi, labels=labels, add=add)
     written = open_array(target, name)
     print(f"{target}: {name} {written.dtype} {written.shape}, {tuple(written.voxel_size)} nm")
 
@@ -74,6 +81,7 @@ def rescale(
     roi: Roi | None = None,
     *,
     labels: bool = False,
+    add: bool = False,
 ) -> None:
     """Resample a volume to another voxel size, as the only dataset of a zarr, which appears whole or not at all.
 
@@ -86,6 +94,7 @@ def rescale(
             source does, and cover all of it.
         labels: take the nearest voxel instead of interpolating. This is also done for raw if the voxels do not change,
             because it is exact.
+        add: add the dataset to a zarr that exists, instead.
 
     Raises:
         UserError: the arguments do not fit each other (nothing is written then), or there is no room on disk.
@@ -96,10 +105,11 @@ def rescale(
     shape = Coordinate(-(-n // v) for n, v in zip((roi or source.roi).shape, voxel_size, strict=True))
     step = [new / old for new, old in zip(voxel_size, source.voxel_size, strict=True)]
     same_voxels = voxel_size == source.voxel_size and not any((begin - source.offset) % voxel_size)
-    with room_on_disk(target), write_zarr(target) as partial:
+    name = f"{dataset}{PARTIAL}" if add else dataset
+    with room_on_disk(target), nullcontext(target) if add else write_zarr(target) as folder:
         array = create_array(
-            partial,
-            dataset,
+            folder,
+            name,
             shape,
             voxel_size=voxel_size,
             offset=begin,
@@ -119,6 +129,8 @@ def rescale(
                 array[slab] = _nearest(source, centers)
             else:
                 array[slab] = _interpolated(source, centers, step)
+        if add:
+            rename_array(target, name, dataset)
 
 
 def interpolation_weights(centers: NDArray[np.floating[Any]], size: int, width: float) -> csr_array:

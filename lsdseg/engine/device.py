@@ -17,7 +17,8 @@ Network = TypeVar("Network", bound=nn.Module)
 def resolve_device(cfg: CfgNode, busy_cores: int = 0, local_rank: int = 0, local_size: int = 1) -> torch.device:
     """Find the device that TRAIN.DEVICE names, and set the number of CPU threads.
 
-    "auto" is the first GPU if there is one, otherwise the CPU. TRAIN.THREADS 0 means OMP_NUM_THREADS if that is set,
+    "auto" is the first GPU if there is one, otherwise the CPU. So are "cuda" and "cuda:0", as published configs have
+    them, with a line that says so. TRAIN.THREADS 0 means OMP_NUM_THREADS if that is set,
     otherwise one thread per core that is not busy. A thread that shares its core delays all the others, and a training
     step can then take ten times as long.
 
@@ -33,6 +34,9 @@ def resolve_device(cfg: CfgNode, busy_cores: int = 0, local_rank: int = 0, local
     name = cfg.TRAIN.DEVICE
     if name == "auto":
         name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    elif name in ("cuda", "cuda:0") and not torch.cuda.is_available():
+        print(f"TRAIN.DEVICE is {name}, but this machine has no GPU: using the CPU", flush=True)
+        name = "cpu"
     elif name in ("multi_gpu", "cuda"):
         name = f"cuda:{local_rank}"
     device = torch.device(name)

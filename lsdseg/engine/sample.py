@@ -8,8 +8,9 @@ from pathlib import Path
 from funlib.persistence import Array
 from yacs.config import CfgNode
 
-from lsdseg.data_utils.layout import block_markers, output_path, prediction_name, sample_name, volumes_in
+from lsdseg.data_utils.layout import FRAGMENTS, block_markers, output_path, prediction_name, sample_name, volumes_in
 from lsdseg.data_utils.masks import open_mask
+from lsdseg.data_utils.records import ATTRIBUTE
 from lsdseg.data_utils.volumes import has_array, open_array, source_defaults
 from lsdseg.engine.offsets import DIRECT_NEIGHBORS, Offset, offsets_of
 from lsdseg.errors import UserError
@@ -68,6 +69,19 @@ class Sample:
     def mask(self) -> Array | None:
         """INS_SEGMENT.MASK_FILE, None if there is none."""
         return open_mask(self.cfg.INS_SEGMENT)
+
+    @cached_property
+    def fragments_dataset(self) -> str:
+        """Name of the fragments in the output: FRAGMENTS, or else what the published scripts call them, if they exist.
+
+        Those are named by INS_SEGMENT.EPSILON_AGGLOMERATE, volumes/segmentation_025. A segmentation that was made here
+        in memory can have that name, too; it says what it was made from.
+        """
+        published = f"volumes/segmentation_{str(self.cfg.INS_SEGMENT.EPSILON_AGGLOMERATE).replace('.', '')}"
+        if has_array(self.output, FRAGMENTS) or not has_array(self.output, published):
+            return FRAGMENTS
+        attributes = open_array(self.output, published).attrs
+        return FRAGMENTS if ATTRIBUTE in attributes or "method" in attributes else published
 
     @cached_property
     def affinities(self) -> Array:

@@ -186,6 +186,8 @@ def read_checkpoint(path: Path | str, key: str = "TRAIN.CHECKPOINT") -> dict[str
         raise UserError(
             f"{path} {reason}: copy it again from its source, or set {key} to another model_checkpoint_N file"
         ) from None
+    if isinstance(state, dict) and state and all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        state = {"model_state_dict": state}  # bare weights, as `torch.save(model.state_dict(), path)` writes them
     if not isinstance(state, dict) or not isinstance(state.get("model_state_dict"), dict):
         raise UserError(f"{path} is not an LSD checkpoint (it has no model_state_dict): set {key} to another file")
     for field in DICTS:

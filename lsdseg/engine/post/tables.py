@@ -17,6 +17,7 @@ import numba
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lsdseg.data_utils.layout import lut_path
 from lsdseg.data_utils.records import ATTRIBUTE, Record
 from lsdseg.engine.post.graph import Edges
 from lsdseg.errors import UserError
@@ -164,6 +165,35 @@ def check_lut(path: Path | str, lut: NDArray[np.uint64]) -> None:
             f"{path} is damaged: segments in it do not have the id of one of their fragments; "
             "run 04_find_segments_full.py again"
         )
+
+
+def existing_lut(output: Path, merge_function: str, threshold: float) -> Path:
+    """Find the LUT of an output for a threshold.
+
+    The published scripts cut hundredths off instead of rounding them: 0.29 is stored a little below 29 hundredths, and
+    its table is named 28. Such a table is taken if there is none of the right name.
+
+    Args:
+        output: the output zarr.
+        merge_function: its name.
+        threshold: as 04 was given it.
+
+    Raises:
+        UserError: there is none; the message says which there are.
+    """
+    path = lut_path(output, merge_function, threshold)
+    if path.is_file():
+        return path
+    of_published_scripts = lut_path(output, merge_function, int(threshold * 100) / 100)
+    if of_published_scripts.is_file() and lut_record(of_published_scripts) is None:
+        return of_published_scripts
+    start = lut_path(output, merge_function, 0).name.removesuffix("0.npz")
+    found = sorted(file.stem.removeprefix(start) for file in path.parent.glob(f"{start}*.npz"))
+    there_are = f"there are tables at {', '.join(found)} hundredths" if found else "there are none yet"
+    raise UserError(
+        f"no look-up table {path}; run 04_find_segments_full.py first, with -mf {merge_function} -th {threshold:g} "
+        f"(of {merge_function}, {there_are})"
+    )
 
 
 def lut_record(path: Path | str) -> Record | None:

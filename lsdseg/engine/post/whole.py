@@ -92,7 +92,24 @@ def _segment_sample(sample: Sample) -> list[str]:
 
 def _record(sample: Sample) -> Record:
     """What the segmentations of a sample are made from. Their attributes say the rest: merge function and threshold."""
-    return Record(IN_MEMORY, inputs_of(sample), settings_of(sample.cfg, SEGMENTATION))
+    settings = settings_of(sample.cfg, SEGMENTATION)
+    settings["INS_SEGMENT.EPSILON_AGGLOMERATE"] = settings_in_memory(sample.cfg.INS_SEGMENT).EPSILON_AGGLOMERATE
+    return Record(IN_MEMORY, inputs_of(sample), settings)
+
+
+def settings_in_memory(settings: CfgNode) -> CfgNode:
+    """Return a section INS_SEGMENT with what counts in memory if it names no MERGE_FUNCTION: the mean, without a merge
+    in advance.
+
+    Published configs name none, and that is what the published script did with them; the published blockwise scripts
+    took a quantile.
+    """
+    if settings.MERGE_FUNCTION is not None or settings.METHOD != "waterz":
+        return settings
+    changed = settings.clone()
+    changed.defrost()
+    changed.MERGE_FUNCTION, changed.EPSILON_AGGLOMERATE = "mean", 0.0
+    return changed
 
 
 def _in_blocks(sample: Sample) -> bool:
@@ -109,7 +126,7 @@ def check_settings(settings: CfgNode, offsets: Sequence[Offset]) -> None:
     Raises:
         UserError: it cannot.
     """
-    method = method_of(settings)
+    method, settings = method_of(settings), settings_in_memory(settings)
     method.check(settings, offsets)
     method.merge_function(settings)
     method.segmentation_names(settings)
@@ -142,7 +159,7 @@ def segmentations(
     Yields:
         Name, labels (uint64, z, y, x) and attributes of every dataset that `segment_sample` writes.
     """
-    method = method_of(settings)
+    method, settings = method_of(settings), settings_in_memory(settings)
     for name, labels, attributes in method.segmentations(affinities, settings, offsets, mask, placement):
         if name != FRAGMENTS:
             attributes["method"] = settings.METHOD

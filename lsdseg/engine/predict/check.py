@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from yacs.config import CfgNode
 
 from lsdseg.data_utils.checks import check_raw
-from lsdseg.data_utils.volumes import open_array
+from lsdseg.data_utils.layout import SEGMENTATIONS
+from lsdseg.data_utils.volumes import list_arrays, open_array
 from lsdseg.engine.device import resolve_device
 from lsdseg.engine.network import load_network
 from lsdseg.engine.predict.predict import MIN_COMPRESSED_SHARE, prediction_channels
@@ -17,17 +19,19 @@ from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk
 
 
-def check_before_segmenting(path: Path, output: Path, cfg: CfgNode) -> None:
+def check_before_segmenting(path: Path, output: Path, cfg: CfgNode, names: Sequence[str] = ()) -> None:
     """Check that a volume can be rescaled, segmented and written. Warn if its voxels differ by more than a factor of 2.
 
     Args:
         path: zarr with the raw data, of any voxel size. It will be rescaled to MODEL.VOXEL_SIZE.
         output: zarr to write.
         cfg: the config of the network with the weights TRAIN.CHECKPOINT.
+        names: datasets to write there; other segmentations may be there already.
 
     Raises:
         UserError: the voxel size of the raw data is unknown or differs between axes; `check_raw` refuses the raw data;
-            the output exists; the weights or the device cannot be used; the disk has no room.
+            the output holds one of the datasets, or something else; the weights or the device cannot be used; the disk
+            has no room.
     """
     raw = open_array(path, cfg.DATA.RAW)
     where, own, trained = f"{cfg.DATA.RAW} in {path}", tuple(raw.voxel_size), cfg.MODEL.VOXEL_SIZE
@@ -40,8 +44,11 @@ def check_before_segmenting(path: Path, output: Path, cfg: CfgNode) -> None:
     own_size.defrost()
     own_size.MODEL.VOXEL_SIZE = own
     check_raw(path, own_size)
-    if output.exists():
+    there = list_arrays(output)
+    if output.exists() and not (there and all(map(SEGMENTATIONS.fullmatch, there))):
         raise UserError(f"{output} exists: delete it, or name another output")
+    if again := sorted(set(there) & set(names)):
+        raise UserError(f"{output} holds {', '.join(again)} already: delete it, or name another threshold or output")
     resolve_device(cfg)
     load_network(cfg)
 

@@ -50,7 +50,7 @@ def agglomerate_blockwise(cfg: CfgNode) -> None:
 def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:
     """Open what a worker needs; returns what it does with each block."""
     sample, merge_function = Sample.of_arguments(cfg, arguments), arguments["merge_function"]
-    affinities, fragments = sample.affinities, open_array(sample.output, FRAGMENTS)
+    affinities, fragments = sample.affinities, open_array(sample.output, sample.fragments_dataset)
     store = open_store(cfg, sample.output, "r+", identity(fragments))
     method = method_that_scores(merge_function)
     no_edges = (np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.float32))

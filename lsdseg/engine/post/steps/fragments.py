@@ -11,7 +11,15 @@ from lsdseg.config import rules
 from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.data_utils.masks import open_mask, read_mask
 from lsdseg.data_utils.records import START_OVER, Record, identity, record_of
-from lsdseg.data_utils.volumes import list_arrays, open_array, read, require_whole, seal_array, voxels_of
+from lsdseg.data_utils.volumes import (
+    has_array,
+    list_arrays,
+    open_array,
+    read,
+    require_whole,
+    seal_array,
+    voxels_of,
+)
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import blocks_left, discard_markers
 from lsdseg.engine.blocks.run import run_blocks
@@ -108,12 +116,12 @@ def require_fragments(sample: Sample) -> str:
     Raises:
         UserError: it is not, or not with these settings, or not on these affinities.
     """
-    if FRAGMENTS not in list_arrays(sample.output):
+    if not has_array(sample.output, sample.fragments_dataset):
         raise UserError(
             f"no {FRAGMENTS} in {sample.output}: run 02_extract_fragments_blockwise.py with the same config first"
         )
-    require_whole(sample.output, FRAGMENTS)
-    fragments = open_array(sample.output, FRAGMENTS)
+    require_whole(sample.output, sample.fragments_dataset)
+    fragments = open_array(sample.output, sample.fragments_dataset)
     record = record_of(fragments)
     # Fragments of others have neither a record nor markers: they are taken as they are.
     if record is not None:

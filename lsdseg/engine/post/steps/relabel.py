@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from yacs.config import CfgNode
 
-from lsdseg.data_utils.layout import FRAGMENTS, final_segmentation_name, lut_path
+from lsdseg.data_utils.layout import FRAGMENTS, final_segmentation_name
 from lsdseg.data_utils.records import START_OVER, Record, record_of
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, seal_array, voxels_of
 from lsdseg.engine.blocks.lock import working_on
@@ -21,7 +21,7 @@ from lsdseg.engine.post.methods import method_that_scores
 from lsdseg.engine.post.steps.fragments import require_fragments
 from lsdseg.engine.post.steps.grid import block_step, create_labels
 from lsdseg.engine.post.steps.tables import tables_name
-from lsdseg.engine.post.tables import check_lut, load_lut, lut_record, relabel
+from lsdseg.engine.post.tables import check_lut, existing_lut, load_lut, lut_record, relabel
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.errors import UserError
 
@@ -33,7 +33,7 @@ def extract_segmentation(cfg: CfgNode, merge_function: str, threshold: float) ->
         UserError: the look-up table is missing, or was made from other fragments.
     """
     for sample in samples_of(cfg):
-        path = lut_path(sample.output, merge_function, threshold)
+        path = existing_lut(sample.output, merge_function, threshold)
         name = final_segmentation_name(merge_function, threshold)
         reads = ["predict", "fragments", tables_name(merge_function)]
         with working_on(sample.output, _step_name(name), reads=reads):
@@ -52,7 +52,7 @@ def extract_segmentation(cfg: CfgNode, merge_function: str, threshold: float) ->
 def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:
     """Open what a worker needs; returns what it does with each block."""
     sample = Sample.of_arguments(cfg, arguments)
-    fragments = open_array(sample.output, FRAGMENTS)
+    fragments = open_array(sample.output, sample.fragments_dataset)
     segmentation = open_array(sample.output, arguments["segmentation"], "r+")
     lut = load_lut(arguments["lut"])
 

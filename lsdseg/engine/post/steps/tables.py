@@ -8,6 +8,7 @@ from yacs.config import CfgNode
 from lsdseg.data_utils.layout import FRAGMENTS, lut_path
 from lsdseg.data_utils.records import Record
 from lsdseg.engine.blocks.lock import working_on
+from lsdseg.engine.post.methods import method_of
 from lsdseg.engine.post.steps.edges import edges_name, require_edges
 from lsdseg.engine.post.steps.fragments import require_fragments
 from lsdseg.engine.post.tables import connected_segments, save_lut
@@ -18,8 +19,13 @@ from lsdseg.rag import open_store
 EDGES = "the edges"
 
 
-def find_segments(cfg: CfgNode, merge_function: str, threshold: float | None) -> list[Path]:
+def find_segments(cfg: CfgNode, merge_function: str | None, threshold: float | None) -> list[Path]:
     """Write the look-up table of every sample for one threshold, or for every INS_SEGMENT.THRESHOLDS.
+
+    Args:
+        cfg: the config.
+        merge_function: its name. None: the one that 03 takes with this config.
+        threshold: the only threshold. None: every INS_SEGMENT.THRESHOLDS.
 
     Returns:
         The files, see `lut_path`.
@@ -27,6 +33,7 @@ def find_segments(cfg: CfgNode, merge_function: str, threshold: float | None) ->
     Raises:
         UserError: agglomeration was not run with that merge function.
     """
+    merge_function = merge_function or method_of(cfg.INS_SEGMENT).merge_function(cfg.INS_SEGMENT)
     thresholds = cfg.INS_SEGMENT.THRESHOLDS if threshold is None else [threshold]
     paths = []
     for sample in samples_of(cfg):
@@ -46,6 +53,8 @@ def find_segments(cfg: CfgNode, merge_function: str, threshold: float | None) ->
                     save_lut(path, lut, record)
                 print(f"{len(np.unique(lut[1]))} segments at {value:g} in {path}")
                 paths.append(path)
+    listed = ", ".join(f"{value:g}" for value in sorted(thresholds))
+    print(f"for 05_extract_segmentation_from_lut.py: -mf {merge_function}, and -th one of {listed}")
     return paths
 
 
