@@ -145,14 +145,6 @@ def create_array(
     if chunk_shape is None:
         edge = 64 if dims == 3 else 512
         chunk_shape = (*shape[:-dims], *(min(edge, size) for size in shape[-dims:]))
-    # This project reads resolution. With the others, funlib's own open_ds finds the same placement.
-    placement = {
-        "resolution": list(voxel_size),
-        "offset": list(offset),
-        "voxel_size": list(voxel_size),
-        "axis_names": ["c^"] * (len(shape) - dims) + ["z", "y", "x"][-dims:],
-        "units": ["nm"] * dims,
-    }
     copied = {key: value for key, value in (attributes or {}).items() if key != CHUNKS}
     with replacing_array(path, dataset) as new:
         source = zarr.open_array(
@@ -165,8 +157,20 @@ def create_array(
             fill_value=0,
             **_format(Path(path)),
         )
-        source.attrs.update({**copied, **placement})
+        source.attrs.update({**copied, **_placement_attributes(voxel_size, offset, len(shape) - dims)})
     return open_array(path, dataset, "r+")
+
+
+def _placement_attributes(voxel_size: Sequence[int], offset: Sequence[int], channels: int) -> dict[str, Any]:
+    """Return the attributes that place an array. With all but `resolution`, funlib's own open_ds finds the same place."""
+    dims = len(voxel_size)
+    return {
+        "resolution": list(voxel_size),
+        "offset": list(offset),
+        "voxel_size": list(voxel_size),
+        "axis_names": ["c^"] * channels + ["z", "y", "x"][-dims:],
+        "units": ["nm"] * dims,
+    }
 
 
 def write_array(
