@@ -162,7 +162,7 @@ def create_array(
 
 
 def _placement_attributes(voxel_size: Sequence[int], offset: Sequence[int], channels: int) -> dict[str, Any]:
-    """Return the attributes that place an array. With all but `resolution`, funlib's own open_ds finds the same place."""
+    """Return the attributes that place an array: `resolution` for this project, the others for funlib's open_ds."""
     dims = len(voxel_size)
     return {
         "resolution": list(voxel_size),
