@@ -568,23 +568,23 @@ def main(arguments: list[str] | None = None) -> int:
     with database(options.mongodb, work) as uri:
         torture = Torture(work, options.seed, set(options.faults), steps, uri)
         began, number = time.monotonic(), options.chain or 1
-        failure = None
+        failure: BaseException | None = None
         try:
             while True:
                 torture.chain(number)
                 number += 1
                 if options.chain or time.monotonic() - began > 60 * options.minutes:
                     break
-        except TortureError as error:
+        except (TortureError, KeyboardInterrupt) as error:
             failure = error
     report(torture, time.monotonic() - began)
-    if failure:
+    if isinstance(failure, TortureError):
         print(f"FAILED in chain {number}: {failure}\nwhat was written is in {work}", flush=True)
         print(f"to repeat it (times differ): {repeat} --chain {number}", flush=True)
         return 1
     shutil.rmtree(work)
-    print("no difference", flush=True)
-    return 0
+    print("no difference" + " in chains that ended" * bool(failure), flush=True)
+    return 130 if failure else 0
 
 
 def report(torture: Torture, seconds: float) -> None:
