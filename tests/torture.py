@@ -142,16 +142,16 @@ def plan_step(rng: random.Random, blocks: int, kinds: set[str], seconds: float) 
     if not blocks:  # no workers
         allowed = {fault: weight for fault, weight in allowed.items() if fault[1] in ("master", "disk")}
     attempts = []
-    for _ in range(rng.randint(1, 3)):
+    for _ in range(rng.randint(1, 2)):
         faults = []
-        for _ in range(rng.randint(1, 6)):
+        for _ in range(rng.randint(2, 10)):
             kind, target = rng.choices(list(allowed), list(allowed.values()))[0]
             by_blocks = blocks and rng.random() < 0.7
             faults.append(
                 Fault(
                     kind=kind,
                     target=target,
-                    blocks=rng.randint(1, max(1, blocks // 4)) if by_blocks else 0,
+                    blocks=rng.randint(1, max(1, blocks // 8)) if by_blocks else 0,
                     seconds=rng.uniform(0, 0.1) if by_blocks else rng.uniform(0, seconds),
                     choice=rng.random(),
                     then=rng.choice(["", "CONT", "KILL"]) if target != "master" else rng.choice(["CONT", "KILL"]),
