@@ -410,6 +410,19 @@ def test_samples_whose_names_meet_are_refused(home):
         extract_fragments_blockwise(config(home))
 
 
+def test_the_config_of_another_home_is_kept_beside_that_of_a_sample_with_the_same_name(home, capsys):
+    other = config(home / "other")
+    shutil.copytree(data_folder(config(home), "test"), data_folder(other, "test"))
+    shutil.copytree(output(home), output_path(other, "sample_A.zarr"))
+    extract_fragments_blockwise(config(home))
+    extract_fragments_blockwise(other)
+    folder = home / "daisy_logs" / "sampleA_fragments"
+    assert f"are now in {folder / 'earlier_1'}" in capsys.readouterr().out
+    assert load_config(folder / "earlier_1" / "config_0.yaml").DATA.HOME == str(home)
+    assert load_config(folder / "config_0.yaml").DATA.HOME == str(home / "other")
+    assert (folder / "earlier_1" / "worker_0.log").is_file()
+
+
 def test_bad_input_is_refused(home):
     with pytest.raises(UserError, match=r"CONTEXT \(8, 20, 8\) is larger than BLOCK_SIZE .* along y"):
         extract_fragments_blockwise(config(home, INS_SEGMENT__CONTEXT=(8, 20, 8)))

@@ -5,6 +5,7 @@ workers going, whatever they are (`workers.py`), and `worker.py` is one of them.
 """
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -145,6 +146,7 @@ def _schedule(cfg: CfgNode, step: BlockStep, workers: int) -> tuple[int, str | N
 
 def _prepare_folder(cfg: CfgNode, step: BlockStep) -> None:
     """Write what workers read, and remove the reason why the last run stopped."""
+    _keep_those_of_another_volume(step)
     dump_config(cfg, step.folder / "config_0.yaml")
     first, block = ([int(n) for n in edge] for edge in (step.write_roi.begin, step.write_roi.shape))
     worker = {"open_worker": step.open_worker, "arguments": step.arguments}
@@ -154,6 +156,24 @@ def _prepare_folder(cfg: CfgNode, step: BlockStep) -> None:
         )
     for name in (STOPPED, ALIVE):
         (step.folder / name).unlink(missing_ok=True)
+
+
+def _keep_those_of_another_volume(step: BlockStep) -> None:
+    """Move config and logs aside that belong to another volume whose sample has the same name, of another home."""
+    folder, volume = step.folder, step.arguments.get("volume")
+    try:
+        before = json.loads((folder / "step.json").read_text(encoding="utf-8"))["arguments"]["volume"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if before == volume:
+        return
+    number = next(n for n in itertools.count(1) if not (folder / f"earlier_{n}").exists())
+    aside = folder / f"earlier_{number}"
+    aside.mkdir()
+    for file in [folder / "config_0.yaml", folder / "step.json", *folder.glob("worker_*.log")]:
+        if file.is_file():
+            file.rename(aside / file.name)
+    print(f"config and logs of {before} are now in {aside}")
 
 
 def _raise_if_incomplete(step: BlockStep, summary: Summary, error: str | None, reason: str) -> None:
