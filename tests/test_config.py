@@ -248,6 +248,7 @@ def test_dumped_model_section_is_left_to_the_loader():
         ("MODEL_ISO.VOXEL_SIZE", [8.0, 8, np.int32(8)], (8, 8, 8)),
         ("MODEL_ISO.PROB_SLIP", 0.5, 0.5),
         ("MODEL_ANISO.PROB_SLIP", "[0, 0.1]", [0, 0.1]),
+        ("MODEL_ISO.GROW_INPUT", np.array([12, 24, 0]), (12, 24, 0)),
         ("MODEL_ANISO.LSD_SIGMA_2D", 40, 40.0),
         ("INS_SEGMENT.THRESHOLDS", "0.5", [0.5]),
         ("INS_SEGMENT.THRESHOLDS", np.array([0.25, 0.5]), [0.25, 0.5]),

@@ -239,7 +239,8 @@ def test_broken_and_foreign_checkpoints_are_refused(cfg, tmp_path):
         (lambda state: state.update(scaler_state_dict={"scale": 1.0}), "scaler_state_dict is"),
         (lambda state: state.update(optimizer_state_dict={}), "in optimizer_state_dict"),
         (lambda state: state["optimizer_state_dict"]["state"].update({0: {"step": 1}}), "does not fit the weights"),
-        (lambda state: state["optimizer_state_dict"]["state"].update({0: []}), "does not fit the weights"),
+        (lambda state: state["optimizer_state_dict"]["state"].update({0: []}), r"holds \[\]"),
+        (lambda state: state["optimizer_state_dict"]["state"].update({0: torch.zeros(0)}), "holds tensor"),
         (lambda state: state["optimizer_state_dict"]["state"][0]["exp_avg"].fill_(float("nan")), "exp_avg .* NaN"),
     ],
 )

@@ -157,7 +157,7 @@ def optional(rule: Rule) -> Rule:
     """Return a rule for None or what `rule` takes."""
 
     def parse(value: Any) -> Any:
-        return None if value is None or value == "None" else rule.parse(value)
+        return None if value is None or (isinstance(value, str) and value == "None") else rule.parse(value)
 
     return Rule(f"{rule.allowed}, or None", parse)
 

@@ -194,9 +194,10 @@ def read_checkpoint(path: Path | str, key: str = "TRAIN.CHECKPOINT") -> dict[str
         entries = state.get(field, {})
         if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
             raise _damaged(path, f"{field} is {quoted(entries)}")
-    for setting, value in state.get("network_settings", {}).items():
+    settings = state.get("network_settings", {})
+    for setting, value in settings.items():
         try:
-            canonical(setting, value) if setting in RULES else None
+            settings[setting] = canonical(setting, value) if setting in RULES else value
         except ValueError:
             raise _damaged(path, f"{setting} is {quoted(value)} in network_settings") from None
     scaler = state.get("scaler_state_dict") or dict.fromkeys(SCALER, 0)
@@ -284,11 +285,10 @@ def _load_optimizer(path: Path, state: dict[str, Any], optimizer: Optimizer) -> 
         group.update(own)
         for parameter in group["params"]:
             moments = optimizer.state.get(parameter, {})
-            shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape} if moments else {}
-            if (
-                not isinstance(moments, dict)
-                or {name: getattr(tensor, "shape", None) for name, tensor in moments.items()} != shapes
-            ):
+            if not isinstance(moments, dict):
+                raise _damaged(path, f"optimizer_state_dict holds {quoted(moments)}")
+            shapes = {name: getattr(tensor, "shape", None) for name, tensor in moments.items()}
+            if shapes not in ({}, {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}):
                 raise _damaged(path, "optimizer_state_dict does not fit the weights")
             for name, tensor in moments.items():
                 _check_tensor(path, f"{name} in optimizer_state_dict", tensor)
