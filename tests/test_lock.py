@@ -134,3 +134,10 @@ def test_a_lock_is_given_back_and_may_be_taken_twice(tmp_path, monkeypatch):
             pass
     with another_run(tmp_path, "one", ()), pytest.raises(UserError, match="another run"), working_on(tmp_path, "one"):
         pass
+
+
+def test_a_disk_that_fills_up_while_an_output_is_worked_on_is_one_line(small_disk):
+    output = small_disk(100) / "a.zarr"
+    full = working_on(output, "predict")
+    with pytest.raises(UserError, match=r"cannot write .*a\.zarr: No space left on device; free some space"), full:
+        output.with_name("other").write_bytes(bytes(200_000))

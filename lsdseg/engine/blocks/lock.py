@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lsdseg.data_utils.layout import block_markers
 from lsdseg.errors import UserError
-from lsdseg.files import explain_os_errors
+from lsdseg.files import explain_os_errors, room_on_disk
 
 SECONDS_TO_WAIT = 20
 
@@ -30,13 +30,14 @@ def working_on(output: Path, *steps: str, reads: Sequence[str] = ()) -> Iterator
         reads: steps whose results are read; many runs may read them, and none may write them meanwhile.
 
     Raises:
-        UserError: there is no output to read; another run is at work on it.
+        UserError: there is no output to read; another run is at work on it; the disk becomes full.
     """
     if reads and not output.is_dir():
         raise UserError(f"{output} does not exist: run predicter.py first")
     with ExitStack() as locks:
         for step in (*steps, *reads):
             locks.enter_context(step_lock(block_markers(output, step), alone=step in steps))
+        locks.enter_context(room_on_disk(output))
         yield
 
 

@@ -24,7 +24,7 @@ from lsdseg.engine.post.methods import Segmentation, method_of
 from lsdseg.engine.post.placement import open_placement, read_placement
 from lsdseg.engine.sample import AFFINITIES, Sample, samples_of
 from lsdseg.errors import UserError
-from lsdseg.files import PARTIAL, room_on_disk
+from lsdseg.files import PARTIAL
 
 
 def segment(cfg: CfgNode) -> None:
@@ -57,7 +57,7 @@ def segment_sample(sample: Sample) -> list[str]:
     Raises:
         UserError: before anything is written, if the affinities or a setting cannot be used.
     """
-    with working_on(sample.output, "fragments", reads=["predict"]), room_on_disk(sample.output):
+    with working_on(sample.output, "fragments", reads=["predict"]):
         return _segment_sample(sample)
 
 

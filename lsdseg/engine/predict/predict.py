@@ -104,7 +104,7 @@ def predict_sample(predictor: TilePredictor, sample: Sample, record: Record) -> 
     """
     cfg, raw = sample.cfg, sample.raw
     tiles = list(predictor.tiles(raw.shape))
-    with working_on(sample.output, "predict"), room_on_disk(sample.output):
+    with working_on(sample.output, "predict"):
         arrays = create_predictions(sample, record)
         began, done = time.monotonic(), 0
         with tqdm(tiles, unit="tile") as bar:
