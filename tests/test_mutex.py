@@ -239,7 +239,7 @@ def test_blocks_give_nearly_what_one_process_gives_and_workers_change_nothing(ho
     extract_segmentation(config(folder), "mutex", 0.5)
     final = stored(folder, "final_segmentation_mutex_050")
     assert voi(in_memory, final) < 0.1 < voi(in_memory, two[0])
-    with pytest.raises(UserError, match=r"MUTEX_BIAS .* changed"):
+    with pytest.raises(UserError, match=r"MUTEX_BIAS was"):
         extract_fragments_blockwise(config(folder, MUTEX_BIAS=(-0.4, -0.6)))
 
     one = config(folder).clone()
