@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pymongo
 import pytest
 
+from lsdseg.config.implementations import resolve
 from lsdseg.config.loader import load_config
 from lsdseg.data_utils.layout import sample_name
 from lsdseg.errors import UserError
@@ -46,13 +47,16 @@ def database(server):
         client.drop_database(name)
 
 
-@pytest.fixture(params=["parquet", "mongodb"])
+@pytest.fixture(params=sorted(set(STORES.values())), ids=lambda opening: opening.partition(":open_")[2])
 def open_graph(request, tmp_path):
-    """A function that opens one graph (per sample) again and again."""
-    if request.param == "parquet":
-        return lambda mode="r+", sample="sampleA", voxels=VOXELS: ParquetStore(tmp_path / f"{sample}.rag", voxels, mode)
-    uri, name = request.getfixturevalue("database")
-    return lambda mode="r+", sample="sampleA", voxels=VOXELS: MongoStore(uri, name, sample, voxels, mode)
+    """A function that opens one graph (per sample) again and again, in each kind of store."""
+    uri, name = ("", "unused") if request.param == STORES[""] else request.getfixturevalue("database")
+
+    def opened(mode="r+", sample="sampleA", voxels=VOXELS):
+        cfg = load_config(None, ["INS_SEGMENT.BLOCK_SIZE", f"({voxels}, 1, 1)", "DATA.DB_NAME", name])
+        return resolve(request.param)(uri, cfg, tmp_path / f"{sample}.zarr", mode)
+
+    return opened
 
 
 def make_nodes(block, count=20):
@@ -208,13 +212,94 @@ def test_rows_of_another_block_are_refused(open_graph):
     assert list(store.node_ids()) == []
 
 
-def test_finish_can_be_called_again(open_graph):
+def test_rows_that_get_lost_are_noticed(open_graph):
+    store = open_graph()
+    for block in (0, 1):
+        store.write_nodes(block, *make_nodes(block))
+        store.write_edges("mean", block, *make_edges(block))
+    for _ in range(2):
+        store.finish_nodes()
+        store.finish_edges("mean")
+    store = open_graph()
+    assert_same(joined(store.edges("mean")), joined([make_edges(0), make_edges(1)]))
+    lost = open_graph()
+    lost.write_edges("mean", 1, *make_edges(1, count=0))
+    for notice in (lambda: list(store.edges("mean")), lambda: store.finish_edges("mean")):
+        with pytest.raises(UserError, match=r"edges_mean of .* has 30 rows where 60 were written: run 03"):
+            notice()
+    lost.write_nodes(1, *make_nodes(1, count=0))
+    with pytest.raises(UserError, match=r"nodes of .* has 20 rows where 40 were written: run 02 and 03"):
+        list(store.node_ids())
+
+    store.drop_edges("mean")
+    store.write_edges("mean", 0, *make_edges(0))
+    store.finish_edges("mean")
+    assert_same(joined(open_graph().edges("mean")), make_edges(0))
+    store = open_graph("w")
+    store.write_nodes(1, *make_nodes(1))
+    store.finish_nodes()
+    assert len(joined([[ids] for ids in open_graph("r").node_ids()])[0]) == 20
+
+
+def test_a_graph_that_was_deleted_by_hand_can_be_made_anew(open_graph):
     store = open_graph()
     store.write_nodes(0, *make_nodes(0))
-    store.finish()
+    store.finish_nodes()
+    store._drop("nodes")
+    store = open_graph("x")
+    store.write_nodes(1, *make_nodes(1, count=3))
+    store.finish_nodes()
+    assert sum(map(len, open_graph("r").node_ids())) == 3
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "reason"),
+    [
+        ("nodes", (0, 1, 1, 1), "the id 0"),
+        ("edges_mean", (5, 5, 0.5), "not smaller"),
+        ("edges_mean", (6, 5, 0.5), "not smaller"),
+        ("edges_mean", (5, 6, np.inf), "not in 0..1"),
+        ("edges_mean", (5, 6, -np.inf), "not in 0..1"),
+        ("edges_mean", (5, 6, 2), "not in 0..1"),
+    ],
+)
+def test_values_that_a_graph_cannot_have_are_refused(open_graph, table, row, reason):
+    store = open_graph()
+    columns = {name: np.array([x], kind) for (name, kind), x in zip(columns_of(table).items(), row, strict=True)}
+    with pytest.raises(ValueError, match=reason):
+        store._write(table, 0, list(columns.values()))
+    store._replace(table, 0, columns)
+    with pytest.raises(UserError, match=rf"{table} of .*{reason}.*: run 0"):
+        list(store.node_ids() if table == "nodes" else store.edges("mean"))
+    if row[0]:  # 0 is in the range of no block
+        with pytest.raises(UserError, match=reason):
+            store.read_edges("mean", 1, VOXELS)
+
+
+@pytest.mark.parametrize(
+    "record", ["text", [1], 7, {"made_from": 5}, {"made_from": "{"}, {"made_from": "[" * 10**5}, {}]
+)
+def test_odd_records_are_refused(tmp_path, record):
+    store = ParquetStore(tmp_path / "sample.rag", VOXELS, "r+")
     store.write_edges("mean", 0, *make_edges(0))
-    store.finish()
-    assert_same(store.read_nodes(1, VOXELS), make_nodes(0))
+    (tmp_path / "sample.rag/edges_mean.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"damaged|cannot be read"):
+        store.edges_record("mean")
+    (tmp_path / "sample.rag/rows_edges_mean.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"damaged|30 rows where None were written"):
+        list(store.edges("mean"))
+
+
+def test_flipped_bits_in_a_block_are_noticed(tmp_path):
+    store = ParquetStore(tmp_path / "sample.rag", VOXELS, "r+")
+    store.write_edges("mean", 0, *make_edges(0))
+    file = tmp_path / "sample.rag/edges_mean/0/0/0.parquet"
+    content = file.read_bytes()
+    scores = pq.read_metadata(file).row_group(0).column(2)
+    at = scores.data_page_offset + scores.total_compressed_size - 4  # in the last score
+    file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    with pytest.raises(UserError, match=r"0\.parquet cannot be read.*02 and 03"):
+        store.read_edges("mean", 1, VOXELS)
 
 
 def test_workers_on_the_same_block_leave_its_rows_once(open_graph):
@@ -252,7 +337,7 @@ def test_a_killed_writer_is_made_good_by_writing_again(request, tmp_path, open_g
     if isinstance(store, ParquetStore):
         assert_same(store.read_edges("mean", 1, 2 * VOXELS), make_edges(1, 500))
     store.write_edges("mean", 1, *make_edges(1))
-    store.finish()
+    store.finish_edges("mean")
     assert_same(joined(store.edges("mean")), make_edges(1))
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -371,7 +456,8 @@ def test_documents_have_the_published_layout(database):
     store = MongoStore(uri, name, "sampleA", VOXELS, "r+")
     store.write_nodes(0, *make_nodes(0))
     store.write_edges("hist_quant_50", 0, *make_edges(0))
-    store.finish()
+    store.finish_nodes()
+    store.finish_edges("hist_quant_50")
     with pymongo.MongoClient(uri) as client:
         assert set(client[name].list_collection_names()) == {
             "sampleA_nodes",
@@ -419,6 +505,15 @@ def test_foreign_documents_are_refused(database):
         client[name].crop_nodes.insert_one({"id": 5, "position": "here"})
     with pytest.raises(UserError, match=r"collection crop_nodes .* is not part of a region adjacency graph"):
         MongoStore(uri, name, "crop", VOXELS).read_nodes(1, 10)
+
+
+@pytest.mark.parametrize("odd", [-5, 2.5, "5", True, None, [5]])
+def test_odd_ids_in_documents_are_refused(database, odd):
+    uri, name = database
+    with pymongo.MongoClient(uri) as client:
+        client[name].crop_nodes.insert_one({"id": odd, "center_z": 1, "center_y": 1, "center_x": 1})
+    with pytest.raises(UserError, match=r"documents have no numbers id that it can have"):
+        list(MongoStore(uri, name, "crop", VOXELS).node_ids())
 
 
 def test_the_graph_of_another_output_is_refused(database, tmp_path, monkeypatch):
@@ -607,8 +702,11 @@ class ToyStore(RagStore):
     def __repr__(self):
         return self._uri
 
-    def finish(self):
+    def _tidy(self):
         pass
+
+    def _count(self, table):
+        return sum(len(next(iter(block.values()))) for block in self._tree.get(table, {}).values())
 
     def _replace(self, table, block, columns):
         self._tree.setdefault(table, {})[block] = columns
@@ -654,7 +752,8 @@ def test_a_store_is_added_with_one_entry(tmp_path, monkeypatch):
         store.write_nodes(block, *make_nodes(block))
         store.write_edges("mean", block, *make_edges(block))
     store.write_edges("mean", 2, *make_edges(2, count=7))
-    store.finish()
+    store.finish_nodes()
+    store.finish_edges("mean")
 
     store = open_store(cfg, output)
     assert str(store) == f"{uri}/sampleA"

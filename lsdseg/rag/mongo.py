@@ -13,6 +13,7 @@ Credentials stay inside the client: messages and log lines contain the address o
 """
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from lsdseg.errors import UserError
 from lsdseg.rag.store import (
     AGGLOMERATED,
     NODES,
+    REMEDY,
     Columns,
     Mode,
     RagStore,
@@ -117,7 +119,7 @@ class MongoStore(RagStore):
     def __repr__(self) -> str:
         return f"{self._sample} (database {self._database.name}, MongoDB at {self._address})"
 
-    def finish(self) -> None:
+    def _tidy(self) -> None:
         """Index the centers, for tools that ask for the nodes of a region."""
         centers = list(columns_of(NODES))[1:]
         self._with_retries(lambda: self._collection(NODES).create_index(centers, name="position"))
@@ -158,6 +160,9 @@ class MongoStore(RagStore):
             last = rows[-1]["_id"]
             yield self._columns(table, names, rows)
 
+    def _count(self, table: str) -> int:
+        return self._with_retries(lambda: self._collection(table).count_documents({}))
+
     def _tables(self) -> list[str]:
         prefix = f"{self._sample}_"
         names = self._with_retries(self._database.list_collection_names)
@@ -194,7 +199,8 @@ class MongoStore(RagStore):
         except (KeyError, TypeError, ValueError, OverflowError):
             raise UserError(
                 f"collection {self._collection(table).name} of {self} is not part of a region adjacency graph: "
-                f"some documents have no numbers {', '.join(names)}; choose another DATA.DB_NAME"
+                f"some documents have no numbers {', '.join(names)} that it can have; choose another DATA.DB_NAME, or "
+                f"{REMEDY.format('02 and 03')}, to replace it"
             ) from None
 
     def _with_retries(self, request: Callable[[], Result]) -> Result:
@@ -288,11 +294,23 @@ def _insert(collection: Collection[Document], rows: list[Document]) -> None:
 
 
 def _array(values: list[Any], dtype: type[np.generic]) -> NDArray[Any]:
-    """Convert values to an array of this type. None becomes NaN, and float centers are rounded to whole nm."""
+    """Convert values to an array of this type. None becomes NaN, and float centers are rounded to whole nm.
+
+    Raises:
+        ValueError: some are no numbers, or none that the type can hold.
+    """
     if dtype is np.float32:
-        return np.array(values, dtype)
-    array = np.array(values)
-    return (np.rint(array) if array.dtype.kind == "f" else array).astype(dtype)
+        values = [math.nan if value is None else value for value in values]
+    array = np.array(values) if values else np.empty(0, dtype)
+    if array.ndim != 1 or array.dtype.kind not in ("iu" if dtype is np.uint64 else "iuf"):
+        raise ValueError("no numbers")
+    if dtype is np.float32:
+        return array.astype(dtype)
+    whole = np.rint(array) if array.dtype.kind == "f" else array
+    least = 0 if dtype is np.uint64 else -LARGEST_ID
+    if not ((whole >= least) & (whole < LARGEST_ID)).all():
+        raise ValueError(f"numbers that are not in {least}..{LARGEST_ID - 1}")
+    return whole.astype(dtype)
 
 
 def _is_temporary(error: PyMongoError) -> bool:

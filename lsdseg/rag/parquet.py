@@ -7,9 +7,10 @@ written under a temporary name and then renamed: the rows of a block appear all 
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ from lsdseg.files import PARTIAL, explain_os_errors, write_whole
 from lsdseg.rag.store import (
     AGGLOMERATED,
     NODES,
+    REMEDY,
     Columns,
     Mode,
     RagStore,
@@ -33,6 +35,7 @@ from lsdseg.rag.store import (
 
 # Streamed batches have at least this many rows, except for the last one: the files of single blocks may be small.
 BATCH = 1_000_000
+Result = TypeVar("Result")
 
 
 def open_parquet(uri: str, cfg: CfgNode, output: Path, mode: Mode, fragments: str = "") -> "ParquetStore":
@@ -62,7 +65,7 @@ class ParquetStore(RagStore):
     def __repr__(self) -> str:
         return str(self._folder)
 
-    def finish(self) -> None:
+    def _tidy(self) -> None:
         """Remove the temporary files of writers that were killed."""
         for file in self._folder.rglob(f"*{PARTIAL}"):
             file.unlink(missing_ok=True)
@@ -88,6 +91,7 @@ class ParquetStore(RagStore):
                 compression="zstd",
                 use_dictionary=False,
                 column_encoding=encodings,
+                write_page_checksum=True,
             )
 
     def _read(self, table: str, first_id: int, last_id: int) -> Columns:
@@ -112,6 +116,9 @@ class ParquetStore(RagStore):
         if waiting:
             yield _to_arrays(waiting)
 
+    def _count(self, table: str) -> int:
+        return sum(_use(file, lambda parquet: int(parquet.metadata.num_rows)) for file in self._files(table))
+
     def _tables(self) -> list[str]:
         return [folder.name for folder in self._folder.glob("*") if is_table(folder.name) and folder.is_dir()]
 
@@ -126,10 +133,8 @@ class ParquetStore(RagStore):
             record: Record = json.loads(path.read_text())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path} cannot be read ({error}): delete {self} and rerun the scripts from 02 on"
-            ) from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{path} cannot be read ({error!s:.200}): {REMEDY.format('02 and 03')}") from None
         return record
 
     def _write_record(self, name: str, record: Record | None) -> None:
@@ -175,14 +180,31 @@ def _read_file(path: Path, table: str, names: list[str]) -> pa.Table:
     Raises:
         UserError: the file is damaged or has other columns than the table.
     """
-    remedy = "delete the folder of the graph and rerun the scripts from 02 on"
+
+    def read(file: pq.ParquetFile) -> pa.Table:
+        if not file.schema_arrow.equals(_schema(table)):
+            raise UserError(
+                f"{path} has other columns than {', '.join(_schema(table).names)}: {REMEDY.format('02 and 03')}"
+            )
+        return file.read(names, use_threads=False)
+
+    return _use(path, read)
+
+
+def _use(path: Path, function: Callable[[pq.ParquetFile], Result]) -> Result:
+    """Call a function with an open file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     try:
-        with pq.ParquetFile(path) as file:
-            if not file.schema_arrow.equals(_schema(table)):
-                raise UserError(f"{path} has other columns than {', '.join(_schema(table).names)}: {remedy}")
-            return file.read(names, use_threads=False)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path} cannot be read ({error}): {remedy}") from None
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            return function(file)
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow raises what it likes at a damaged file
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read ({reason:.200}): {REMEDY.format('02 and 03')}") from None
 
 
 def _to_arrays(parts: list[pa.Table]) -> Columns:

@@ -12,14 +12,16 @@ To add a store, write a module beside this one and add one entry to `lsdseg.rag.
 `open_...(uri, cfg, output, mode, fragments)` and the subclass of `RagStore` that it returns. The subclass implements
 
     _replace, _read, _stream        the rows of a table
+    _count                          their number
     _tables, _drop                  the tables
     _read_record, _write_record     what the graph, and each table of edges, was made from
-    finish                          work that is left until the last block is done
+    _tidy                           work that is left until the last block is done
     __repr__                        where the graph is, for messages; without credentials
 
 Three rules hold for all of them. Many processes read and write different blocks at once. A process may be killed at
 any moment, and another one then writes the block again: no row of the first attempt may remain. If a file or server
-cannot be used, raise a UserError. `RagStore.__init__` already reads tables and record, so connect before you call it.
+cannot be used, raise a UserError. Values that are read need no check: `RagStore` checks those of all stores, and counts
+their rows. `RagStore.__init__` already reads tables and record, so connect before you call it.
 For an example, see `lsdseg.rag.parquet`, or `ToyStore` in tests/test_rag.py, which has nothing but these methods.
 """
 
@@ -44,11 +46,15 @@ NODE_COLUMNS: dict[str, type[np.generic]] = {
     "center_x": np.int64,
 }
 EDGE_COLUMNS: dict[str, type[np.generic]] = {"u": np.uint64, "v": np.uint64, "merge_score": np.float32}
+SCORES = (-1e-3, 1 + 1e-3)  # those of all merge functions are in 0..1, but for rounding
 AGGLOMERATED = "agglomerated"  # another column of stored edges: True, the score is known
+
+REMEDY = "run {} again, with DATA.DROP_DS_MONGOTABLE True"
 
 Mode = Literal["r", "r+", "x", "w"]
 Record = dict[str, Any]
 GRAPH = "settings"  # the name of the record of the graph itself; that of a table has the name of the table
+ROWS = "rows_"  # followed by the name of a table: the record of how many rows it has
 Columns = dict[str, NDArray[Any]]
 Ids = NDArray[np.uint64]
 Nodes = tuple[Ids, NDArray[np.int64]]
@@ -94,7 +100,7 @@ class RagStore(ABC):
             self.drop()
         # Look for tables first: whoever creates a graph writes the record before the first table.
         exists = bool(self._tables())
-        recorded = self._read_record(GRAPH)
+        recorded = self._record_of(GRAPH)
         if not exists and mode == "r":
             raise UserError(f"there is no graph {self}: run 02_extract_fragments_blockwise.py first")
         if exists and mode == "x":
@@ -103,6 +109,7 @@ class RagStore(ABC):
                 "DATA.DROP_DS_MONGOTABLE True to drop it"
             )
         if not exists:
+            self._write_record(ROWS + NODES, None)
             self._write_record(GRAPH, self._record)
         elif recorded is None and mode != "r":
             raise UserError(
@@ -112,7 +119,7 @@ class RagStore(ABC):
         elif recorded is not None and (
             # A graph of an earlier version does not say all that is said now.
             changes := [
-                f"{key} {recorded[key]}, now {new}"
+                f"{key} {recorded[key]!s:.100}, now {new}"
                 for key, new in self._record.items()
                 if recorded.get(key, new) != new
             ]
@@ -147,10 +154,8 @@ class RagStore(ABC):
             scores: thresholds at which the regions of the two fragments merge, float32 (m,); NaN if they never do.
 
         Raises:
-            ValueError: u is not smaller than v, or lies outside the id range of the block.
+            ValueError: u is not smaller than v, or lies outside the id range of the block; a score is not in 0..1.
         """
-        if np.any(u >= v):
-            raise ValueError("the first id of an edge must be smaller than the second")
         self._write(EDGES + merge_function, block, (u, v, scores))
 
     def read_nodes(self, first_id: int, last_id: int) -> Nodes:
@@ -160,7 +165,7 @@ class RagStore(ABC):
             ids: uint64 (n,), in any order.
             centers: int64 (n, 3), in nm and the order z, y, x.
         """
-        ids, *centers = self._read(NODES, first_id, last_id).values()
+        ids, *centers = self._checked(NODES, self._read(NODES, first_id, last_id)).values()
         return ids, np.stack(centers, axis=1)
 
     def read_edges(self, merge_function: str, first_id: int, last_id: int) -> Edges:
@@ -171,7 +176,8 @@ class RagStore(ABC):
             v: uint64 (m,), larger than u.
             scores: float32 (m,); NaN where the two fragments never merge.
         """
-        return _edges(self._read(EDGES + merge_function, first_id, last_id))
+        table = EDGES + merge_function
+        return _edges(self._checked(table, self._read(table, first_id, last_id)))
 
     def node_ids(self) -> Iterator[Ids]:
         """Stream all fragment ids. Call this after the last write.
@@ -179,7 +185,7 @@ class RagStore(ABC):
         Yields:
             ids: uint64 (n,), a batch that fits in memory.
         """
-        return (batch["id"] for batch in self._stream(NODES, ["id"]))
+        return (batch["id"] for batch in self._all_rows(NODES, ["id"]))
 
     def edges(self, merge_function: str) -> Iterator[Edges]:
         """Stream all edges of a merge function. Call this after the last write.
@@ -187,32 +193,46 @@ class RagStore(ABC):
         Yields:
             u, v and scores as `read_edges` returns them, a batch that fits in memory.
         """
-        return (_edges(batch) for batch in self._stream(EDGES + merge_function, list(EDGE_COLUMNS)))
+        return (_edges(batch) for batch in self._all_rows(EDGES + merge_function, list(EDGE_COLUMNS)))
 
     def merge_functions(self) -> list[str]:
         """Return the sorted names of the merge functions that edges were written for, even if there were none."""
         return sorted(table.removeprefix(EDGES) for table in self._tables() if table.startswith(EDGES))
 
-    @abstractmethod
-    def finish(self) -> None:
-        """Do what is cheaper at the end, such as building an index. Called after the last block has been written."""
+    def finish_nodes(self) -> None:
+        """Do what is left after the last block of nodes: record how many there are, so that none can get lost.
+
+        Raises:
+            UserError: fewer or more nodes were recorded before.
+        """
+        self._finish(NODES)
+
+    def finish_edges(self, merge_function: str) -> None:
+        """Do what is left after the last block of edges of a merge function, as `finish_nodes`."""
+        self._finish(EDGES + merge_function)
 
     def drop(self) -> None:
         """Remove all nodes and edges of the sample. The store can be written to afterwards."""
         for merge_function in self.merge_functions():
             self.drop_edges(merge_function)
         self._drop(NODES)
+        self._write_record(ROWS + NODES, None)
         self._write_record(GRAPH, self._record)
 
     def drop_edges(self, merge_function: str) -> None:
-        """Remove the edges of one merge function, and their record."""
+        """Remove the edges of one merge function, and their records."""
         self._drop(EDGES + merge_function)
+        self._write_record(ROWS + EDGES + merge_function, None)
         self._write_record(EDGES + merge_function, None)
 
     def edges_record(self, merge_function: str) -> Record | None:
         """Return what `write_edges_record` kept, None if it kept nothing."""
-        record = self._read_record(EDGES + merge_function)
-        return None if record is None else json.loads(record["made_from"])
+        record = self._record_of(EDGES + merge_function)
+        try:
+            made_from: Record | None = None if record is None else json.loads(record["made_from"])
+        except (KeyError, TypeError, ValueError, RecursionError):
+            raise self._damaged(EDGES + merge_function, "has a record that cannot be read") from None
+        return made_from
 
     def write_edges_record(self, merge_function: str, record: Record) -> None:
         """Keep with the edges of a merge function what they were made from: anything that JSON can hold."""
@@ -228,11 +248,49 @@ class RagStore(ABC):
             name: np.ascontiguousarray(array, dtype)
             for (name, dtype), array in zip(columns_of(table).items(), arrays, strict=True)
         }
+        if problem := _problem(table, columns):
+            raise ValueError(f"block {block} {problem}")
         keys = next(iter(columns.values()))
         first, last = self.id_range(block)
         if np.any((keys < first) | (keys > last)):
             raise ValueError(f"block {block} owns the ids {first} to {last}, not {keys.min()} to {keys.max()}")
         self._replace(table, block, columns)
+
+    def _all_rows(self, table: str, names: list[str]) -> Iterator[Columns]:
+        """Stream a table, check its values, and at the end their number."""
+        rows = 0
+        for batch in self._stream(table, names):
+            rows += len(batch[names[0]])
+            yield self._checked(table, batch)
+        self._require_rows(table, rows)
+
+    def _checked(self, table: str, columns: Columns) -> Columns:
+        if problem := _problem(table, columns):
+            raise self._damaged(table, problem)
+        return columns
+
+    def _finish(self, table: str) -> None:
+        self._tidy()
+        rows = self._count(table)
+        self._require_rows(table, rows)
+        self._write_record(ROWS + table, {"rows": rows})
+
+    def _require_rows(self, table: str, rows: int) -> None:
+        """Check a number of rows against the one that was recorded. Graphs of others have none."""
+        record = self._record_of(ROWS + table)
+        if record is not None and record.get("rows") != rows:
+            raise self._damaged(table, f"has {rows} rows where {record.get('rows')!s:.30} were written")
+
+    def _record_of(self, name: str) -> Record | None:
+        """Read a record, whatever is stored in its place."""
+        record: Any = self._read_record(name)
+        if record is not None and not isinstance(record, dict):
+            raise UserError(f"the record {name} of the graph {self} is damaged: {REMEDY.format('02 and 03')}")
+        return record
+
+    def _damaged(self, table: str, problem: str) -> UserError:
+        steps = "02 and 03" if table == NODES else "03_agglomerate_blockwise.py"
+        return UserError(f"{table} of the graph {self} {problem}: {REMEDY.format(steps)}")
 
     @abstractmethod
     def __repr__(self) -> str:
@@ -267,6 +325,14 @@ class RagStore(ABC):
         """
 
     @abstractmethod
+    def _count(self, table: str) -> int:
+        """Return the number of rows of a table, 0 if it does not exist."""
+
+    @abstractmethod
+    def _tidy(self) -> None:
+        """Do what is cheaper at the end, such as building an index. Called after the last block of a table."""
+
+    @abstractmethod
     def _tables(self) -> list[str]:
         """Return the names of the tables that exist, in any order."""
 
@@ -284,6 +350,24 @@ class RagStore(ABC):
 
         Records outlive tables.
         """
+
+
+def _problem(table: str, columns: Columns) -> str:
+    """Say what is wrong with rows, whichever columns are there: nothing if they are what the graph can have."""
+    types = columns_of(table)
+    odd = [name for name, column in columns.items() if column.dtype != types[name]]
+    if odd:
+        return f"has values of {', '.join(odd)} that are missing or of another type"
+    key = next(iter(columns.values()))
+    if (key == 0).any():
+        return "has the id 0, which is that of the background"
+    if table != NODES:
+        u, v, scores = columns.values()
+        if (u >= v).any():
+            return "has an edge whose first id is not smaller than the second"
+        if ((scores < SCORES[0]) | (scores > SCORES[1])).any():  # not so for NaN
+            return "has scores that are not in 0..1"
+    return ""
 
 
 def _edges(columns: Columns) -> Edges:

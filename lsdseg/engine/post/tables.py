@@ -119,7 +119,7 @@ def load_lut(path: Path | str) -> NDArray[np.uint64]:
     except FileNotFoundError as error:
         raise UserError(f"no look-up table {path}; run 04_find_segments_full.py first") from error
     except Exception as error:  # zipfile and numpy raise what they like at a damaged file
-        raise UserError(f"{path} is not a look-up table; run 04_find_segments_full.py again") from error
+        raise _no_lut(path) from error
 
 
 def _map_lut(path: Path | str) -> NDArray[np.uint64]:
@@ -146,16 +146,27 @@ def _require_lut(shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         raise ValueError(f"{dtype} {shape} instead of uint64 (2, n)")
 
 
+def _no_lut(path: Path | str) -> UserError:
+    return UserError(f"{path} is not a look-up table; run 04_find_segments_full.py again")
+
+
 def check_lut(path: Path | str, lut: NDArray[np.uint64]) -> None:
-    """Check the values of a LUT.
+    """Check the values of a LUT, and the checksum of its file.
 
     Args:
-        path: its file, for the message.
+        path: its file.
         lut: uint64 (2, n), see `load_lut`.
 
     Raises:
-        UserError: fragments do not ascend, or a segment is not named by one of its fragments.
+        UserError: the file is damaged, fragments do not ascend, or a segment does not have the id of one of its own.
     """
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except Exception as error:
+        raise _no_lut(path) from error
+    if damaged:
+        raise UserError(f"{path} is damaged: its checksum is wrong; run 04_find_segments_full.py again")
     ids, segments = np.asarray(lut)
     if (ids[:1] == 0).any() or (ids[1:] <= ids[:-1]).any():
         raise UserError(f"the fragments in {path} do not ascend: run 04_find_segments_full.py again")

@@ -43,7 +43,7 @@ def agglomerate_blockwise(cfg: CfgNode) -> None:
                 store.write_edges_record(merge_function, record.to_json())
             step = edges_step(sample, merge_function, (begun or record).id)
             run_blocks(cfg, step)
-            store.finish()
+            store.finish_edges(merge_function)
             print(f"edges of {merge_function} in {store}")
 
 

@@ -59,7 +59,7 @@ def extract_fragments_blockwise(cfg: CfgNode) -> None:
                 store = open_store(cfg, sample.output, "r+", begun.id)
             step = fragments_step(sample)
             run_blocks(cfg, step)
-            store.finish()
+            store.finish_nodes()
             seal_array(sample.output, FRAGMENTS)
             print(f"{FRAGMENTS} in {sample.output}, nodes in {store}")
 

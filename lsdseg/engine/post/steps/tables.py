@@ -13,8 +13,10 @@ from lsdseg.engine.post.steps.edges import edges_name, require_edges
 from lsdseg.engine.post.steps.fragments import require_fragments
 from lsdseg.engine.post.tables import connected_segments, save_lut
 from lsdseg.engine.sample import samples_of
+from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk
 from lsdseg.rag import open_store
+from lsdseg.rag.store import REMEDY
 
 EDGES = "the edges"
 
@@ -45,7 +47,11 @@ def find_segments(cfg: CfgNode, merge_function: str | None, threshold: float | N
             store = open_store(cfg, sample.output, "r", fragments)
             node_ids = np.sort(np.concatenate([np.empty(0, np.uint64), *store.node_ids()]))
             print(f"{sample.output.name}: {len(node_ids)} fragments, {len(thresholds)} thresholds", flush=True)
-            for value, lut in connected_segments(node_ids, store.edges(merge_function), thresholds).items():
+            try:
+                luts = connected_segments(node_ids, store.edges(merge_function), thresholds)
+            except ValueError as error:
+                raise UserError(f"the graph {store} is damaged ({error}): {REMEDY.format('02 and 03')}") from error
+            for value, lut in luts.items():
                 path = lut_path(sample.output, merge_function, value)
                 settings = {"the merge function": merge_function, "the threshold": value}
                 record = Record("04_find_segments_full.py", inputs, settings)
