@@ -19,7 +19,7 @@ from skimage.metrics import variation_of_information
 from skimage.segmentation import find_boundaries
 
 from lsdseg.config.loader import CHECKOUT, load_config
-from lsdseg.data_utils.layout import data_folder, lut_path, output_path
+from lsdseg.data_utils.layout import data_folder, lut_path, output_path, rag_folder
 from lsdseg.data_utils.phantom import make_phantom
 from lsdseg.data_utils.records import record_of
 from lsdseg.data_utils.stored import read_header
@@ -363,8 +363,8 @@ def test_nothing_is_built_on_something_else_than_it_says(home):
             step(cfg)
 
 
-def test_lost_chunks_are_counted(home):
-    """Voxels of a chunk that is missing read as 0."""
+def test_lost_chunks_and_rows_are_counted(home):
+    """Voxels of a chunk that is missing read as 0, and a file of edges that is missing joins nothing."""
     cfg, path = config(home), output(home)
     seal_array(path, "volumes/pred_affs")
     whole_way(cfg)
@@ -382,6 +382,21 @@ def test_lost_chunks_are_counted(home):
         (home / "away").rename(chunk)
         for function in functions:
             function(cfg)
+
+    (lut,) = find_segments(cfg, MERGE_FUNCTION, THRESHOLD)
+    expected = np.array(load_lut(lut))
+    for table in ("nodes", f"edges_{MERGE_FUNCTION}"):
+        file = next((rag_folder(path) / table).rglob("*.parquet"))
+        file.rename(home / "away")
+        with pytest.raises(UserError, match=rf"^{table} of the graph .* has \d+ rows where \d+ were written: run 0"):
+            find_segments(cfg, MERGE_FUNCTION, THRESHOLD)
+        (home / "away").rename(file)
+    file.unlink()
+    with pytest.raises(UserError, match=r"rows where .* were written: run 03_agglomerate.*DROP_DS_MONGOTABLE True"):
+        agglomerate_blockwise(cfg)
+    agglomerate_blockwise(config(home, DATA__DROP_DS_MONGOTABLE=True))
+    find_segments(cfg, MERGE_FUNCTION, THRESHOLD)
+    np.testing.assert_array_equal(load_lut(lut), expected)
 
 
 def test_a_graph_of_others_is_never_dropped_unasked(home):
