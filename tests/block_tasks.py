@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from lsdseg.errors import UserError
+from lsdseg.files import explain_os_errors
 
 
 def open_worker(cfg, arguments):
@@ -36,6 +37,10 @@ def open_worker(cfg, arguments):
             raise ValueError(f"block {number} is bad")
         if (trouble / f"full_{number}").exists():
             raise UserError("no room on disk: delete something")
+        if (trouble / f"fill_{number}").exists():
+            ballast = folder / "ballast"
+            with explain_os_errors(ballast):
+                ballast.write_bytes(bytes(10**7))
         if (trouble / f"hang_{number}").exists():
             (trouble / f"hang_{number}").unlink()
             time.sleep(1000)

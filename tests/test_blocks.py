@@ -355,6 +355,19 @@ def test_the_secret_of_a_run_is_in_no_file(folder):
     assert not re.search("toy-[0-9a-f]{8}", logs)
 
 
+def test_a_disk_that_a_block_fills_is_named(small_disk, monkeypatch):
+    """Not even the reason can be written there."""
+    disk = small_disk(2000)
+    monkeypatch.chdir(disk)
+    cause = trouble(disk, "fill_4")
+    with pytest.raises(UserError, match=r"No space left on device"):
+        run_blocks(config(1), toy_task(disk))
+    cause.unlink()
+    (disk / "ballast").unlink()
+    run_blocks(config(1), toy_task(disk))
+    assert len(results(disk)) == BLOCKS
+
+
 @pytest.mark.parametrize("free", [0, 1])
 def test_a_disk_that_fills_at_the_markers_spoils_nothing(folder, small_disk, free):
     disk = small_disk(200)

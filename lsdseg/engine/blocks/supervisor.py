@@ -24,7 +24,7 @@ from lsdseg.engine.blocks.lock import workers_lock
 from lsdseg.engine.blocks.markers import new_record_file, record_files
 from lsdseg.engine.blocks.workers import Workers, workers_class
 from lsdseg.errors import UserError
-from lsdseg.files import room_on_disk
+from lsdseg.files import room_on_disk, write_whole
 
 # Workers that may end one after the other without a block getting done, besides one for each that runs.
 FAILURES_IN_A_ROW = 10
@@ -63,8 +63,8 @@ def supervise(cfg: CfgNode, folder: Path, markers: Path, gpu: bool, count: int, 
             finally:
                 workers.stop()
     except UserError as error:
-        with suppress(OSError):  # a full disk
-            (folder / STOPPED).write_text(str(error), encoding="utf-8")
+        with suppress(UserError), write_whole(folder / STOPPED) as partial:  # unless the disk is full
+            partial.write_text(str(error), encoding="utf-8")
         sys.exit(str(error))  # not 0, which daisy takes for a worker that was not waited for
 
 
