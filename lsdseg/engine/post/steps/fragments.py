@@ -10,10 +10,9 @@ from yacs.config import CfgNode
 from lsdseg.config import rules
 from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.data_utils.masks import open_mask, read_mask
-from lsdseg.data_utils.records import START_OVER, Record, identity, record_of
+from lsdseg.data_utils.records import Record, identity, record_of
 from lsdseg.data_utils.volumes import (
     has_array,
-    list_arrays,
     open_array,
     read,
     require_whole,
@@ -28,7 +27,7 @@ from lsdseg.engine.post.graph import fragments_of_block
 from lsdseg.engine.post.inputs import IN_BLOCKS, IN_MEMORY, inputs_of
 from lsdseg.engine.post.methods import method_of
 from lsdseg.engine.post.placement import open_placement, read_placement
-from lsdseg.engine.post.steps.grid import block_step, create_labels
+from lsdseg.engine.post.steps.grid import begun_labels, block_step, create_labels
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.errors import UserError
 from lsdseg.rag import open_store
@@ -49,7 +48,10 @@ def extract_fragments_blockwise(cfg: CfgNode) -> None:
         with working_on(sample.output, NAME, reads=["predict"]):
             check_block_settings(sample)
             record = _record(sample)
-            begun = None if cfg.DATA.DROP_DS_MONGOTABLE else _begun(sample, record)
+            begun = None
+            if not cfg.DATA.DROP_DS_MONGOTABLE:
+                instead = "use it with 03_agglomerate_blockwise.py, or "
+                begun = begun_labels(sample, FRAGMENTS, record, instead=instead, replaced=IN_MEMORY)
             if begun is None:
                 discard_markers(sample.markers(NAME))
                 mode: Mode = "w" if cfg.DATA.DROP_DS_MONGOTABLE else "x"
@@ -136,26 +138,6 @@ def require_fragments(sample: Sample) -> str:
 def _record(sample: Sample) -> Record:
     """What the fragments of a sample would be made from now."""
     return Record(IN_BLOCKS, inputs_of(sample), rules.settings_of(sample.cfg, rules.FRAGMENTS))
-
-
-def _begun(sample: Sample, record: Record) -> Record | None:
-    """Return the record of fragments to go on with, None if there are none.
-
-    Raises:
-        UserError: they are made from something else, or by others.
-    """
-    if FRAGMENTS not in list_arrays(sample.output):
-        return None
-    begun = record_of(open_array(sample.output, FRAGMENTS))
-    if begun is None:
-        raise UserError(
-            f"{FRAGMENTS} in {sample.output} does not say what it was made from: use it with "
-            f"03_agglomerate_blockwise.py, or {START_OVER}"
-        )
-    if begun.step == IN_MEMORY:  # nothing is built on them
-        return None
-    begun.require_same(f"{FRAGMENTS} in {sample.output}", record)
-    return begun
 
 
 def check_block_settings(sample: Sample) -> None:

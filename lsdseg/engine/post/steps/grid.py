@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 from funlib.geometry import Coordinate, Roi
 
-from lsdseg.data_utils.volumes import chunk_shape, create_array
+from lsdseg.data_utils.records import START_OVER, Record, record_of
+from lsdseg.data_utils.volumes import chunk_shape, create_array, has_array, open_array
 from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.engine.sample import Sample
+from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk
 
 # Chunks of labels are at most this wide: what a viewer loads for one screen.
@@ -51,6 +53,32 @@ def block_step(
         markers=sample.markers(name),
         settings=settings or {},
     )
+
+
+def begun_labels(
+    sample: Sample, dataset: str, record: Record, *, instead: str = "", replaced: str = ""
+) -> Record | None:
+    """Return the record of labels that another run has begun, None if there are none to go on with.
+
+    Args:
+        sample: the sample.
+        dataset: name of the labels in its output.
+        record: what they would be made from now.
+        instead: what to do with labels of others, for the message.
+        replaced: the step whose labels are replaced, because nothing is built on them.
+
+    Raises:
+        UserError: they are made from something else, or by others.
+    """
+    if not has_array(sample.output, dataset):
+        return None
+    begun = record_of(open_array(sample.output, dataset))
+    if begun is None:
+        raise UserError(f"{dataset} in {sample.output} does not say what it was made from: {instead}{START_OVER}")
+    if begun.step == replaced:
+        return None
+    begun.require_same(f"{dataset} in {sample.output}", record)
+    return begun
 
 
 def create_labels(sample: Sample, dataset: str, attributes: dict[str, Any]) -> None:

@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 from yacs.config import CfgNode
 
 from lsdseg.data_utils.layout import FRAGMENTS, final_segmentation_name
-from lsdseg.data_utils.records import START_OVER, Record, record_of
-from lsdseg.data_utils.volumes import list_arrays, open_array, read, seal_array, voxels_of
+from lsdseg.data_utils.records import Record
+from lsdseg.data_utils.volumes import open_array, read, seal_array, voxels_of
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import discard_markers
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.engine.post.methods import method_that_scores
 from lsdseg.engine.post.steps.fragments import require_fragments
-from lsdseg.engine.post.steps.grid import block_step, create_labels
+from lsdseg.engine.post.steps.grid import begun_labels, block_step, create_labels
 from lsdseg.engine.post.steps.tables import tables_name
 from lsdseg.engine.post.tables import check_lut, existing_lut, load_lut, lut_record, relabel
 from lsdseg.engine.sample import Sample, samples_of
@@ -38,7 +38,7 @@ def extract_segmentation(cfg: CfgNode, merge_function: str, threshold: float) ->
         reads = ["predict", "fragments", tables_name(merge_function)]
         with working_on(sample.output, _step_name(name), reads=reads):
             record = _record(path, require_fragments(sample), merge_function, threshold)
-            begun = None if cfg.DATA.DROP_DS_MONGOTABLE else _begun(sample, name, record)
+            begun = None if cfg.DATA.DROP_DS_MONGOTABLE else begun_labels(sample, name, record)
             if begun is None:
                 discard_markers(sample.markers(_step_name(name)))
                 made_by = {"method": method_that_scores(merge_function).name, "merge_function": merge_function}
@@ -82,21 +82,6 @@ def _record(lut: Path, fragments: str, merge_function: str, threshold: float) ->
         )
     settings = {"the merge function": merge_function, "the threshold": threshold}
     return Record("05_extract_segmentation_from_lut.py", inputs, settings)
-
-
-def _begun(sample: Sample, name: str, record: Record) -> Record | None:
-    """Return the record of a segmentation to go on with, None if there is none.
-
-    Raises:
-        UserError: it is made from something else, or by others.
-    """
-    if name not in list_arrays(sample.output):
-        return None
-    begun = record_of(open_array(sample.output, name))
-    if begun is None:
-        raise UserError(f"{name} in {sample.output} does not say what it was made from: {START_OVER}")
-    begun.require_same(f"{name} in {sample.output}", record)
-    return begun
 
 
 def _relabel_step(sample: Sample, segmentation: str, lut: Path, made: str) -> BlockStep:
