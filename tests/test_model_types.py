@@ -383,7 +383,7 @@ def test_blockwise_prediction_equals_prediction_in_one_process(home, monkeypatch
 def test_sections_on_disk_equal_sections_of_a_volume(home):
     """Exported sections, volumes/raw/0 ... n, give the same batches and the same predictions."""
     path = home / "run" / "model_checkpoint_0"
-    cfg = config(home, "MTLSD", True, TRAIN__CHECKPOINT=path)
+    cfg = config(home, "MTLSD", True, TRAIN__CHECKPOINT=path, DATA__DROP_DS_MONGOTABLE=True)
     torch.manual_seed(4)
     save_untrained(path, build_model(cfg), cfg)
 

@@ -330,6 +330,7 @@ def config(tmp_path):
         "DATA.BRAIN_VOL": "CREMI",
         "TRAIN.CHECKPOINT": tmp_path / "run" / "model_checkpoint_1",
         "INS_SEGMENT.THRESHOLDS": [0.5, 0.3],
+        "INS_SEGMENT.MERGE_FUNCTION": "hist_quant_50",
     }
 
     def load(**more):
