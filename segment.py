@@ -45,7 +45,7 @@ def main(_cfg: CfgNode | None, args: Namespace) -> None:
             call_script("data_utils/rescale.py", predicted, out, "--dataset", name, *back)
     print()
     for name in names:
-        picture = out.with_name(f"{out.stem}_{name.removeprefix('volumes/')}.png")
+        picture = out.with_name(f"{out.stem.removesuffix('_segmentation')}_{name.removeprefix('volumes/')}.png")
         draw_sample(Sample(cfg, rescaled), name, picture)
         print(f"{out}/{name}, on the voxels of {raw}/{cfg.DATA.RAW}; a section of it is in {picture}")
     print(f"affinities are in {predicted}; delete {work} if you do not need them")

@@ -72,7 +72,7 @@ def test_the_segmentation_has_the_voxels_of_the_volume(tmp_path, config, capfd, 
     assert (segmentation.roi, segmentation.voxel_size) == (volume.roi, volume.voxel_size)
     assert segmentation.dtype == np.uint64
     assert read(segmentation).any()
-    assert (tmp_path / f"fly_segmentation_{name}.png").is_file()
+    assert (tmp_path / f"fly_{name}.png").is_file()
     assert f"{out}/volumes/{name}" in capfd.readouterr().out
 
     # Input and output of the network have its own voxels, at the same place. Each voxel gets the label at its center.
