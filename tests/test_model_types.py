@@ -331,32 +331,32 @@ def relabeled(volume, path, **arrays):
     return path
 
 
-def weights_of(cfg, volume, count):
-    """Return the weights, by task, of the first patches of a volume."""
+def known_in(cfg, volume, count):
+    """Return where the targets are known, by task, in the first patches of a volume."""
     with training_batches(cfg, [volume], tuple(task_channels(cfg))) as batches:
-        return [next(batches).weights for _ in range(count)]
+        return [next(batches).known for _ in range(count)]
 
 
 def test_masks_may_contain_any_number(home, volume):
     mask = np.full(open_array(volume, "volumes/raw").shape, 1000, np.uint64)
     other = relabeled(volume, home / "other.zarr", labels_mask=mask, labels_mask_mito=mask)
     cfg = config(home, "MTLSDMITO")
-    [expected], [weights] = weights_of(cfg, volume, 1), weights_of(cfg, other, 1)
-    for task in weights:
-        np.testing.assert_array_equal(weights[task], expected[task])
+    [expected], [known] = known_in(cfg, volume, 1), known_in(cfg, other, 1)
+    for task in known:
+        np.testing.assert_array_equal(known[task], expected[task])
 
 
 @in_2d_and_3d
 def test_mitochondria_may_be_labeled_in_a_part_of_the_volume(home, volume, flat):
-    """Patches come from wherever there are neurons. They have weights for mitochondria where these are labeled."""
+    """Patches come from wherever there are neurons. Mitochondria are known where these are labeled."""
     labels = read(open_array(volume, "volumes/labels/mito_ids"))[:10]
     mask = np.ones(labels.shape, np.uint8)
     other = relabeled(volume, home / "other.zarr", mito_ids=labels, labels_mask_mito=mask)
     cfg = config(home, "MTLSDMITO", flat, TRAIN__AUGMENT=False, MODEL_ISO__INPUT_SHAPE=(8, 8, 8))
-    expected, weights = weights_of(cfg, volume, 12), weights_of(cfg, other, 12)
-    for patch, partly in zip(expected, weights, strict=True):
+    expected, known = known_in(cfg, volume, 12), known_in(cfg, other, 12)
+    for patch, partly in zip(expected, known, strict=True):
         np.testing.assert_array_equal(partly["affs"], patch["affs"])
-    assert {weight["mito"].any() for weight in weights} == {True, False}
+    assert {patch["mito"].any() for patch in known} == {True, False}
 
 
 @pytest.mark.parametrize(("model_type", "flat"), [("ACRLSD", False), ("MTLSDMITO", True)], ids=["ACRLSD-3D", "MITO-2D"])

@@ -23,13 +23,14 @@ from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
 from lsdseg.engine.device import Precision
 from lsdseg.engine.predict.predict import predict
 from lsdseg.engine.training.lsd import local_shape_descriptors
-from lsdseg.engine.training.nodes import CompactLabels, GrowBoundary, TargetFromLabels, lsd_context
+from lsdseg.engine.training.nodes import AddAffinities, CompactLabels, GrowBoundary, TargetFromLabels, lsd_context
 from lsdseg.engine.training.pipeline import training_batches
 from lsdseg.engine.training.ranks import Ranks
 from lsdseg.engine.training.train import seed_everything, train
-from lsdseg.engine.training.trainer import Trainer, learning_rate
+from lsdseg.engine.training.trainer import Trainer, learning_rate, loss_weights
 from lsdseg.errors import UserError
 from lsdseg.models.checkpoint import checkpoint_path, checkpoints_in, latest_checkpoint
+from lsdseg.models.losses import balanced_weights
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SETTINGS = {
@@ -88,10 +89,14 @@ def batches_of(cfg, count, first=0, stride=1):
         return [next(batches) for _ in range(count)]
 
 
-def filtered(node, labels, mask=None):
-    """Pass labels, and a mask if there is one, through a node. `node` takes their keys."""
+def filtered(node, labels, mask=None, result=None):
+    """Pass labels, and a mask if there is one, through a node. `node` takes their keys.
+
+    Returns:
+        The array with the key `result`; without it, the labels.
+    """
     arrays = {gp.ArrayKey("LABELS"): labels} | ({} if mask is None else {gp.ArrayKey("MASK"): mask})
-    roi = gp.Roi((0,) * 3, labels.shape)
+    roi = gp.Roi((0,) * 3, labels.shape[-3:])
 
     class Source(gp.BatchProvider):
         def setup(self):
@@ -105,10 +110,17 @@ def filtered(node, labels, mask=None):
             return batch
 
     request = gp.BatchRequest()
-    for key in arrays:
-        request.add(key, labels.shape)
+    for key in (*arrays, *([result] if result else [])):
+        request.add(key, roi.shape)
     with gp.build(Source() + node(*arrays)) as pipeline:
-        return pipeline.request_batch(request)[next(iter(arrays))].data
+        return pipeline.request_batch(request)[result or next(iter(arrays))].data
+
+
+def weights_of(cfg, batch, task):
+    """Return the weights in the loss of a task."""
+    return loss_weights(
+        cfg, task, *(torch.from_numpy(of_task[task]) for of_task in (batch.targets, batch.known))
+    ).numpy()
 
 
 def test_a_target_sees_the_context_of_its_voxels_and_leaves_labels_alone():
@@ -149,7 +161,7 @@ def test_the_edge_of_what_is_labeled_is_no_boundary(home):
     cfg = config(home)
     touched = 0
     for batch in batches_of(cfg, 12):
-        weights = batch.weights["affs"]
+        weights = weights_of(cfg, batch, "affs")
         touched += (weights == 0).any()
         assert (weights > 0).any()
         assert (batch.targets["affs"][weights > 0] == 1).all()
@@ -159,6 +171,49 @@ def test_the_edge_of_what_is_labeled_is_no_boundary(home):
             here, counts = (np.moveaxis(array, axis + 1, 0) for array in (known, weights[:, axis] > 0))
             np.testing.assert_array_equal(counts[1:], here[1:] & here[:-1])
     assert touched > 6
+
+
+def test_affinities_are_those_of_gunpowder():
+    labels = np.random.default_rng(0).integers(0, 3, (9, 10, 11)).astype(np.uint32)
+    mask = np.ones(labels.shape, np.uint8)
+    mask[4:7, 3:, :8] = 0
+    offsets = [[-1, 0, 0], [0, 3, 0], [2, -1, -4]]
+
+    def theirs(affs, known, ids, mask_key):
+        return gp.AddAffinities(offsets, ids, affs, labels_mask=mask_key, affinities_mask=known)
+
+    def ours(affs, known, ids, mask_key):
+        return AddAffinities(offsets, ids, mask_key, affs, known)
+
+    ids, mask_key, affs, known = (gp.ArrayKey(name) for name in ("IDS", "IDS_MASK", "AFFINITIES", "KNOWN"))
+    results = []
+    for node in (ours, theirs):
+        request = gp.BatchRequest()
+        request[affs] = request[known] = gp.ArraySpec(gp.Roi((0, 6, 8), (14, 10, 10)))
+        sources = tuple(
+            gp.ArraySource(key, Array(data, (0, 0, 0), (2, 2, 2))) for key, data in ((ids, labels), (mask_key, mask))
+        )
+        with gp.build(
+            sources + gp.MergeProvider() + gp.Pad(ids, None) + gp.Pad(mask_key, None) + node(affs, known, ids, mask_key)
+        ) as pipeline:
+            batch = pipeline.request_batch(request)
+        results.append([batch[key].data for key in (affs, known)])
+    for here, there in zip(*results, strict=True):
+        assert here.shape == (3, 7, 5, 5)
+        assert 0 < here.mean() < 1
+        np.testing.assert_array_equal(here, there)
+
+
+@pytest.mark.parametrize("slab", [None, (1, -1, -1, -1)], ids=["per patch", "per channel"])
+def test_weights_are_those_of_gunpowder(slab):
+    rng = np.random.default_rng(0)
+    affs = (rng.random((3, 8, 9, 10)) < np.reshape([0.02, 0.5, 0.9], (3, 1, 1, 1))).astype(np.uint8)
+    known = (rng.random(affs.shape) < 0.7).astype(np.uint8)
+    known[1] = slab is None
+    weights = gp.ArrayKey("WEIGHTS")
+    theirs = filtered(lambda key, mask: gp.BalanceLabels(key, weights, mask=mask, slab=slab), affs, known, weights)
+    ours = balanced_weights(*(torch.from_numpy(array[None]) for array in (affs, known)), per_channel=slab is not None)
+    np.testing.assert_allclose(ours[0].numpy(), theirs, rtol=1e-6)
 
 
 def test_large_ids_become_small_and_unlabeled_ones_zero():
@@ -186,11 +241,11 @@ def test_targets_fit_the_labels_and_weights_balance_them(home):
             here = np.moveaxis(labels, axis + 1, 0)
             expected = (here[1:] == here[:-1]) & (here[1:] > 0)
             np.testing.assert_array_equal(np.moveaxis(affs[:, axis], axis + 1, 0)[1:], expected)
-        np.testing.assert_array_equal(batch.weights["lsds"][:, 0], labels > 0)
+        np.testing.assert_array_equal(batch.known["lsds"][:, 0], labels > 0)
         assert (lsds[:, :, :] * (labels[:, None] == 0)).max() == 0
         # Connected and separated neighbors have the same total weight, unless one kind is very rare.
         for element in range(2):
-            weights, known = batch.weights["affs"][element], batch.weights["affs"][element] > 0
+            weights, known = weights_of(cfg, batch, "affs")[element], batch.known["affs"][element] > 0
             for value in (0, 1):
                 chosen = known & (affs[element] == value)
                 share = np.clip(chosen.sum() / known.sum(), 0.05, 0.95)
@@ -202,7 +257,7 @@ def test_cross_entropy_balances_every_channel_and_trains(home):
     cfgs = {loss: config(home, TRAIN__AFF_LOSS=loss, **overrides) for loss in ("mse", "bce")}
     batches = batches_of(cfgs["bce"], 6)
     for batch in batches:
-        affs, weights = batch.targets["affs"][0], batch.weights["affs"][0]
+        affs, weights = batch.targets["affs"][0], weights_of(cfgs["bce"], batch, "affs")[0]
         for channel, weight in zip(affs, weights, strict=True):
             separated = (channel[weight > 0] == 0).mean()
             if 0.05 < separated < 0.95:  # rarer ones would get too large a weight
@@ -233,7 +288,7 @@ def test_placement_is_learned_from_labels_that_touch(home):
     """The boundaries in the labels are the voxels on either side of every face that it separates."""
     seen = 0
     for batch in batches_of(config(home, TRAIN__PLACEMENT=True), 3):
-        separated, known = (array[0] for array in (batch.targets["placement"] == 0, batch.weights["placement"] > 0))
+        separated, known = (array[0] for array in (batch.targets["placement"] == 0, batch.known["placement"] > 0))
         boundary, inside = np.zeros(separated.shape[1:], bool), np.ones(separated.shape[1:], bool)
         for axis in range(3):
             boundary |= separated[axis] | np.roll(separated[axis], -1, axis)
@@ -311,7 +366,7 @@ def test_locations_are_labeled_and_cost_little_memory(home, volume):
     try:
         with training_batches(cfg, [path], ("lsds",)) as batches:
             assert tracemalloc.get_traced_memory()[1] < 10 * mask.size
-            shares = [next(batches).weights["lsds"].mean() for _ in range(10)]
+            shares = [next(batches).known["lsds"].mean() for _ in range(10)]
     finally:
         tracemalloc.stop()
     # The required share starts at 0.5. Every miss lowers it by two percent.
@@ -324,7 +379,7 @@ def test_what_lies_around_a_patch_need_not_be_labeled(home):
     path = write_labels(home, np.ones((20, 20, 20), np.uint64), offset=(128, 128, 128))
     create_labels_mask(path)
     cfg = config(home, TRAIN__AUGMENT=False, MODEL_ISO__LSD_SIGMA=80)
-    shares = [batch.weights["lsds"].mean() for batch in batches_of(cfg, 10)]
+    shares = [batch.known["lsds"].mean() for batch in batches_of(cfg, 10)]
     assert tuple(cfg.MODEL.OUTPUT_SHAPE) == (20, 20, 20)
     assert np.mean(shares) > 0.1
 
@@ -387,6 +442,13 @@ def test_learning_rate_warms_up_and_falls_to_zero(tmp_path):
 def weights_at(cfg, iteration):
     path = checkpoint_path(cfg.MODEL.CKPT_FOLDER, iteration)
     return torch.load(path, weights_only=True)["model_state_dict"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+def test_a_run_on_a_gpu_resumes(home):
+    train(config(home, TRAIN__DEVICE="cuda:0", TRAIN__EPOCHS=2))
+    train(config(home, TRAIN__DEVICE="cuda:0", TRAIN__EPOCHS=4))
+    assert latest_checkpoint(Path(config(home).MODEL.CKPT_FOLDER)).name == "model_checkpoint_4"
 
 
 def test_resumed_training_ends_with_the_same_weights(home):

@@ -57,6 +57,7 @@ class Task:
         target: "module:function" that makes its training target; see `lsdseg.engine.training.targets`.
         labels: name in LABELS of the ground truth to train on.
         loss: key of TRAIN that names its loss, "mse" or "bce". None: mean squared error.
+        balanced: whether 0 and 1 of the target count the same in its loss.
         touching: whether it learns from neuron labels between which no boundary was grown.
         attributes: takes a config and returns attributes of the array on disk, in addition to its placement.
     """
@@ -67,6 +68,7 @@ class Task:
     target: str
     labels: str = "NEURON_LABELS"
     loss: str | None = None
+    balanced: bool = False
     touching: bool = False
     attributes: Callable[[CfgNode], dict[str, Any]] = lambda cfg: {}
 
@@ -83,6 +85,7 @@ TASKS = {
         lambda cfg: len(cfg.TRAIN.NEIGHBORHOOD),
         "lsdseg.engine.training.targets:affinity_target",
         loss="AFF_LOSS",
+        balanced=True,
         attributes=lambda cfg: {"offsets": affinity_offsets(cfg)},
     ),
     "placement": Task(
@@ -91,6 +94,7 @@ TASKS = {
         lambda cfg: len(placement_offsets(cfg)),
         "lsdseg.engine.training.targets:placement_target",
         loss="AFF_LOSS",
+        balanced=True,
         touching=True,
         attributes=lambda cfg: {"offsets": placement_offsets(cfg)},
     ),
@@ -100,6 +104,7 @@ TASKS = {
         lambda cfg: 1,
         "lsdseg.engine.training.targets:foreground_target",
         labels="MITO_LABELS",
+        balanced=True,
     ),
 }
 

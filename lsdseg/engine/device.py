@@ -45,6 +45,8 @@ def resolve_device(cfg: CfgNode, busy_cores: int = 0, local_rank: int = 0, local
             f"TRAIN.DEVICE is {cfg.TRAIN.DEVICE!r} ({name}), but this machine has {torch.cuda.device_count()} GPUs: "
             "set it to 'auto' or 'cpu', or start fewer processes"
         )
+    # All patches and nearly all tiles have one shape, for which cuDNN then finds its fastest algorithm.
+    torch.backends.cudnn.benchmark = True
     from_environment = int(os.environ.get("OMP_NUM_THREADS") or 0)
     free_cores = max(1, len(os.sched_getaffinity(0)) // local_size - busy_cores)
     torch.set_num_threads(cfg.TRAIN.THREADS or from_environment or free_cores)

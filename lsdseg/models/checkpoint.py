@@ -262,7 +262,7 @@ def _check_tensor(path: Path, name: str, tensor: Any) -> None:
     """
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or not tensor.is_floating_point():
         raise _damaged(path, f"{name} is {getattr(tensor, 'dtype', type(tensor))}, not floating-point numbers")
-    if tensor.device.type != "cpu" or not torch.isfinite(tensor).all():
+    if tensor.is_meta or not torch.isfinite(tensor).all():
         raise _damaged(path, f"{name} holds NaN, infinite or no values")
 
 

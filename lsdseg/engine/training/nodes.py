@@ -287,8 +287,74 @@ class TargetFromLabels(gp.BatchFilter):
         return result
 
 
+class AddAffinities(gp.BatchFilter):
+    """Add the affinities of labels: 1 where a voxel and the one at an offset from it have the same label, not 0.
+
+    Args:
+        offsets: (z, y, x) in voxels, one per channel.
+        labels: key of the labels.
+        mask: key of the labels mask.
+        affinities: key of the affinities to provide, uint8 (channels, z, y, x).
+        known: key of what is known about them, of the same type and shape: 1 where both voxels are inside the mask.
+    """
+
+    def __init__(
+        self,
+        offsets: Sequence[Sequence[int]],
+        labels: gp.ArrayKey,
+        mask: gp.ArrayKey,
+        affinities: gp.ArrayKey,
+        known: gp.ArrayKey,
+    ) -> None:
+        self.offsets, self.labels, self.mask = offsets, labels, mask
+        self.affinities, self.known = affinities, known
+
+    def setup(self) -> None:
+        self.enable_autoskip()
+        spec = self.spec[self.labels].copy()
+        spec.dtype, spec.interpolatable = np.uint8, False
+        self.provides(self.affinities, spec)
+        self.provides(self.known, spec.copy())
+        steps = list(zip(*self.offsets, strict=True))
+        self.before = gp.Coordinate(max(0, -min(axis)) for axis in steps) * spec.voxel_size
+        self.after = gp.Coordinate(max(0, *axis) for axis in steps) * spec.voxel_size
+
+    def prepare(self, request: gp.BatchRequest) -> gp.BatchRequest:
+        around = request[self.affinities].roi.grow(self.before, self.after)
+        deps = gp.BatchRequest()
+        deps[self.labels] = gp.ArraySpec(roi=around)
+        deps[self.mask] = gp.ArraySpec(roi=around)
+        return deps
+
+    def process(self, batch: gp.Batch, request: gp.BatchRequest) -> gp.Batch:
+        roi, labels = request[self.affinities].roi, batch[self.labels]
+        voxel_size = labels.spec.voxel_size
+        known = self._at_offsets(batch[self.mask], roi, voxel_size, lambda here, there: (here > 0) & (there > 0))
+        same = self._at_offsets(labels, roi, voxel_size, lambda here, there: (here == there) & (here > 0))
+        result = gp.Batch()
+        for key, data in ((self.affinities, same), (self.known, known)):
+            spec = self.spec[key].copy()
+            spec.roi = roi
+            result[key] = gp.Array(data, spec)
+        return result
+
+    def _at_offsets(
+        self,
+        array: gp.Array,
+        roi: gp.Roi,
+        voxel_size: gp.Coordinate,
+        compare: Callable[[NDArray[Any], NDArray[Any]], NDArray[Any]],
+    ) -> NDArray[np.uint8]:
+        """Compare the voxels of a ROI with those at the offsets. Returns uint8 (channels, z, y, x)."""
+        box = (roi - array.spec.roi.offset) / voxel_size
+        results = np.empty((len(self.offsets), *box.shape), np.uint8)
+        for result, offset in zip(results, self.offsets, strict=True):
+            result[:] = compare(array.data[box.to_slices()], array.data[(box + gp.Coordinate(offset)).to_slices()])
+        return results
+
+
 class AddLocalShapeDescriptors(gp.BatchFilter):
-    """Add the LSDs of labels, and their weights: 1 where a voxel is labeled and inside the mask.
+    """Add the LSDs of labels, and where they are known: 1 where a voxel is labeled and inside the mask.
 
     The node requests labels up to 3 sigma around the LSDs. Voxels farther away have no weight in them.
 
@@ -296,7 +362,7 @@ class AddLocalShapeDescriptors(gp.BatchFilter):
         labels: key of the labels.
         mask: key of the labels mask.
         lsds: key of the LSDs to provide, float32 (10 or 6, z, y, x).
-        weights: key of the weights to provide, of the same type and shape.
+        known: key of where they are known, uint8 (z, y, x).
         sigma: standard deviation in nm.
         downsample: use only every n-th voxel.
         sections: compute six LSDs for each section separately.
@@ -307,13 +373,13 @@ class AddLocalShapeDescriptors(gp.BatchFilter):
         labels: gp.ArrayKey,
         mask: gp.ArrayKey,
         lsds: gp.ArrayKey,
-        weights: gp.ArrayKey,
+        known: gp.ArrayKey,
         *,
         sigma: float,
         downsample: int,
         sections: bool = False,
     ) -> None:
-        self.labels, self.mask, self.lsds, self.weights = labels, mask, lsds, weights
+        self.labels, self.mask, self.lsds, self.known = labels, mask, lsds, known
         self.sigma, self.downsample, self.sections = sigma, downsample, sections
 
     def setup(self) -> None:
@@ -321,7 +387,9 @@ class AddLocalShapeDescriptors(gp.BatchFilter):
         spec = self.spec[self.labels].copy()
         spec.dtype, spec.interpolatable = np.float32, True
         self.provides(self.lsds, spec)
-        self.provides(self.weights, spec.copy())
+        known = spec.copy()
+        known.dtype, known.interpolatable = np.uint8, False
+        self.provides(self.known, known)
         self.context = lsd_context(self.sigma, spec.voxel_size, self.downsample, self.sections)
 
     def prepare(self, request: gp.BatchRequest) -> gp.BatchRequest:
@@ -343,14 +411,12 @@ class AddLocalShapeDescriptors(gp.BatchFilter):
         else:
             descriptors = local_shape_descriptors(labels.data, self.sigma, voxel_size, downsample=self.downsample)
         crop = ((roi - labels.spec.roi.offset) / labels.spec.voxel_size).to_slices()
-        weights = ((labels.data[crop] > 0) & (batch[self.mask].data > 0)).astype(np.float32)
-
-        spec = self.spec[self.lsds].copy()
-        spec.roi = roi
+        known = ((labels.data[crop] > 0) & (batch[self.mask].data > 0)).astype(np.uint8)
         result = gp.Batch()
-        descriptors = np.ascontiguousarray(descriptors[:, *crop])
-        result[self.lsds] = gp.Array(descriptors, spec)
-        result[self.weights] = gp.Array(np.broadcast_to(weights, descriptors.shape).copy(), spec.copy())
+        for key, data in ((self.lsds, np.ascontiguousarray(descriptors[:, *crop])), (self.known, known)):
+            spec = self.spec[key].copy()
+            spec.roi = roi
+            result[key] = gp.Array(data, spec)
         return result
 
 

@@ -1,4 +1,4 @@
-"""Training batches: from labeled volumes to augmented raw data with its targets and weights.
+"""Training batches: from labeled volumes to augmented raw data with its targets.
 
 The order matters. Geometric augmentation comes before the targets, because LSDs and affinities have directions.
 Boundaries are grown after it, because deformation would close a one-voxel boundary again.
@@ -53,14 +53,14 @@ class TrainingBatch(NamedTuple):
     Attributes:
         raw: (batch, 1, z, y, x) float32, the input of the network.
         labels: (batch, z, y, x) uint32, on the voxels of the output, boundaries grown.
-        targets: task -> (batch, channels, z, y, x) float32.
-        weights: task -> weights of the target, of the same shape and type.
+        targets: task -> (batch, channels, z, y, x), float32, or uint8 if they are 0 or 1.
+        known: task -> uint8, 1 where the target is known, else 0; of the same shape or with one channel for all.
     """
 
     raw: NDArray[np.float32]
     labels: NDArray[np.uint32]
-    targets: dict[str, NDArray[np.float32]]
-    weights: dict[str, NDArray[np.float32]]
+    targets: dict[str, NDArray[np.float32 | np.uint8]]
+    known: dict[str, NDArray[np.uint8]]
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def training_batches(
     voxel_size = open_array(volumes[0], cfg.DATA.RAW, **source_defaults(cfg)).voxel_size
     targets = {task: _target(cfg, task) for task in tasks}
     shapes = {RAW: gp.Coordinate(along_zyx(cfg.MODEL.RAW_SHAPE, 1))}
-    for key in (NEURONS, *(key for target in targets.values() for key in (target.values, target.weights))):
+    for key in (NEURONS, *(key for target in targets.values() for key in (target.values, target.known))):
         shapes[key] = gp.Coordinate(along_zyx(cfg.MODEL.OUTPUT_SHAPE, 1))
     request = gp.BatchRequest()
     for key, shape in shapes.items():
@@ -117,8 +117,8 @@ def _batches(
         yield TrainingBatch(
             raw=data(batch, RAW, axes),
             labels=data(batch, NEURONS, axes - 1),
-            targets={task: data(batch, target.values, axes).astype(np.float32) for task, target in targets.items()},
-            weights={task: data(batch, target.weights, axes) for task, target in targets.items()},
+            targets={task: data(batch, target.values, axes) for task, target in targets.items()},
+            known={task: data(batch, target.known, axes) for task, target in targets.items()},
         )
 
 

@@ -37,7 +37,7 @@ def write_snapshot(cfg: CfgNode, iteration: int, batch: TrainingBatch, predictio
         "volumes/labels/neuron_ids": (batch.labels[0].astype(np.uint64), offset),
     }
     for task, prediction in predictions.items():
-        arrays[f"volumes/gt_{task}"] = (batch.targets[task][0], offset)
+        arrays[f"volumes/gt_{task}"] = (batch.targets[task][0].astype(np.float32), offset)
         arrays[f"volumes/pred_{task}"] = (prediction[0].cpu().numpy(), offset)
     for name, (data, begin) in arrays.items():
         write_array(path, name, data, voxel_size=voxel_size, offset=begin)
@@ -55,7 +55,7 @@ def preview_images(batch: TrainingBatch, predictions: dict[str, torch.Tensor]) -
     images = {"raw": (raw - raw.min()) / max(np.ptp(raw), 1e-6)}
     for task, prediction in predictions.items():
         images[f"{task}/predicted"] = _section(prediction.cpu().numpy())
-        images[f"{task}/target"] = _section(batch.targets[task])
+        images[f"{task}/target"] = _section(batch.targets[task].astype(np.float32))
     return images
 
 

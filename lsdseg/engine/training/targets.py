@@ -1,4 +1,4 @@
-"""Training targets of the tasks: what a head should predict, made from augmented labels, and the weights of its loss.
+"""Training targets of the tasks: what a head should predict, made from augmented labels, and where that is known.
 
 `config.model_types.TASKS` names the function of each task. It is called as function(cfg, labels, mask), with the keys
 of the task's labels and of the mask that says what is labeled. It returns a `Target`.
@@ -11,7 +11,7 @@ import numpy as np
 from yacs.config import CfgNode
 
 from lsdseg.config.model_types import affinity_offsets, placement_offsets
-from lsdseg.engine.training.nodes import AddLocalShapeDescriptors, TargetFromLabels
+from lsdseg.engine.training.nodes import AddAffinities, AddLocalShapeDescriptors, TargetFromLabels
 
 
 class Target(NamedTuple):
@@ -19,59 +19,46 @@ class Target(NamedTuple):
 
     Attributes:
         values: key of the target, (channels, z, y, x) in 0..1. If there is only one channel, its axis is missing.
-        weights: key of the weights, of the same shape; 0 where the target is unknown.
+        known: key of where the target is known: uint8, 0 or 1, of the same shape or with one channel for all.
         nodes: the nodes that make both.
     """
 
     values: gp.ArrayKey
-    weights: gp.ArrayKey
+    known: gp.ArrayKey
     nodes: list[gp.BatchFilter]
 
 
 def lsd_target(cfg: CfgNode, labels: gp.ArrayKey, mask: gp.ArrayKey) -> Target:
     """Train on the local shape descriptors of the labels."""
-    lsds, weights = gp.ArrayKey("LSDS"), gp.ArrayKey("LSDS_WEIGHTS")
+    lsds, known = gp.ArrayKey("LSDS"), gp.ArrayKey("LSDS_MASK")
     node = AddLocalShapeDescriptors(
         labels,
         mask,
         lsds,
-        weights,
+        known,
         sigma=cfg.MODEL.LSD_SIGMA,
         downsample=cfg.MODEL.LSD_DOWNSAMPLE,
         sections=cfg.DATA.DIM_2D,
     )
-    return Target(lsds, weights, [node])
+    return Target(lsds, known, [node])
 
 
 def affinity_target(cfg: CfgNode, labels: gp.ArrayKey, mask: gp.ArrayKey) -> Target:
-    """Train on the affinities of the labels, weighted as in `_affinities_at`."""
-    return _affinities_at(affinity_offsets(cfg), cfg, labels, mask, "AFFS")
+    """Train on the affinities of the labels."""
+    return _affinities_at(affinity_offsets(cfg), labels, mask, "AFFS")
 
 
 def placement_target(cfg: CfgNode, labels: gp.ArrayKey, mask: gp.ArrayKey) -> Target:
-    """Train on the affinities of direct neighbors, weighted as in `_affinities_at`. The labels should touch."""
-    return _affinities_at(placement_offsets(cfg), cfg, labels, mask, "PLACEMENT")
+    """Train on the affinities of direct neighbors. The labels should touch."""
+    return _affinities_at(placement_offsets(cfg), labels, mask, "PLACEMENT")
 
 
-def _affinities_at(offsets: list[list[int]], cfg: CfgNode, labels: gp.ArrayKey, mask: gp.ArrayKey, name: str) -> Target:
-    """Train on affinities, weighted so that 0 and 1 count the same in each patch.
-
-    With TRAIN.AFF_LOSS "bce" they count the same in each channel of a patch.
-    """
-    affs, known, weights = (gp.ArrayKey(f"{name}{suffix}") for suffix in ("", "_MASK", "_WEIGHTS"))
-    slab = (1, -1, -1, -1) if cfg.TRAIN.AFF_LOSS == "bce" else None
-    nodes = [
-        gp.AddAffinities(offsets, labels, affs, labels_mask=mask, affinities_mask=known),
-        gp.BalanceLabels(affs, weights, mask=known, slab=slab),
-    ]
-    return Target(affs, weights, nodes)
+def _affinities_at(offsets: list[list[int]], labels: gp.ArrayKey, mask: gp.ArrayKey, name: str) -> Target:
+    affs, known = gp.ArrayKey(name), gp.ArrayKey(f"{name}_MASK")
+    return Target(affs, known, [AddAffinities(offsets, labels, mask, affs, known)])
 
 
-def foreground_target(cfg: CfgNode, labels: gp.ArrayKey, mask: gp.ArrayKey) -> Target:
-    """Train on 1 where there are labels and 0 elsewhere, weighted so that both count the same in each patch."""
-    foreground, weights = (gp.ArrayKey(f"{labels.identifier}_{name}") for name in ("FOREGROUND", "FOREGROUND_WEIGHTS"))
-    nodes = [
-        TargetFromLabels(labels, foreground, lambda ids: ids != 0, dtype=np.uint8),
-        gp.BalanceLabels(foreground, weights, mask=mask),
-    ]
-    return Target(foreground, weights, nodes)
+def foreground_target(_cfg: CfgNode, labels: gp.ArrayKey, mask: gp.ArrayKey) -> Target:
+    """Train on 1 where there are labels and 0 elsewhere."""
+    foreground = gp.ArrayKey(f"{labels.identifier}_FOREGROUND")
+    return Target(foreground, mask, [TargetFromLabels(labels, foreground, lambda ids: ids != 0, dtype=np.uint8)])

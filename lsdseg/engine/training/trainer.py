@@ -24,7 +24,7 @@ from lsdseg.engine.training.pipeline import TrainingBatch
 from lsdseg.engine.training.ranks import Ranks
 from lsdseg.models import build_model
 from lsdseg.models.checkpoint import load_checkpoint, network_settings, read_checkpoint, save_checkpoint
-from lsdseg.models.losses import LOSSES, Loss
+from lsdseg.models.losses import LOSSES, Loss, balanced_weights
 from lsdseg.models.unet import CONV
 
 
@@ -59,6 +59,26 @@ def parameter_groups(network: nn.Module, fan_in: int) -> list[tuple[float, list[
     for parameter in network.parameters():
         groups.setdefault(shares.get(parameter, 1.0), []).append(parameter)
     return list(groups.items())
+
+
+def loss_weights(cfg: CfgNode, task: str, target: Tensor, known: Tensor) -> Tensor:
+    """Return the weights of a task's target in its loss.
+
+    Affinities of 0 and 1 have the same total weight in each patch, and with TRAIN.AFF_LOSS "bce" in each of its
+    channels.
+
+    Args:
+        cfg: the config.
+        task: name of the task.
+        target: (batch, channels, z, y, x), as in a `TrainingBatch`.
+        known: where it is known, as in a `TrainingBatch`.
+
+    Returns:
+        float32, of the shape of the target, or with one channel for all; 0 where the target is unknown.
+    """
+    if not TASKS[task].balanced:
+        return known.float()
+    return balanced_weights(target, known, per_channel=cfg.TRAIN.AFF_LOSS == "bce")
 
 
 class Trainer:
@@ -168,7 +188,7 @@ class Trainer:
             group["lr"] = share * learning_rate(self.cfg, iteration)
         self.model.train()
         self.optimizer.zero_grad()
-        counts = [float(sum((batch.weights[task] > 0).sum() for batch in batches)) for task in self.tasks]
+        counts = [float(sum(self._entries(task, batch) for batch in batches)) for task in self.tasks]
         entries = dict(zip(self.tasks, self.ranks.total(counts), strict=True))
         sums = dict.fromkeys(self.tasks, 0.0)
         for number, batch in enumerate(batches, start=1):
@@ -200,19 +220,29 @@ class Trainer:
             Losses by task, and predictions by task.
         """
 
-        def on_device(array: NDArray[np.float32]) -> Tensor:
+        def on_device(array: NDArray[Any]) -> Tensor:
             return self.precision.place(torch.from_numpy(array))
 
         with self.precision.autocast():
             outputs = self.model(on_device(batch.raw))
         predictions = {task: output.float() for task, output in outputs._asdict().items()}
         targets = {task: on_device(array) for task, array in batch.targets.items()}
-        weights = {task: on_device(array) for task, array in batch.weights.items()}
         losses = {
-            task: self._loss(task)(prediction, targets[task], weights[task], entries[task])
+            task: self._loss(task)(
+                prediction,
+                targets[task].float(),
+                loss_weights(self.cfg, task, targets[task], on_device(batch.known[task])),
+                entries[task],
+            )
             for task, prediction in predictions.items()
         }
         return losses, predictions
+
+    @staticmethod
+    def _entries(task: str, batch: TrainingBatch) -> int:
+        """Return the number of entries of a task's target that are known."""
+        known = batch.known[task]
+        return int(np.count_nonzero(known)) * batch.targets[task].shape[1] // known.shape[1]
 
     def _loss(self, task: str) -> Loss:
         key = TASKS[task].loss
