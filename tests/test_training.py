@@ -23,7 +23,14 @@ from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
 from lsdseg.engine.device import Precision
 from lsdseg.engine.predict.predict import predict
 from lsdseg.engine.training.lsd import local_shape_descriptors
-from lsdseg.engine.training.nodes import AddAffinities, CompactLabels, GrowBoundary, TargetFromLabels, lsd_context
+from lsdseg.engine.training.nodes import (
+    AddAffinities,
+    CompactLabels,
+    GrowBoundary,
+    ShareMemory,
+    TargetFromLabels,
+    lsd_context,
+)
 from lsdseg.engine.training.pipeline import training_batches
 from lsdseg.engine.training.ranks import Ranks
 from lsdseg.engine.training.train import seed_everything, train
@@ -390,6 +397,14 @@ def test_worker_processes_make_the_same_batches_as_this_one(home):
     there = [batch.raw.tobytes() for batch in batches_of(config(home, SYSTEM__NUM_WORKERS=2, SYSTEM__CACHE_SIZE=2), 3)]
     assert len(set(there)) == 3
     assert here.issuperset(there)
+
+
+@pytest.mark.parametrize(("workers", "kind"), [(1, torch.Tensor), (10**12, np.ndarray)], ids=["room", "no room"])
+def test_batches_take_shared_memory_only_where_there_is_room(workers, kind):
+    labels = np.random.default_rng(0).integers(0, 9, (4, 5, 6)).astype(np.uint32)
+    shared = filtered(lambda _key: ShareMemory(workers), labels)
+    assert type(shared) is kind
+    np.testing.assert_array_equal(np.asarray(shared), labels)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,16 @@ requests.
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import fastremap
 import gunpowder as gp
 import numpy as np
+import torch
+import torch.multiprocessing
 from numpy.typing import NDArray
 
 from lsdseg.data_utils.labels import is_labeled
@@ -418,6 +422,29 @@ class AddLocalShapeDescriptors(gp.BatchFilter):
             spec.roi = roi
             result[key] = gp.Array(data, spec)
         return result
+
+
+class ShareMemory(gp.BatchFilter):
+    """Let batches go from one process to another through shared memory, not through a pipe that copies them twice.
+
+    Shared memory that is full ends a process without a message, and some containers have little of it. Batches for
+    which there might not be enough room take the pipe.
+
+    Args:
+        workers: how many processes may take memory at the same time.
+    """
+
+    FOLDER = Path("/dev/shm")
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+
+    def process(self, batch: gp.Batch, request: gp.BatchRequest) -> None:
+        needed = self.workers * sum(array.data.nbytes for array in batch.arrays.values())
+        if self.FOLDER.is_dir() and needed < shutil.disk_usage(self.FOLDER).free:
+            for array in batch.arrays.values():
+                # PyTorch sends tensors through shared memory.
+                array.data = torch.from_numpy(np.ascontiguousarray(array.data))
 
 
 class DefectAugment(gp.DefectAugment):

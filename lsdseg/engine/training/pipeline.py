@@ -7,6 +7,7 @@ Boundaries are grown after it, because deformation would close a one-voxel bound
 from __future__ import annotations
 
 import math
+import resource
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from lsdseg.engine.training.nodes import (
     LabeledLocation,
     PadLabels,
     SeedPatches,
+    ShareMemory,
     lsd_context,
 )
 from lsdseg.engine.training.targets import Target
@@ -88,6 +90,10 @@ def training_batches(
     pipeline = _pipeline(cfg, volumes, targets, request) + SeedPatches(cfg.TRAIN.SEED, first_patch, stride)
     pipeline += gp.Stack(cfg.TRAIN.BATCH_SIZE)
     if cfg.SYSTEM.NUM_WORKERS:
+        # Each array in shared memory is an open file.
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        pipeline += ShareMemory(cfg.SYSTEM.NUM_WORKERS)
         pipeline += gp.PreCache(cache_size=cfg.SYSTEM.CACHE_SIZE, num_workers=cfg.SYSTEM.NUM_WORKERS)
     with gp.build(pipeline) as provider:
         yield _batches(provider, request, targets, sections=cfg.DATA.DIM_2D)
@@ -108,7 +114,8 @@ def _batches(
 
     def data(batch: gp.Batch, key: gp.ArrayKey, axes: int) -> NDArray[Any]:
         """Return an array with this number of axes: add a missing channel axis, and in 2D drop the axis z."""
-        array: NDArray[Any] = batch[key].data[..., 0, :, :] if sections else batch[key].data
+        array: NDArray[Any] = np.asarray(batch[key].data)
+        array = array[..., 0, :, :] if sections else array
         return array[:, None] if array.ndim < axes else array
 
     axes = 4 if sections else 5
