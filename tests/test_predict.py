@@ -3,8 +3,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from test_records import Watched
 
 from lsdseg.config.loader import load_config
+from lsdseg.config.rules import NETWORK, PREDICTION, RULES
 from lsdseg.data_utils.volumes import chunk_shape, list_arrays, open_array, read, write_array
 from lsdseg.engine.predict import blockwise
 from lsdseg.engine.predict.blockwise import predict_blockwise
@@ -55,6 +57,25 @@ def config(home, *overrides, padding="valid", size=28, grow=8):
     }
     pairs = [str(part) for item in settings.items() for part in item]
     return load_config(overrides=[*pairs, *map(str, overrides)])
+
+
+# What a prediction reads although its record need not name it.
+WHERE = {"DATA.HOME", "DATA.OUTFILE", "DATA.BRAIN_VOL", "DATA.DATA_DIR_PATH", "DATA.DROP_DS_MONGOTABLE"}
+INPUTS = {"DATA.RAW", "TRAIN.CHECKPOINT", "PREPROCESS.SOURCE_DATA_RESOLUTION", "PREPROCESS.SOURCE_DATA_OFFSET"}
+TILES = {"MODEL.GROW_INPUT", "MODEL.OUTPUT_SHAPE", "MODEL.CONTEXT"}  # the same numbers with any tiles
+HOW = {"TRAIN.DEVICE", "TRAIN.THREADS", "TRAIN.MIXED_PRECISION"}  # the same numbers up to rounding
+CHECKED = {"DATA.FIB", "MODEL.VOXEL_SIZE"}  # the section of the network, and whether it fits the volume
+
+
+def test_what_a_prediction_reads_is_what_it_depends_on(home):
+    cfg = Watched(config(home))
+    predict(cfg)
+    read_keys = {f"{section}.{key}" for section, node in cfg.items() if isinstance(node, Watched) for key in node.seen}
+    compared = {
+        key.replace("MODEL_ISO.", "MODEL.") for key, rule in RULES.items() if {NETWORK, PREDICTION} & set(rule.affects)
+    }
+    assert read_keys >= {"TRAIN.NEIGHBORHOOD", "MODEL.INTENSITYSCALESHIFT_SCALE", "DATA.AFFS_DTYPE"}
+    assert read_keys - compared <= WHERE | INPUTS | TILES | HOW | CHECKED
 
 
 def predictions(cfg):

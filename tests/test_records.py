@@ -38,6 +38,10 @@ class Watched(CfgNode):
             self.__dict__.setdefault("_seen", set()).add(name)
         return super().__getattr__(name)
 
+    @property
+    def seen(self):
+        return self.__dict__.get("_seen", set())
+
 
 def test_what_fragments_read_is_what_they_depend_on():
     """Every key of INS_SEGMENT that makes fragments differ, or is read to make them, is compared."""
@@ -48,7 +52,7 @@ def test_what_fragments_read_is_what_they_depend_on():
     for method in ("waterz", "mutex"):
         settings = Watched(load_config(overrides=["INS_SEGMENT.METHOD", method]).INS_SEGMENT)
         method_of(settings).fragments(method_of(settings).channels(affinities, offsets), settings, offsets)
-        read = settings.__dict__["_seen"]
+        read = settings.seen
         assert read >= {"METHOD", "FILTER_FRAGMENTS"}
         for key in read:
             assert {FRAGMENTS, SEGMENTATION} <= set(RULES[f"INS_SEGMENT.{key}"].affects), key

@@ -479,6 +479,14 @@ def test_resumed_training_ends_with_the_same_weights(home):
         assert not torch.equal(one[name], start[name])
 
 
+@pytest.mark.parametrize("saved", [0, 2])
+def test_a_loss_that_is_not_finite_names_the_iteration_to_go_on_from(home, saved):
+    if saved:
+        train(config(home, TRAIN__EPOCHS=saved))
+    with pytest.raises(UserError, match=rf"the loss is (nan|inf) at iteration .* from iteration {saved}$"):
+        train(config(home, TRAIN__INITIAL_LR=1e9, TRAIN__SAVE_EVERY=100, TRAIN__EPOCHS=20))
+
+
 def test_training_leaves_logs_snapshots_and_a_config_that_predicts(home, monkeypatch):
     cfg = config(home)
     train(cfg)
