@@ -103,14 +103,11 @@ def predict_sample(predictor: TilePredictor, sample: Sample, record: Record) -> 
         The names of the datasets in the sample's output.
     """
     cfg, raw = sample.cfg, sample.raw
-    tiles = list(predictor.tiles(raw.shape))
     with working_on(sample.output, "predict"):
         arrays = create_predictions(sample, record)
-        began, done = time.monotonic(), 0
-        with tqdm(tiles, unit="tile") as bar:
-            for begin, shape in bar:
-                done += write_tile(cfg, arrays, predictor(raw, begin, shape), begin, raw.shape)
-                bar.set_postfix_str(f"{done / 1e6 / (time.monotonic() - began):.2f} Mvoxel/s")
+        with tqdm(total=math.prod(raw.shape), unit="voxel", unit_scale=True) as bar:
+            for begin, shape in predictor.tiles(raw.shape):
+                bar.update(write_tile(cfg, arrays, predictor(raw, begin, shape), begin, raw.shape))
         return finalize_predictions(sample)
 
 
