@@ -58,6 +58,15 @@ _C.DATA.OUTFILE = None
 _C.DATA.AFFS_DTYPE = "uint8"
 # Also write 255 - mean affinity (uint8), a boundary map for tools that expect bright membranes.
 _C.DATA.INVERT_PRED_AFFS = False
+# Number of views to predict and combine: 1, 4 (y and x mirrored), 8 (z, too) or 16 (y and x transposed, too). More
+# views take as many times as long. Where z is unlike y and x, take 4. In 2D: 1, 4 or 8 (transposed).
+_C.DATA.VIEWS = 1
+# How the affinities of the views are combined: "mean", "median", or "min", which merges least: one view that sees a
+# membrane is enough. Everything else is averaged.
+_C.DATA.COMBINE_VIEWS = "mean"
+# With several views, also write volumes/pred_disagreement: by how much their affinities differ, the largest minus the
+# smallest, on average over the channels. It is high where the network is unsure.
+_C.DATA.DISAGREEMENT = False
 # Where blockwise scripts store the region adjacency graph. Empty: Parquet files beside the output. "mongodb://..." or
 # "host:port": MongoDB. The environment variable LSD_DB_URI overrides this key. Put credentials there: it is never
 # written to a file.

@@ -253,6 +253,9 @@ RULES: dict[str, Rule] = {
     "DATA.OUTFILE": optional(path(text)).on(),
     "DATA.AFFS_DTYPE": choice("uint8", "float32").on(PREDICTION),
     "DATA.INVERT_PRED_AFFS": flag.on(PREDICTION),
+    "DATA.VIEWS": choice(1, 4, 8, 16).on(PREDICTION),
+    "DATA.COMBINE_VIEWS": choice("mean", "median", "min").on(PREDICTION),
+    "DATA.DISAGREEMENT": flag.on(PREDICTION),
     "DATA.DB_HOST": text.on(),
     "DATA.DB_NAME": pattern(
         r'(?:(?![/\\. "$*<>:|?])[!-~]){0,63}',

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 from funlib.persistence import Array
 
+from lsdseg.config.defaults import get_cfg_defaults
 from lsdseg.data_utils.volumes import read
 from lsdseg.errors import UserError
 
@@ -76,10 +78,13 @@ class Record:
             if before != now:
                 what = "was not used" if before is None else "is not used now" if now is None else "was replaced"
                 found.append(f"{name} {what}")
-        theirs = json.loads(json.dumps(other.settings))
-        for key in sorted(self.settings.keys() | theirs.keys()):
-            if self.settings.get(key) != theirs.get(key):
-                found.append(f"{key} was {_short(self.settings.get(key))}, is {_short(theirs.get(key))}")
+        # A key that one does not have is younger than that one. The default of such a key is what was done before.
+        keys = self.settings.keys() | other.settings.keys()
+        settings, theirs = (json.loads(json.dumps(_defaults(keys) | one.settings)) for one in (self, other))
+        for key in sorted(keys):
+            before, now = settings[key], theirs[key]
+            if before != now:
+                found.append(f"{key} was {_short(before)}, is {_short(now)}")
         return found
 
     def require_same(self, what: str, other: Record) -> None:
@@ -142,6 +147,13 @@ def file_fingerprint(path: Path | str) -> str:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     return digest.hexdigest()
+
+
+def _defaults(keys: Iterable[str]) -> dict[str, Any]:
+    """Return the default of each key, None if the config has no such key (any more)."""
+    defaults = get_cfg_defaults()
+    parts = {key: key.split(".", 1) for key in keys}
+    return {key: defaults[part[0]].get(part[-1]) if part[0] in defaults else None for key, part in parts.items()}
 
 
 def _short(value: Any) -> str:

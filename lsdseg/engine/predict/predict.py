@@ -22,6 +22,7 @@ from lsdseg.data_utils.volumes import chunk_shape, create_array, list_arrays, op
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import discard_markers
 from lsdseg.engine.predict.tiles import TilePredictor, tile_voxels
+from lsdseg.engine.predict.views import views_of
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.errors import UserError
 from lsdseg.files import PARTIAL, room_on_disk
@@ -115,19 +116,22 @@ def prediction_channels(cfg: CfgNode) -> dict[str, int]:
     """Return how many channels each prediction has.
 
     Returns:
-        Name -> number of channels, for the network's tasks and, with DATA.INVERT_PRED_AFFS, the inverted affinities.
+        Name -> number of channels, for the network's tasks, and with DATA.INVERT_PRED_AFFS and DATA.DISAGREEMENT, for
+        the inverted affinities and the disagreement of views.
 
     Raises:
-        UserError: there are no affinities to invert.
+        UserError: there are no affinities to invert, no views that could disagree, or not the views of DATA.VIEWS.
     """
     channels = task_channels(cfg)
-    if not cfg.DATA.INVERT_PRED_AFFS:
-        return channels
-    if "affs" not in channels:
-        raise UserError(
-            f"DATA.INVERT_PRED_AFFS is True, but {cfg.TRAIN.MODEL_TYPE} predicts no affinities: set it to False"
-        )
-    return channels | {"affs_inverted": 1}
+    of_affinities = {"INVERT_PRED_AFFS": "affs_inverted", "DISAGREEMENT": "disagreement"}
+    for key in (key for key in of_affinities if cfg.DATA[key]):
+        if "affs" not in task_channels(cfg):
+            raise UserError(f"DATA.{key} is True, but {cfg.TRAIN.MODEL_TYPE} predicts no affinities: set it to False")
+        channels |= {of_affinities[key]: 1}
+    views_of(cfg)
+    if cfg.DATA.DISAGREEMENT and cfg.DATA.VIEWS == 1:
+        raise UserError("DATA.DISAGREEMENT is True, but one view disagrees with nobody: set DATA.VIEWS to 4 or more")
+    return channels
 
 
 def create_predictions(sample: Sample, record: Record) -> dict[str, Array]:

@@ -24,7 +24,9 @@ from lsdseg.data_utils.volumes import read
 from lsdseg.engine.device import Precision, explain_device_errors, resolve_device
 from lsdseg.engine.intensity import network_intensity
 from lsdseg.engine.network import load_network
+from lsdseg.engine.predict.views import Combination, margins, turned_back, views_of
 from lsdseg.engine.sections import along_zyx
+from lsdseg.models.inside import Box
 
 SECTIONS_PER_TILE = 8
 
@@ -41,11 +43,12 @@ class TilePredictor:
     Attributes:
         precision: the precision and the device of the network.
         model: the network, in evaluation mode.
+        views: the views of each tile to predict.
         factor: voxels along z, y, x; the begins and shapes of tiles are multiples of it.
         context: voxels of raw data along z, y, x that a tile needs on each side of its output.
 
     Raises:
-        UserError: the device or the checkpoint cannot be used.
+        UserError: the device, the checkpoint or DATA.VIEWS cannot be used.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module | None = None, precision: Precision | None = None) -> None:
@@ -55,6 +58,7 @@ class TilePredictor:
         self.factor = along_zyx(total_factor(cfg.MODEL.DOWNSAMPLE_FACTORS), 1)
         self.context = along_zyx(cfg.MODEL.CONTEXT, 0)
         self.keeps_size = cfg.MODEL.PAD_CONV == "same"
+        self.views = views_of(cfg)
 
     @torch.inference_mode()
     def __call__(self, raw: Array, begin: Sequence[int], shape: Sequence[int]) -> dict[str, NDArray[np.float32]]:
@@ -66,23 +70,48 @@ class TilePredictor:
             shape: output voxels of the tile, a multiple of `factor`.
 
         Returns:
-            Task -> float32 (channels, *shape) in 0..1.
+            Task -> float32 (channels, *shape) in 0..1, of all views together; with DATA.DISAGREEMENT, also
+            "disagreement" (1, *shape).
 
         Raises:
             UserError: there is not enough memory.
         """
-        input_begin = [b - c for b, c in zip(begin, self.context, strict=True)]
-        input_shape = [s + 2 * c for s, c in zip(shape, self.context, strict=True)]
-        voxels = torch.from_numpy(network_intensity(read_mirrored(raw, input_begin, input_shape), self.cfg))
-        batch = voxels[:, None] if self.cfg.DATA.DIM_2D else voxels[None, None]
-        without_context = tuple((c, c + s) for c, s in zip(self.context, shape, strict=True))[-(batch.ndim - 2) :]
-        inside = without_context if self.keeps_size else None
+        around = [margins(view, self.cfg) for view in self.views]
+        # Whole steps of the down-sampling, so that each view starts where shifts of the input are shifts of the output.
+        widest = [
+            tuple(-(-max(along) // f) * f for along in zip(*ends, strict=True))
+            for f, ends in zip(self.factor, zip(*around, strict=True), strict=True)
+        ]
+        input_begin = [b - c - low for b, c, (low, _) in zip(begin, self.context, widest, strict=True)]
+        input_shape = [s + 2 * c + low + high for s, c, (low, high) in zip(shape, self.context, widest, strict=True)]
+        voxels = network_intensity(read_mirrored(raw, input_begin, input_shape), self.cfg)
+        combination = Combination(self.cfg)
+        for view, ends in zip(self.views, around, strict=True):
+            box = [
+                (c + most - low, c + most + s + high)
+                for c, s, (low, high), (most, _) in zip(self.context, shape, ends, widest, strict=True)
+            ]
+            predicted = self._predict(view.of(voxels), view.box(box, input_shape))
+            combination.add(
+                {task: turned_back(task, values, view, ends, self.cfg) for task, values in predicted.items()}
+            )
+        return combination.results()
+
+    def _predict(self, voxels: NDArray[np.float32], box: Box) -> dict[str, NDArray[np.float32]]:
+        """Predict a box (begin and end along z, y, x) of an array that reaches farther by the context or more."""
+        batch = torch.from_numpy(np.ascontiguousarray(voxels))
+        batch = batch[:, None] if self.cfg.DATA.DIM_2D else batch[None, None]
+        inside = box[-(batch.ndim - 2) :] if self.keeps_size else None
         with explain_device_errors("reduce GROW_INPUT in the network's section"), self.precision.autocast():
             outputs = self.model(self.precision.place(batch), inside)
+        # Without padding, the context is missing already.
+        first = [b - (0 if self.keeps_size else c) for (b, _), c in zip(box, self.context, strict=True)]
+        crop = [slice(f, f + end - begin) for f, (begin, end) in zip(first, box, strict=True)]
         results = {}
         for task, output in outputs._asdict().items():
             volume = output.transpose(0, 1) if self.cfg.DATA.DIM_2D else output[0]
-            results[task] = volume.float().cpu().numpy()
+            values = volume if self.keeps_size else volume[:, *crop]
+            results[task] = values.float().cpu().numpy()
         return results
 
     def predict_box(self, raw: Array, begin: Sequence[int], shape: Sequence[int]) -> dict[str, NDArray[np.float32]]:
