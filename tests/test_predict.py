@@ -171,14 +171,14 @@ def test_tiles_never_share_a_chunk():
 def test_an_interrupted_prediction_leaves_no_dataset(home, monkeypatch):
     cfg = config(home)
     calls = iter([None, None, KeyboardInterrupt])
-    forward = TilePredictor.__call__
+    forward = TilePredictor.predict_voxels
 
     def interrupted(self, *args):
         if next(calls) is KeyboardInterrupt:
             raise KeyboardInterrupt
         return forward(self, *args)
 
-    monkeypatch.setattr(TilePredictor, "__call__", interrupted)
+    monkeypatch.setattr(TilePredictor, "predict_voxels", interrupted)
     with pytest.raises(KeyboardInterrupt):
         predict(cfg)
     output = cfg.DATA.OUTFILE + "/MTLSD/3d/run/model_checkpoint_5/sample.zarr"
@@ -194,7 +194,7 @@ def test_a_run_does_not_continue_the_output_of_another_kind_of_run(home, monkeyp
         with pytest.raises(KeyboardInterrupt):
             predict_blockwise(cfg)
     with monkeypatch.context() as interrupted:
-        interrupted.setattr(TilePredictor, "__call__", interrupt)
+        interrupted.setattr(TilePredictor, "predict_voxels", interrupt)
         with pytest.raises(KeyboardInterrupt):
             predict(config(home, "DATA.AFFS_DTYPE", "uint8", grow=16))
     predict_blockwise(cfg)

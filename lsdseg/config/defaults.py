@@ -147,7 +147,7 @@ for _task in TASKS.values():
     _C.TRAIN[_task.loss_weight] = 1.0
 # Data type of most of the arithmetic: "no" (float32), "bf16", "fp16", or "auto". bf16 halves memory and time on GPUs
 # made since 2020; on CPUs with AMX it takes a third of the time or less. fp16, with loss scaling, is for older GPUs.
-# "auto" is bf16 on devices that are built for it.
+# "auto" times the first two, once for each network and device, and takes the faster one.
 _C.TRAIN.MIXED_PRECISION = "no"
 # Iterations between validations. A validation predicts a labeled crop that is not trained on, segments it at
 # INS_SEGMENT.THRESHOLDS, logs its VOI, and keeps the best weights as model_checkpoint_best. 0: off.

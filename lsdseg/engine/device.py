@@ -85,7 +85,7 @@ class Precision:
     either one alone is not. On a CPU, channels-last is faster in float32, too; numbers are the same up to rounding.
 
     Args:
-        name: "no", "bf16", "fp16" or "auto": bf16 if the device has matrix units for it, otherwise "no".
+        name: "no", "bf16" or "fp16"; `lsdseg.engine.fastest` finds the one that "auto" stands for.
         device: where the network runs.
 
     Attributes:
@@ -100,12 +100,6 @@ class Precision:
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.device = device
-        if name == "auto":
-            if device.type == "cuda":
-                fast = torch.cuda.is_bf16_supported(including_emulation=False)
-            else:
-                fast = torch.cpu._is_amx_tile_supported()
-            name = "bf16" if fast else "no"
         self.dtype = self.DTYPES[name]
         if self.dtype == torch.float16 and device.type == "cpu":
             raise UserError("TRAIN.MIXED_PRECISION is 'fp16' on a CPU: set it to 'bf16' or 'no'")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from lsdseg.data_utils.records import Record, file_fingerprint, identity, record
 from lsdseg.data_utils.volumes import chunk_shape, create_array, list_arrays, open_array, rename_array, require_whole
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import discard_markers
-from lsdseg.engine.predict.tiles import TilePredictor, tile_voxels
+from lsdseg.engine.predict.tiles import TilePredictor, one_ahead, tile_voxels
 from lsdseg.engine.predict.views import views_of
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.errors import UserError
@@ -106,9 +107,14 @@ def predict_sample(predictor: TilePredictor, sample: Sample, record: Record) -> 
     cfg, raw = sample.cfg, sample.raw
     with working_on(sample.output, "predict"):
         arrays = create_predictions(sample, record)
-        with tqdm(total=math.prod(raw.shape), unit="voxel", unit_scale=True) as bar:
-            for begin, shape in predictor.tiles(raw.shape):
-                bar.update(write_tile(cfg, arrays, predictor(raw, begin, shape), begin, raw.shape))
+        with (
+            tqdm(total=math.prod(raw.shape), unit="voxel", unit_scale=True) as bar,
+            ThreadPoolExecutor(max_workers=1) as writer,
+        ):
+            tiles = predictor.predict_tiles(raw, (0,) * len(raw.shape), raw.shape)
+            writes = (writer.submit(write_tile, cfg, arrays, tile, begin, raw.shape) for begin, tile in tiles)
+            for written in one_ahead(writes):
+                bar.update(written)
         return finalize_predictions(sample)
 
 

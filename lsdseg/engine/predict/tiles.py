@@ -7,28 +7,36 @@ not depend on the tile that contains it. A volume can be cut into tiles of any s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from funlib.persistence import Array
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from yacs.config import CfgNode
 
 from lsdseg.config.network_shapes import total_factor
 from lsdseg.data_utils.volumes import read
 from lsdseg.engine.device import Precision, explain_device_errors, resolve_device
+from lsdseg.engine.fastest import find_precision
 from lsdseg.engine.intensity import network_intensity
 from lsdseg.engine.network import load_network
 from lsdseg.engine.predict.views import Combination, margins, turned_back, views_of
 from lsdseg.engine.sections import along_zyx
 from lsdseg.models.inside import Box
 
+Shape = tuple[int, ...]
+Result = TypeVar("Result")
+
 SECTIONS_PER_TILE = 8
+# Voxels along each axis of the tile with which precisions are timed, rounded up to what the network takes.
+SMALL_TILE = 32
 
 
 class TilePredictor:
@@ -53,14 +61,23 @@ class TilePredictor:
 
     def __init__(self, cfg: CfgNode, model: nn.Module | None = None, precision: Precision | None = None) -> None:
         self.cfg = cfg
-        self.precision = precision or Precision(cfg.TRAIN.MIXED_PRECISION, resolve_device(cfg))
-        self.model = self.precision.place(load_network(cfg) if model is None else model).eval()
+        network = (load_network(cfg) if model is None else model).eval()
         self.factor = along_zyx(total_factor(cfg.MODEL.DOWNSAMPLE_FACTORS), 1)
         self.context = along_zyx(cfg.MODEL.CONTEXT, 0)
         self.keeps_size = cfg.MODEL.PAD_CONV == "same"
         self.views = views_of(cfg)
+        # Around the voxels of a tile: those that each view predicts, and the largest of them in whole steps of the
+        # down-sampling, so that every view starts where shifts of its input are shifts of its output.
+        self.around = [margins(view, cfg) for view in self.views]
+        self.widest = [
+            tuple(-(-max(along) // f) * f for along in zip(*ends, strict=True))
+            for f, ends in zip(self.factor, zip(*self.around, strict=True), strict=True)
+        ]
+        self.precision = precision or find_precision(
+            cfg.TRAIN.MIXED_PRECISION, resolve_device(cfg), network, self._small_tile
+        )
+        self.model = self.precision.place(network)
 
-    @torch.inference_mode()
     def __call__(self, raw: Array, begin: Sequence[int], shape: Sequence[int]) -> dict[str, NDArray[np.float32]]:
         """Predict a tile.
 
@@ -76,43 +93,73 @@ class TilePredictor:
         Raises:
             UserError: there is not enough memory.
         """
-        around = [margins(view, self.cfg) for view in self.views]
-        # Whole steps of the down-sampling, so that each view starts where shifts of the input are shifts of the output.
-        widest = [
-            tuple(-(-max(along) // f) * f for along in zip(*ends, strict=True))
-            for f, ends in zip(self.factor, zip(*around, strict=True), strict=True)
-        ]
-        input_begin = [b - c - low for b, c, (low, _) in zip(begin, self.context, widest, strict=True)]
-        input_shape = [s + 2 * c + low + high for s, c, (low, high) in zip(shape, self.context, widest, strict=True)]
-        voxels = network_intensity(read_mirrored(raw, input_begin, input_shape), self.cfg)
+        return self.predict_voxels(self.read(raw, begin, shape), shape)
+
+    def read(self, raw: Array, begin: Sequence[int], shape: Sequence[int]) -> NDArray[np.float32]:
+        """Read a tile with all that its prediction depends on, in the network's gray values; arguments as above."""
+        input_begin = [b - c - low for b, c, (low, _) in zip(begin, self.context, self.widest, strict=True)]
+        return network_intensity(read_mirrored(raw, input_begin, self._input_shape(shape)), self.cfg)
+
+    def predict_voxels(self, voxels: NDArray[np.float32], shape: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+        """Predict a tile of a shape from what `read` returned; results as above."""
         combination = Combination(self.cfg)
-        for view, ends in zip(self.views, around, strict=True):
+        for view, ends in zip(self.views, self.around, strict=True):
             box = [
                 (c + most - low, c + most + s + high)
-                for c, s, (low, high), (most, _) in zip(self.context, shape, ends, widest, strict=True)
+                for c, s, (low, high), (most, _) in zip(self.context, shape, ends, self.widest, strict=True)
             ]
-            predicted = self._predict(view.of(voxels), view.box(box, input_shape))
+            outputs = self._run(self.model, self.precision, view.of(voxels), view.box(box, self._input_shape(shape)))
+            predicted = {task: output.float().cpu().numpy() for task, output in outputs.items()}
             combination.add(
                 {task: turned_back(task, values, view, ends, self.cfg) for task, values in predicted.items()}
             )
         return combination.results()
 
-    def _predict(self, voxels: NDArray[np.float32], box: Box) -> dict[str, NDArray[np.float32]]:
+    def _input_shape(self, shape: Sequence[int]) -> list[int]:
+        return [s + 2 * c + low + high for s, c, (low, high) in zip(shape, self.context, self.widest, strict=True)]
+
+    @torch.inference_mode()
+    def _run(self, model: nn.Module, precision: Precision, voxels: NDArray[np.float32], box: Box) -> dict[str, Tensor]:
         """Predict a box (begin and end along z, y, x) of an array that reaches farther by the context or more."""
         batch = torch.from_numpy(np.ascontiguousarray(voxels))
         batch = batch[:, None] if self.cfg.DATA.DIM_2D else batch[None, None]
         inside = box[-(batch.ndim - 2) :] if self.keeps_size else None
-        with explain_device_errors("reduce GROW_INPUT in the network's section"), self.precision.autocast():
-            outputs = self.model(self.precision.place(batch), inside)
+        with explain_device_errors("reduce GROW_INPUT in the network's section"), precision.autocast():
+            outputs = model(precision.place(batch), inside)
         # Without padding, the context is missing already.
         first = [b - (0 if self.keeps_size else c) for (b, _), c in zip(box, self.context, strict=True)]
         crop = [slice(f, f + end - begin) for f, (begin, end) in zip(first, box, strict=True)]
-        results = {}
-        for task, output in outputs._asdict().items():
-            volume = output.transpose(0, 1) if self.cfg.DATA.DIM_2D else output[0]
-            values = volume if self.keeps_size else volume[:, *crop]
-            results[task] = values.float().cpu().numpy()
-        return results
+        volumes = {
+            task: output.transpose(0, 1) if self.cfg.DATA.DIM_2D else output[0]
+            for task, output in outputs._asdict().items()
+        }
+        return {task: volume if self.keeps_size else volume[:, *crop] for task, volume in volumes.items()}
+
+    def _small_tile(self, model: nn.Module, precision: Precision) -> list[Tensor]:
+        """Predict a tile of random voxels, to time it."""
+        shape = along_zyx([-(-SMALL_TILE // f) * f for f in self.factor][-len(self.cfg.MODEL.CONTEXT) :], 1)
+        box = tuple((c, c + s) for c, s in zip(self.context, shape, strict=True))
+        size = [end + c for (_, end), c in zip(box, self.context, strict=True)]
+        voxels = np.random.default_rng(0).random(size, np.float32) * 2 - 1
+        return list(self._run(model, precision, voxels, box).values())
+
+    def predict_tiles(
+        self, raw: Array, begin: Sequence[int], shape: Sequence[int]
+    ) -> Iterator[tuple[tuple[int, ...], dict[str, NDArray[np.float32]]]]:
+        """Predict a box of a volume, arguments as for `predict_box`. The next tile is read while one is computed.
+
+        Yields:
+            The first voxel of a tile in the box, and its prediction, which may reach beyond the end of the box.
+        """
+        with ThreadPoolExecutor(max_workers=1) as reader:
+
+            def read_tile(
+                first: tuple[int, ...], tile: tuple[int, ...]
+            ) -> tuple[tuple[int, ...], tuple[int, ...], Any]:
+                return first, tile, self.read(raw, [b + f for b, f in zip(begin, first, strict=True)], tile)
+
+            for first, tile, voxels in one_ahead(reader.submit(read_tile, *place) for place in self.tiles(shape)):
+                yield first, self.predict_voxels(voxels, tile)
 
     def predict_box(self, raw: Array, begin: Sequence[int], shape: Sequence[int]) -> dict[str, NDArray[np.float32]]:
         """Predict a box of a volume tile by tile, in memory.
@@ -129,12 +176,13 @@ class TilePredictor:
             UserError: there is not enough memory.
         """
         results: dict[str, NDArray[np.float32]] = {}
-        for first, tile in tqdm(list(self.tiles(shape)), desc="predicting", unit="tile", delay=10, leave=False):
-            inside = tuple(slice(f, min(f + t, size)) for f, t, size in zip(first, tile, shape, strict=True))
-            predicted = self(raw, [b + f for b, f in zip(begin, first, strict=True)], tile)
+        tiles = self.predict_tiles(raw, begin, shape)
+        count = math.prod(-(-size // tile) for size, tile in zip(shape, tile_voxels(self.cfg, shape), strict=True))
+        for first, predicted in tqdm(tiles, total=count, desc="predicting", unit="tile", delay=10, leave=False):
             for task, values in predicted.items():
                 whole = results.setdefault(task, np.empty((len(values), *shape), np.float32))
-                whole[:, *inside] = values[:, *(slice(s.stop - s.start) for s in inside)]
+                tile = whole[:, *(slice(f, f + size) for f, size in zip(first, values.shape[1:], strict=True))]
+                tile[:] = values[:, *map(slice, tile.shape[1:])]
         return results
 
     def tiles(self, volume_shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -147,8 +195,8 @@ class TilePredictor:
 def tile_voxels(cfg: CfgNode, volume_shape: Sequence[int]) -> tuple[int, ...]:
     """Return the output voxels of a tile along z, y, x.
 
-    A tile has OUTPUT_SHAPE + GROW_INPUT voxels, and fewer if the volume is smaller. In 2D, it is a few sections that go
-    through the network as one batch.
+    A tile has OUTPUT_SHAPE + GROW_INPUT voxels, or fewer, so that the tiles of the volume are equally large: what lies
+    beyond its end is computed for nothing. In 2D, it is a few sections that go through the network as one batch.
     """
     network = cfg.MODEL
     sizes = zip(
@@ -158,7 +206,20 @@ def tile_voxels(cfg: CfgNode, volume_shape: Sequence[int]) -> tuple[int, ...]:
         along_zyx(total_factor(network.DOWNSAMPLE_FACTORS), 1),
         strict=True,
     )
-    return tuple(min(output + grow, -(-size // factor) * factor) for output, grow, size, factor in sizes)
+    tile = []
+    for output, grow, size, factor in sizes:
+        tiles, steps = -(-size // (output + grow)), -(-size // factor)
+        tile.append(-(-steps // tiles) * factor)
+    return tuple(tile)
+
+
+def one_ahead(futures: Iterator[Future[Result]]) -> Iterator[Result]:
+    """Yield the results of futures in order. Each is waited for when the next one has begun."""
+    waiting = next(futures, None)
+    while waiting is not None:
+        following = next(futures, None)
+        yield waiting.result()
+        waiting = following
 
 
 def read_mirrored(array: Array, begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:

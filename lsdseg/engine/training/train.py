@@ -28,13 +28,13 @@ from lsdseg.data_utils.checks import check_training_volumes, label_datasets
 from lsdseg.data_utils.labels import create_labels_mask
 from lsdseg.data_utils.layout import PREDICT_CONFIG, volumes_in
 from lsdseg.data_utils.volumes import source_defaults
-from lsdseg.engine.device import Precision, resolve_device
+from lsdseg.engine.device import resolve_device
 from lsdseg.engine.network import first_network_config
 from lsdseg.engine.training.pipeline import TrainingBatch, training_batches
 from lsdseg.engine.training.ranks import Ranks
 from lsdseg.engine.training.snapshot import preview_images, write_snapshot
 from lsdseg.engine.training.stopping import stop_on_signal
-from lsdseg.engine.training.trainer import Trainer, learning_rate
+from lsdseg.engine.training.trainer import Trainer, learning_rate, training_precision
 from lsdseg.engine.training.validate import Validation
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk
@@ -100,7 +100,7 @@ def _train_network(
         Its last checkpoint, None if there is none.
     """
     seed_everything(cfg.TRAIN.SEED)
-    trainer = Trainer(cfg, Precision(cfg.TRAIN.MIXED_PRECISION, device), ranks)
+    trainer = Trainer(cfg, training_precision(cfg, device), ranks)
     folder = Path(cfg.MODEL.CKPT_FOLDER)
     latest = latest_checkpoint(folder)
     start = trainer.load(latest) if latest else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from yacs.config import CfgNode
 
-from lsdseg.config.model_types import TASKS
+from lsdseg.config.model_types import TASKS, input_channels
+from lsdseg.config.network_shapes import nearest_input_shapes
 from lsdseg.engine.device import Precision, explain_device_errors
+from lsdseg.engine.fastest import find_precision
 from lsdseg.engine.network import complete_network
 from lsdseg.engine.training.channels import ChannelWatch
 from lsdseg.engine.training.pipeline import TrainingBatch
@@ -26,6 +29,9 @@ from lsdseg.models import build_model
 from lsdseg.models.checkpoint import load_checkpoint, network_settings, read_checkpoint, save_checkpoint
 from lsdseg.models.losses import LOSSES, Loss, balanced_weights
 from lsdseg.models.unet import CONV
+
+# Voxels along each axis of the patch with which precisions are timed, at most.
+MOST_TIMED = 64
 
 
 def learning_rate(cfg: CfgNode, iteration: int) -> float:
@@ -79,6 +85,29 @@ def loss_weights(cfg: CfgNode, task: str, target: Tensor, known: Tensor) -> Tens
     if not TASKS[task].balanced:
         return known.float()
     return balanced_weights(target, known, per_channel=cfg.TRAIN.AFF_LOSS == "bce")
+
+
+def training_precision(cfg: CfgNode, device: torch.device) -> Precision:
+    """Return the precision to train in. The random numbers that follow do not depend on whether it had to be found.
+
+    Raises:
+        UserError: fp16 on a CPU.
+    """
+    model = cfg.MODEL
+    shapes = model.DOWNSAMPLE_FACTORS, model.KERNEL_SIZE_DOWN, model.KERNEL_SIZE_UP, model.PAD_CONV
+    size = tuple(min(MOST_TIMED, voxels) for voxels in model.INPUT_SHAPE)
+
+    def training_pass(network: nn.Module, precision: Precision) -> Sequence[Tensor]:
+        shape, _ = nearest_input_shapes(size, *shapes)[-1]
+        patch = np.random.default_rng(0).random((1, input_channels(cfg), *shape), np.float32) * 2 - 1
+        with precision.autocast():
+            outputs = network(precision.place(torch.from_numpy(patch)))
+        sum(output.float().sum() for output in outputs).backward()
+        return [output.detach() for output in outputs]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return find_precision(cfg.TRAIN.MIXED_PRECISION, device, build_model(cfg), training_pass)
 
 
 class Trainer:
