@@ -360,6 +360,8 @@ _C.CLUSTER.MEMORY = ""
 # GPUs and CPU cores of each worker.
 _C.CLUSTER.GPUS_PER_WORKER = 1
 _C.CLUSTER.CPUS_PER_WORKER = 2
+# End the run when this many blocks in a row fail with the same error: the others would fail, too.
+_C.CLUSTER.SAME_ERRORS = 5
 # More options for sbatch, e.g. ["--constraint=a100"].
 _C.CLUSTER.EXTRA = []
 # Name or address under which workers on other machines reach this one. Empty: its host name.

@@ -58,6 +58,18 @@ def workers_lock(markers: Path, alone: bool = False) -> Iterator[None]:
         yield
 
 
+def is_locked(file: Path) -> bool:
+    """Return whether a run holds a lock."""
+    try:
+        with open(file) as opened:
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:  # nobody ever took it
+        return False
+
+
 @contextmanager
 def run_lock(file: Path, where: str, alone: bool = True) -> Iterator[None]:
     """Keep other runs out. A process that holds a lock alone may take it again.

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ from lsdseg.errors import UserError
 from lsdseg.files import read_json, write_whole
 
 # A block is known by its number in the grid, counted from 1: zeros, which a crash may leave, are no record.
-RECORD = np.dtype([("block", "<u8"), ("seconds", "<f4"), ("megabytes", "<f4")])
+UNTIMED = np.dtype([("block", "<u8"), ("seconds", "<f4"), ("megabytes", "<f4")])  # in files without a suffix
+RECORD = np.dtype([*UNTIMED.descr, ("time", "<f8")])
+TIMED = ".timed"
 
 
 def new_record_file(markers: Path) -> Path:
     """Create the empty file in which one worker records its blocks."""
-    file = markers / "done" / uuid.uuid4().hex
+    file = markers / "done" / f"{uuid.uuid4().hex}{TIMED}"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()
     return file
@@ -46,7 +49,7 @@ def record_block(file: Path, number: int, seconds: float, megabytes: float) -> N
         seconds: how long the block took.
         megabytes: most memory that the worker has taken so far.
     """
-    record = np.array((number + 1, seconds, megabytes), RECORD).tobytes()
+    record = np.array((number + 1, seconds, megabytes, time.time()), RECORD).tobytes()
     opened = os.open(file, os.O_WRONLY | os.O_APPEND)
     try:
         if os.write(opened, record) < len(record):
@@ -61,8 +64,22 @@ def record_files(markers: Path) -> set[Path]:
 
 
 def records_in(files: set[Path]) -> NDArray[Any]:
-    """All records in these files; a last one that is incomplete is left out."""
-    return np.concatenate([np.empty(0, RECORD), *(np.fromfile(file, RECORD) for file in sorted(files))])
+    """All records in these files; a last one that is incomplete is left out.
+
+    Their `time` is in seconds since 1970, that of the file where an earlier version wrote it.
+    """
+    found = [np.empty(0, RECORD)]
+    for file in sorted(files):
+        if file.suffix == TIMED:
+            found.append(np.fromfile(file, RECORD))
+            continue
+        untimed = np.fromfile(file, UNTIMED)
+        timed = np.zeros(len(untimed), RECORD)
+        for name in UNTIMED.fields or ():
+            timed[name] = untimed[name]
+        timed["time"] = file.stat().st_mtime
+        found.append(timed)
+    return np.concatenate(found)
 
 
 def finished(step: BlockStep) -> NDArray[np.bool_]:

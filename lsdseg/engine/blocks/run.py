@@ -13,6 +13,7 @@ import secrets
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from types import FrameType
 from typing import Any
 
 import daisy
+import numpy as np
 from daisy.logging import set_log_basedir
 from tqdm import tqdm
 from yacs.config import CfgNode
@@ -28,6 +30,7 @@ from lsdseg.config.loader import dump_config
 from lsdseg.engine.blocks.life import Listener
 from lsdseg.engine.blocks.lock import run_lock, step_lock
 from lsdseg.engine.blocks.markers import blocks_left, check_settings, finished, record_files, records_in
+from lsdseg.engine.blocks.reports import clear_reports
 from lsdseg.engine.blocks.step import BlockStep, Summary
 from lsdseg.engine.blocks.supervisor import ALIVE, STOPPED, supervise
 from lsdseg.engine.blocks.workers import workers_class
@@ -36,6 +39,10 @@ from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk, write_whole
 
 RETRIES = 3  # of a block that fails, and of starting over when nothing gets done
+SECONDS_BETWEEN_LINES = 30  # in a log
+# Files in the folder of a run, for its workers and for `status.py`:
+STEP = "step.json"  # what is done with which blocks
+SKIPPED = "skipped"  # a bit for each block that need not be done; missing if there is none
 SECONDS_OF_SILENCE = 30  # after which the supervisor is replaced
 
 
@@ -122,7 +129,7 @@ def _schedule(cfg: CfgNode, step: BlockStep, workers: int) -> tuple[int, str | N
     set_log_basedir(None)
     progress = _Progress(str(step))
     try:
-        with _interrupted_by_any_signal() as received, _watched(step.folder / ALIVE):
+        with _interrupted_by_any_signal() as received, _watched(step.folder / ALIVE), _without_messages_of_daisy():
             states = daisy.Server().run_blockwise(
                 task, progress=progress, host=workers_class(cfg).host(cfg), summary=False, block_tracking=False
             )
@@ -149,11 +156,14 @@ def _prepare_folder(cfg: CfgNode, step: BlockStep) -> None:
     _keep_those_of_another_volume(step)
     dump_config(cfg, step.folder / "config_0.yaml")
     first, block = ([int(n) for n in edge] for edge in (step.write_roi.begin, step.write_roi.shape))
+    clear_reports(step.folder)
     worker = {"open_worker": step.open_worker, "arguments": step.arguments}
-    with write_whole(step.folder / "step.json") as partial:
-        partial.write_text(
-            json.dumps(worker | {"begin": first, "block": block, "grid": step.grid}, indent=1), encoding="utf-8"
-        )
+    grid = {"begin": first, "block": block, "grid": step.grid}
+    with write_whole(step.folder / STEP) as partial:
+        partial.write_text(json.dumps(worker | grid | {"markers": str(step.markers)}, indent=1), encoding="utf-8")
+    (step.folder / SKIPPED).unlink(missing_ok=True)
+    if step.skip is not None:
+        np.packbits(step.skip).tofile(step.folder / SKIPPED)
     for name in (STOPPED, ALIVE):
         (step.folder / name).unlink(missing_ok=True)
 
@@ -162,7 +172,7 @@ def _keep_those_of_another_volume(step: BlockStep) -> None:
     """Move config and logs aside that belong to another volume whose sample has the same name, of another home."""
     folder, volume = step.folder, step.arguments.get("volume")
     try:
-        before = json.loads((folder / "step.json").read_text(encoding="utf-8"))["arguments"]["volume"]
+        before = json.loads((folder / STEP).read_text(encoding="utf-8"))["arguments"]["volume"]
     except (OSError, ValueError, KeyError, TypeError):
         return
     if before == volume:
@@ -170,7 +180,7 @@ def _keep_those_of_another_volume(step: BlockStep) -> None:
     number = next(n for n in itertools.count(1) if not (folder / f"earlier_{n}").exists())
     aside = folder / f"earlier_{number}"
     aside.mkdir()
-    for file in [folder / "config_0.yaml", folder / "step.json", *folder.glob("worker_*.log")]:
+    for file in [folder / "config_0.yaml", folder / STEP, *folder.glob("worker_*.log")]:
         if file.is_file():
             file.rename(aside / file.name)
     print(f"config and logs of {before} are now in {aside}")
@@ -213,6 +223,24 @@ def _watched(alive: Path) -> Iterator[None]:
 
 
 @contextmanager
+def _without_messages_of_daisy() -> Iterator[None]:
+    """Keep out of the terminal what daisy writes there itself: the traceback of each block that failed, each time.
+
+    It is in the workers' logs, and daisy names the task, which is the run's secret.
+    """
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with open(os.devnull, "wb") as nowhere, open(terminal, "w", buffering=1, encoding="utf-8") as stderr:
+        os.dup2(nowhere.fileno(), 2)
+        before, sys.stderr = sys.stderr, stderr
+        try:
+            yield
+        finally:
+            sys.stderr = before
+            os.dup2(terminal, 2)
+
+
+@contextmanager
 def _interrupted_by_any_signal() -> Iterator[list[int]]:
     """Let SIGTERM and SIGHUP end daisy's run as Ctrl-C does; gives a list of those received."""
     received = []
@@ -226,19 +254,25 @@ def _interrupted_by_any_signal() -> Iterator[list[int]]:
 
 
 class _Progress:
-    """daisy's observer: one bar that counts blocks."""
+    """daisy's observer: one bar that counts blocks; where that is no terminal but a log, a line now and then."""
 
     def __init__(self, what: str):
         self.what = what
 
     def on_start(self, states: dict[str, Any]) -> None:
         (state,) = states.values()
-        self.bar = tqdm(total=state.total_block_count, desc=self.what, unit="block")
+        in_terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=state.total_block_count, desc=self.what, unit="block", disable=not in_terminal)
+        self.next_line = math.inf if in_terminal else time.monotonic() + SECONDS_BETWEEN_LINES
 
     def on_progress(self, states: dict[str, Any]) -> None:
         (state,) = states.values()
         self.bar.set_postfix(failed=state.failed_count, refresh=False)
         self.bar.update(state.completed_count - self.bar.n)
+        if time.monotonic() > self.next_line:
+            self.next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+            failed = f", {state.failed_count} failed" if state.failed_count else ""
+            print(f"{self.what}: {state.completed_count} of {state.total_block_count} blocks{failed}", flush=True)
 
     def on_finish(self, states: dict[str, Any]) -> None:
         self.on_progress(states)

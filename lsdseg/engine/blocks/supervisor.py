@@ -22,6 +22,7 @@ from lsdseg.config.loader import CHECKOUT
 from lsdseg.engine.blocks.life import Listener, end_with_parent, show_life
 from lsdseg.engine.blocks.lock import workers_lock
 from lsdseg.engine.blocks.markers import new_record_file, record_files
+from lsdseg.engine.blocks.reports import failures, same_error
 from lsdseg.engine.blocks.workers import Workers, workers_class
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk, write_whole
@@ -83,7 +84,7 @@ class _Crew:
         self.running: dict[int, Any] = {}
         self.listeners: dict[int, Listener] = {}
         self.stopped_since: dict[int, float] = {}
-        self.failures, self.recorded = 0, _bytes_recorded(markers)
+        self.failures, self.recorded, self.succeeded = 0, _bytes_recorded(markers), 0.0
 
     def keep_going(self, port: int) -> None:
         """Replace workers until the master's port is closed."""
@@ -110,7 +111,7 @@ class _Crew:
     def _start(self, number: int) -> None:
         folder, records = self.workers.folder, new_record_file(self.markers)
         self._log(number, time.strftime("%Y-%m-%d %H:%M:%S"))
-        files = [folder / "config_0.yaml", folder / "step.json", records]
+        files = [folder / "config_0.yaml", folder / "step.json", records, self.logs[number]]
         command = [sys.executable, "-m", "lsdseg.engine.blocks.worker", *map(str, files)]
         self.listeners[number] = Listener(records)
         self.running[number] = self.workers.start(number, command, self.logs[number])
@@ -132,11 +133,20 @@ class _Crew:
         """Give up after too many failures in a row.
 
         Raises:
-            UserError: the worker ended with a mistake of the user, or there were too many.
+            UserError: the worker ended with a mistake of the user, there were too many, or different blocks failed with
+                the same error.
         """
         last_words = _last_line(self.logs[number])
         before, self.recorded = self.recorded, _bytes_recorded(self.markers)
         self.failures = self.failures + 1 if self.recorded == before else 1
+        if self.recorded != before:
+            self.succeeded = time.time()
+        same = same_error(failures(self.workers.folder), self.succeeded)
+        if len(same) >= self.workers.cfg.CLUSTER.SAME_ERRORS:
+            raise UserError(
+                f"{same[0].error} -- so or almost so failed {len(same)} blocks in a row, the first of them at "
+                f"{same[0].place}; {self.workers.folder / same[0].log} has all of it"
+            )
         if self.failures >= FAILURES_IN_A_ROW + self.workers.count:
             silent = last_words.startswith("=== ")
             raise UserError(

@@ -1,6 +1,6 @@
 """One worker process: opens what its step needs once, then takes blocks until none are left.
 
-    python -m lsdseg.engine.blocks.worker daisy_logs/SAMPLE_STEP/config_0.yaml daisy_logs/SAMPLE_STEP/step.json RECORDS
+    cd daisy_logs/SAMPLE_STEP; python -m lsdseg.engine.blocks.worker config_0.yaml step.json RECORDS worker_0.log
 
 The supervisor starts it, here or as a job; the environment variable DAISY_CONTEXT says where the blocks come from. A
 worker ends after a block that failed, and another takes its place: nothing that broke, such as a GPU's context, is used
@@ -13,6 +13,7 @@ import resource
 import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import daisy
@@ -23,17 +24,22 @@ from lsdseg.config.implementations import resolve
 from lsdseg.config.loader import load_config
 from lsdseg.engine.blocks.life import end_with_parent, show_life
 from lsdseg.engine.blocks.markers import record_block
+from lsdseg.engine.blocks.reports import Report, report_begin, report_end, report_failure
 from lsdseg.errors import UserError
 from lsdseg.files import explain_os_errors, read_json
 
+# An error that is longer is cut off in reports; the log has all of it.
+MOST_CHARACTERS = 500
 
-def work(config: Path, step: Path, records: Path) -> None:
+
+def work(config: Path, step: Path, records: Path, log: Path) -> None:
     """Process blocks until the master has none left.
 
     Args:
         config: config_0.yaml of the run.
         step: step.json beside it: `BlockStep.open_worker`, its arguments, and the grid of blocks.
         records: file to record finished blocks in, see `markers.new_record_file`; it is also the sign of life.
+        log: file that gets what this process prints; `reports.py` names other files like it.
 
     Raises:
         UserError: this machine does not see the files, or does not reach the master.
@@ -60,10 +66,20 @@ def work(config: Path, step: Path, records: Path) -> None:
             if block is None:
                 return
             wall, cpu = time.monotonic(), time.process_time()
-            process(block)
-            wall, cpu = time.monotonic() - wall, time.process_time() - cpu
             position = (np.array(block.write_roi.begin) - what["begin"]) // what["block"]
             number = int(np.ravel_multi_index(position, what["grid"]))
+            begin, shape = ([int(n) for n in edge] for edge in (block.write_roi.begin, block.write_roi.shape))
+            report = Report(number, begin, shape, log.name)
+            report_begin(log, report)
+            try:
+                process(block)
+            except Exception as error:
+                words = " ".join(f"{type(error).__name__}: {error}".split())
+                report_failure(log, replace(report, error=words[:MOST_CHARACTERS], time=time.time()))
+                raise
+            finally:
+                report_end(log)
+            wall, cpu = time.monotonic() - wall, time.process_time() - cpu
             with explain_os_errors(records):
                 record_block(records, number, wall, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
             print(f"block {block.block_id[1]}: {wall:.4f} s, {cpu:.4f} s CPU", flush=True)
