@@ -24,7 +24,7 @@ def main() -> None:
     )
     grid.add_argument("--like", nargs=2, metavar=("ZARR", "DATASET"), help="or: voxel size and ROI of this volume")
     parser.add_argument("--labels", action="store_true", help="for labels and masks: take the nearest voxel")
-    parser.add_argument("--overwrite", action="store_true", help="replace a zarr that exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace a zarr that exists (with --add: a dataset)")
     parser.add_argument("--add", action="store_true", help="add the dataset to a zarr that exists")
     run_command(parser, lambda arguments: rescale_zarr(**vars(arguments)))
 

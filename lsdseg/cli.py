@@ -55,6 +55,7 @@ def run_script(
     example: str,
     default_config: str | None,
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    first: str | None = None,
 ) -> None:
     """Parse the command line, load the config and call `main(cfg)`, or `main(cfg, args)` if there is `add_arguments`.
 
@@ -64,6 +65,7 @@ def run_script(
         example: a whole command line, for `--help`.
         default_config: config file to use without `-c`. None: only the defaults.
         add_arguments: adds the script's own options to the parser.
+        first: the option that a word before the KEY VALUE pairs stands for.
 
     Raises:
         SystemExit: as for `run_command`.
@@ -88,6 +90,9 @@ def run_script(
         args = parser.parse_intermixed_args()
         if args.overrides and Path(args.overrides[0]).suffix in CONFIG_SUFFIXES and args.config == default_config:
             args.config, *args.overrides = args.overrides  # as the published scripts take it
+        if first is not None and len(args.overrides) % 2:
+            word, *args.overrides = args.overrides
+            setattr(args, first, word)
         cfg = load_config(args.config, args.overrides)
         logging.getLogger("gunpowder").setLevel(logging.WARNING)  # it reports every process it starts and ends
         logging.basicConfig(

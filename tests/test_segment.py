@@ -1,4 +1,5 @@
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,10 @@ import segment
 from lsdseg.cli import call_script
 from lsdseg.config.loader import load_config
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
+from lsdseg.engine import chain
+from lsdseg.engine.blocks.status import statuses
+from lsdseg.engine.chain import bytes_in_memory, fits_in_memory
+from lsdseg.engine.memory import available_memory
 from lsdseg.engine.predict.check import check_before_segmenting
 from lsdseg.errors import UserError
 from lsdseg.models import build_model
@@ -57,14 +62,23 @@ def write_volume(path, voxel_size=(8, 8, 8), raw=None, dataset="volumes/raw"):
     return path
 
 
+def run(raw, config, *overrides, out=None, blockwise=False):
+    arguments = {"raw": str(raw), "out": out, "config": str(config), "overrides": list(map(str, overrides))}
+    segment.main(None, argparse.Namespace(**arguments, blockwise=blockwise))
+
+
+def commands(capfd):
+    """The scripts that were run."""
+    return [line.split()[2] for line in capfd.readouterr().out.splitlines() if line.startswith("$ python")]
+
+
 @pytest.mark.parametrize(
     ("voxel_size", "method", "name"), [(8, "waterz", "segmentation_050"), (16, "mutex", "segmentation_mutex")]
 )
 def test_the_segmentation_has_the_voxels_of_the_volume(tmp_path, config, capfd, voxel_size, method, name):
     raw = write_volume(tmp_path / "fly.zarr", (voxel_size,) * 3, dataset="em/s0")
     overrides = ["DATA.RAW", "em/s0", "INS_SEGMENT.METHOD", method, "INS_SEGMENT.MUTEX_BIAS", "(0.0, -0.5)"]
-    args = argparse.Namespace(raw=str(raw), out=None, config=str(config), overrides=overrides)
-    segment.main(None, args)
+    run(raw, config, *overrides)
 
     out = tmp_path / "fly_segmentation.zarr"
     assert list_arrays(out) == [f"volumes/{name}"]
@@ -88,20 +102,72 @@ def test_the_segmentation_has_the_voxels_of_the_volume(tmp_path, config, capfd, 
 def test_other_thresholds_are_added_without_predicting_again(tmp_path, config, capfd):
     raw = write_volume(tmp_path / "fly.zarr", dataset="em/s0")
 
-    def run(*thresholds):
-        overrides = ["DATA.RAW", "em/s0", "INS_SEGMENT.THRESHOLDS", str(list(thresholds))]
-        segment.main(None, argparse.Namespace(raw=str(raw), out=None, config=str(config), overrides=overrides))
+    def run_at(*thresholds):
+        run(raw, config, "DATA.RAW", "em/s0", "INS_SEGMENT.THRESHOLDS", list(thresholds))
+        return commands(capfd)
 
     out = tmp_path / "fly_segmentation.zarr"
-    run(0.5)
+    assert run_at(0.5) == ["data_utils/rescale.py", "predicter.py", "instance_segmenter.py", "data_utils/rescale.py"]
     before = read(open_array(out, "volumes/segmentation_050"))
-    capfd.readouterr()
-    run(0.4, 0.604)
-    assert "is predicted already" in capfd.readouterr().out
+    assert run_at(0.4, 0.604) == ["instance_segmenter.py", "data_utils/rescale.py", "data_utils/rescale.py"]
     assert list_arrays(out) == [f"volumes/segmentation_{name}" for name in ("040", "050", "060_4")]
     np.testing.assert_array_equal(read(open_array(out, "volumes/segmentation_050")), before)
-    with pytest.raises(UserError, match=r"holds volumes/segmentation_040 already"):
-        run(0.4)
+    assert run_at(0.4) == []
+    shutil.rmtree(out / "volumes" / "segmentation_040")
+    assert run_at(0.4, 0.5) == ["data_utils/rescale.py"]
+
+
+BLOCKS = ["02_extract_fragments_blockwise.py", "03_agglomerate_blockwise.py", "04_find_segments_full.py"]
+LAST = ["05_extract_segmentation_from_lut.py", "data_utils/rescale.py"]
+
+
+def test_block_by_block_each_change_costs_the_steps_that_depend_on_it(tmp_path, config, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    raw = write_volume(tmp_path / "fly.zarr")
+    out = tmp_path / "fly_segmentation.zarr"
+    blocks = ("INS_SEGMENT.BLOCK_SIZE", "(16, 16, 16)", "INS_SEGMENT.CONTEXT", "(8, 8, 8)", "SYSTEM.NUM_WORKERS", 2)
+
+    def run_with(*overrides):
+        run(raw, config, *blocks, *overrides, blockwise=True)
+        return commands(capfd)
+
+    everything = ["data_utils/rescale.py", "super_predicter_daisy.py", *BLOCKS, *LAST]
+    assert run_with() == everything
+    segmentation = read(open_array(out, "volumes/segmentation_050"))
+    assert segmentation.any()
+    assert run_with() == []
+    assert run_with("INS_SEGMENT.THRESHOLDS", [0.3]) == [BLOCKS[2], *LAST]
+    assert run_with("INS_SEGMENT.MERGE_FUNCTION", "hist_quant_50") == [*BLOCKS[1:], *LAST]
+    assert run_with("INS_SEGMENT.FILTER_FRAGMENTS", 0.2) == [*BLOCKS, *LAST]
+    assert run_with("DATA.AFFS_DTYPE", "float32", "INS_SEGMENT.FILTER_FRAGMENTS", 0.2) == [*everything[1:]]
+    assert not (tmp_path / "daisy_logs").exists()
+    assert {status.step for status in statuses(tmp_path / "fly_segmentation_work")} >= {"flySegmentation_predict"}
+
+    write_volume(raw, raw=255 - read(open_array(raw, "volumes/raw")))
+    assert run_with() == everything
+    with pytest.raises(UserError, match=r"belongs to the segmentation of .*fly.zarr: delete it"):
+        run(write_volume(tmp_path / "other.zarr"), config, out=out)
+
+
+def test_a_volume_that_does_not_fit_into_memory_is_segmented_block_by_block(tmp_path, config, capsys, monkeypatch):
+    raw = write_volume(tmp_path / "fly.zarr")
+    cfg = load_config(config)
+    needed = bytes_in_memory(cfg, raw)
+    assert needed == pytest.approx(np.prod(SHAPE) * 0.8**3 * 72, rel=0.01)
+    for free, fits in [(2 * needed, True), (needed, False)]:
+        monkeypatch.setattr(chain, "available_memory", lambda free=free: free)
+        assert fits_in_memory(cfg, raw) == fits
+        assert ("in memory" if fits else "block by block") in capsys.readouterr().out
+    assert 1e6 < available_memory() < 1e15
+
+
+def test_a_volume_may_be_the_first_word(tmp_path, config):
+    command = [sys.executable, CHECKOUT / "segment.py", tmp_path / "none.zarr", "-c", config, "DATA.RAW", "em"]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert refused.stderr.startswith(f"error: {tmp_path}/none.zarr does not exist")
+    refused = subprocess.run([sys.executable, CHECKOUT / "segment.py"], capture_output=True, text=True)
+    assert refused.stderr == "error: no volume: python segment.py volume.zarr\n"
 
 
 def test_a_failing_command_ends_the_script_with_its_status(tmp_path):

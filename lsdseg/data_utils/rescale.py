@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from tqdm import tqdm
 
+from lsdseg.data_utils.records import Record, identity
 from lsdseg.data_utils.replace import check_replaceable_zarr, write_zarr
 from lsdseg.data_utils.volumes import create_array, has_array, open_array, read, rename_array, slabs
 from lsdseg.errors import UserError
@@ -48,7 +49,7 @@ def rescale_zarr(
         voxel_size: new voxel size in nm; or None, and `like` is given.
         like: zarr and dataset to take voxel size and ROI from.
         labels: take the nearest voxel.
-        overwrite: replace a target that exists.
+        overwrite: replace a target that exists, with `add` only its dataset of that name.
         add: keep what is in a target that exists, and add the dataset.
 
     Raises:
@@ -57,20 +58,26 @@ def rescale_zarr(
     """
     array = open_array(source, dataset)
     grid = open_array(like[0], like[1]) if like else None
+    size, roi = (grid.voxel_size, grid.roi) if grid else (voxel_size or (), None)
+    record = rescale_record(array, size, roi, labels=labels)
     inputs, name = [source, Path(like[0])] if like else [source], to or dataset
     add = add and target.exists()
-    if add and has_array(target, name):
+    if add and has_array(target, name) and not overwrite:
         raise UserError(f"{target} holds {name} already: write to another dataset (--to)")
     if not add:
         check_replaceable_zarr(target, inputs)
     if target.exists() and not overwrite and not add:
         raise UserError(f"{target} exists: add --overwrite, or write elsewhere")
-    if grid is None:
-        rescale(array, target, name, voxel_size or (), labels=labels, add=add)
-    else:
-        rescale(array, target, name, grid.voxel_size, grid.roi, labels=labels, add=add)
+    rescale(array, target, name, size, roi, labels=labels, add=add, record=record)
     written = open_array(target, name)
     print(f"{target}: {name} {written.dtype} {written.shape}, {tuple(written.voxel_size)} nm")
+
+
+def rescale_record(source: Array, voxel_size: Sequence[int], roi: Roi | None = None, *, labels: bool) -> Record:
+    """Say what a resampled dataset is made from; arguments as for `rescale`."""
+    settings = {"the voxel size": [int(n) for n in voxel_size], "labels": labels}
+    settings["the region"] = [[int(n) for n in edge] for edge in (roi.begin, roi.shape)] if roi else None
+    return Record("data_utils/rescale.py", {"the source": identity(source)}, settings)
 
 
 def rescale(
@@ -82,6 +89,7 @@ def rescale(
     *,
     labels: bool = False,
     add: bool = False,
+    record: Record | None = None,
 ) -> None:
     """Resample a volume to another voxel size, as the only dataset of a zarr, which appears whole or not at all.
 
@@ -95,6 +103,7 @@ def rescale(
         labels: take the nearest voxel instead of interpolating. This is also done for raw if the voxels do not change,
             because it is exact.
         add: add the dataset to a zarr that exists, instead.
+        record: what `rescale_record` returned, to be kept with the dataset. None: no record.
 
     Raises:
         UserError: the arguments do not fit each other (nothing is written then), or there is no room on disk.
@@ -114,7 +123,7 @@ def rescale(
             voxel_size=voxel_size,
             offset=begin,
             dtype=source.dtype,
-            attributes=dict(source.attrs),
+            attributes=dict(source.attrs) | (record.attributes if record else {}),
         )
         covered = slabs(array, int(SLAB_BYTES * min(1, 1 / math.prod(step))))
         for slab in tqdm(covered, desc=f"{dataset} at {tuple(voxel_size)} nm", unit="slab"):

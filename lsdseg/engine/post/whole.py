@@ -14,7 +14,7 @@ from lsdseg.config.rules import SEGMENTATION, settings_of
 from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.data_utils.masks import open_mask, read_mask
 from lsdseg.data_utils.records import Record, record_of
-from lsdseg.data_utils.volumes import list_arrays, open_array, read, rename_array, write_array
+from lsdseg.data_utils.volumes import list_arrays, open_array, read, rename_array, require_whole, write_array
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.offsets import Offset, spans_sections
 from lsdseg.engine.post.affinities import float_affinities
@@ -88,6 +88,28 @@ def _segment_sample(sample: Sample) -> list[str]:
             bar.set_description(name)
             bar.update(name != FRAGMENTS)
     return names
+
+
+def is_segmented(sample: Sample) -> bool:
+    """Return whether a sample has all segmentations that `segment_sample` would write now, made from the same.
+
+    Raises:
+        UserError: the affinities or a setting cannot be used.
+    """
+    settings = settings_in_memory(sample.cfg.INS_SEGMENT)
+    record, existing = _record(sample), list_arrays(sample.output)
+    method = method_of(settings)
+    for name in method.segmentation_names(settings).values():
+        if name not in existing:
+            return False
+        array = open_array(sample.output, name)
+        made_from = record_of(array)
+        if made_from is None or made_from.differences(record):
+            return False
+        if array.attrs.get("merge_function", method.merge_function(settings)) != method.merge_function(settings):
+            return False
+        require_whole(sample.output, name)
+    return True
 
 
 def _record(sample: Sample) -> Record:

@@ -58,7 +58,7 @@ def predict_blockwise(cfg: CfgNode, skip_empty: bool = False) -> None:
     for sample in samples:
         with working_on(sample.output, "predict"):
             step, record = _predict_step(sample), prediction_record(sample, masked=skip_empty)
-            begun = None if cfg.DATA.DROP_DS_MONGOTABLE else _begun(sample, record)
+            begun = None if cfg.DATA.DROP_DS_MONGOTABLE else begun_prediction(sample, record)
             if begun is None and not cfg.DATA.DROP_DS_MONGOTABLE and is_predicted(sample, record):
                 print(f"{sample.output} is predicted already; to predict it again, set DATA.DROP_DS_MONGOTABLE True")
                 continue
@@ -72,7 +72,7 @@ def predict_blockwise(cfg: CfgNode, skip_empty: bool = False) -> None:
             print(f"{', '.join(sorted(names))} in {sample.output}")
 
 
-def _begun(sample: Sample, record: Record) -> Record | None:
+def begun_prediction(sample: Sample, record: Record) -> Record | None:
     """Return the record of a prediction that another run has begun block by block, None if there is none to go on with.
 
     Raises:

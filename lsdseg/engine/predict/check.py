@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 
 from lsdseg.data_utils.checks import check_raw
 from lsdseg.data_utils.layout import SEGMENTATIONS
+from lsdseg.data_utils.records import record_of
 from lsdseg.data_utils.volumes import list_arrays, open_array
 from lsdseg.engine.device import resolve_device
 from lsdseg.engine.network import load_network
@@ -47,8 +48,12 @@ def check_before_segmenting(path: Path, output: Path, cfg: CfgNode, names: Seque
     there = list_arrays(output)
     if output.exists() and not (there and all(map(SEGMENTATIONS.fullmatch, there))):
         raise UserError(f"{output} exists: delete it, or name another output")
-    if again := sorted(set(there) & set(names)):
-        raise UserError(f"{output} holds {', '.join(again)} already: delete it, or name another threshold or output")
+    of_others = [name for name in sorted(set(there) & set(names)) if record_of(open_array(output, name)) is None]
+    if of_others:
+        raise UserError(
+            f"{output} holds {', '.join(of_others)}, which does not say what it was made from: delete it, or name "
+            "another threshold or output"
+        )
     resolve_device(cfg)
     load_network(cfg)
 

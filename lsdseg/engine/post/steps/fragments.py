@@ -48,10 +48,7 @@ def extract_fragments_blockwise(cfg: CfgNode) -> None:
         with working_on(sample.output, NAME, reads=["predict"]):
             check_block_settings(sample)
             record = _record(sample)
-            begun = None
-            if not cfg.DATA.DROP_DS_MONGOTABLE:
-                instead = "use it with 03_agglomerate_blockwise.py, or "
-                begun = begun_labels(sample, FRAGMENTS, record, instead=instead, replaced=IN_MEMORY)
+            begun = None if cfg.DATA.DROP_DS_MONGOTABLE else begun_fragments(sample)
             if begun is None:
                 discard_markers(sample.markers(NAME))
                 mode: Mode = "w" if cfg.DATA.DROP_DS_MONGOTABLE else "x"
@@ -101,6 +98,16 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
         store.write_nodes(number, ids, world)
 
     return process
+
+
+def begun_fragments(sample: Sample) -> Record | None:
+    """Return the record of the fragments that another run has begun, None if there are none to go on with.
+
+    Raises:
+        UserError: they are made from something else, or by others.
+    """
+    instead = "use it with 03_agglomerate_blockwise.py, or "
+    return begun_labels(sample, FRAGMENTS, _record(sample), instead=instead, replaced=IN_MEMORY)
 
 
 def fragments_step(sample: Sample) -> BlockStep:

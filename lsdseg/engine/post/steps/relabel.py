@@ -12,9 +12,9 @@ from yacs.config import CfgNode
 
 from lsdseg.data_utils.layout import FRAGMENTS, final_segmentation_name
 from lsdseg.data_utils.records import Record
-from lsdseg.data_utils.volumes import open_array, read, seal_array, voxels_of
+from lsdseg.data_utils.volumes import open_array, read, require_whole, seal_array, voxels_of
 from lsdseg.engine.blocks.lock import working_on
-from lsdseg.engine.blocks.markers import discard_markers
+from lsdseg.engine.blocks.markers import blocks_left, discard_markers
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.engine.post.methods import method_that_scores
@@ -47,6 +47,21 @@ def extract_segmentation(cfg: CfgNode, merge_function: str, threshold: float) ->
             run_blocks(cfg, step)
             seal_array(sample.output, name)
             print(f"{name} in {sample.output}")
+
+
+def is_extracted(sample: Sample, merge_function: str, threshold: float) -> bool:
+    """Return whether this step is done for a threshold.
+
+    Raises:
+        UserError: what there is was made from something else, or there is no look-up table to make it from.
+    """
+    path = existing_lut(sample.output, merge_function, threshold)
+    name = final_segmentation_name(merge_function, threshold)
+    begun = begun_labels(sample, name, _record(path, require_fragments(sample), merge_function, threshold))
+    if begun is None:
+        return False
+    require_whole(sample.output, name)
+    return not blocks_left(_relabel_step(sample, name, path, begun.id))
 
 
 def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:

@@ -1,5 +1,6 @@
 """Step 3: the region adjacency graph to look-up tables (LUTs) from fragments to segments, one for each threshold."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.post.methods import method_of
 from lsdseg.engine.post.steps.edges import edges_name, require_edges
 from lsdseg.engine.post.steps.fragments import require_fragments
-from lsdseg.engine.post.tables import connected_segments, save_lut
-from lsdseg.engine.sample import samples_of
+from lsdseg.engine.post.tables import connected_segments, lut_record, save_lut
+from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk
 from lsdseg.rag import open_store
@@ -62,6 +63,18 @@ def find_segments(cfg: CfgNode, merge_function: str | None, threshold: float | N
     listed = ", ".join(f"{value:g}" for value in sorted(thresholds))
     print(f"for 05_extract_segmentation_from_lut.py: -mf {merge_function}, and -th one of {listed}")
     return paths
+
+
+def tables_left(sample: Sample, merge_function: str, thresholds: Sequence[float]) -> list[float]:
+    """Return the thresholds whose look-up table is missing, or was made from other fragments or edges.
+
+    Raises:
+        UserError: fragments or edges are missing, or made from something else.
+    """
+    fragments = require_fragments(sample)
+    inputs = {FRAGMENTS: fragments, EDGES: require_edges(sample, merge_function, fragments)}
+    made = {value: lut_record(lut_path(sample.output, merge_function, value)) for value in thresholds}
+    return [value for value, record in made.items() if record is None or record.inputs != inputs]
 
 
 def tables_name(merge_function: str) -> str:
