@@ -341,7 +341,8 @@ _C.INS_SEGMENT.MASK_FILE = None
 _C.INS_SEGMENT.MASK_DATASET = None
 # Drop fragments with a lower mean affinity (0 to 1). They lie mostly outside of cells.
 _C.INS_SEGMENT.FILTER_FRAGMENTS = 0.0
-# Blockwise scripts: size of a block in voxels, and the width of the border around it that is also read.
+# Blockwise scripts: size of a block in voxels, and the width of the border around it that is also read. Edges that
+# waterz scores need one voxel of it, whatever it is.
 _C.INS_SEGMENT.BLOCK_SIZE = (256, 256, 256)
 _C.INS_SEGMENT.CONTEXT = (24, 24, 24)
 

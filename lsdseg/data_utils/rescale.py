@@ -127,13 +127,7 @@ def rescale(
         )
         covered = slabs(array, int(SLAB_BYTES * min(1, 1 / math.prod(step))))
         for slab in tqdm(covered, desc=f"{dataset} at {tuple(voxel_size)} nm", unit="slab"):
-            # Centers of the slab's voxels in voxels of the source, of which the first extends from 0 to 1.
-            centers = [
-                ((np.arange(along.start, along.stop) + 0.5) * new + shift) / old
-                for along, new, shift, old in zip(
-                    slab, voxel_size, begin - source.offset, source.voxel_size, strict=True
-                )
-            ]
+            centers = _centers(slab, source, begin, voxel_size)
             if labels or same_voxels:
                 array[slab] = _nearest(source, centers)
             else:
@@ -184,6 +178,14 @@ def _check(source: Array, target: Path | str, voxel_size: Coordinate, roi: Roi |
         )
     if roi and not source.roi.contains(roi):
         raise UserError(f"the source covers {source.roi} nm, which is less than {roi} nm as wanted for {target}")
+
+
+def _centers(
+    slab: Sequence[slice], source: Array, begin: Coordinate, voxel_size: Coordinate
+) -> list[NDArray[np.floating[Any]]]:
+    """Return the centers of a slab's voxels in voxels of the source, of which the first extends from 0 to 1."""
+    along = zip(slab, voxel_size, begin - source.offset, source.voxel_size, strict=True)
+    return [((np.arange(span.start, span.stop) + 0.5) * new + shift) / old for span, new, shift, old in along]
 
 
 def _nearest(source: Array, centers: Sequence[NDArray[np.floating[Any]]]) -> NDArray[Any]:

@@ -114,7 +114,7 @@ def score_edges(affinities: ArrayLike, fragments: ArrayLike, merge_function: str
         UserError: unknown merge function.
         ValueError: affinities of another type or range, or of another shape than the fragments.
     """
-    numbers, ids = _number(fragments)
+    numbers, ids = number_fragments(fragments)
     # Scores are 0 or more: the first stage merges nothing, and its region graph lists all neighbors.
     stages = merge_stages(
         affinities, numbers, [-1, 1], merge_function, return_merge_history=True, return_region_graph=True
@@ -122,7 +122,7 @@ def score_edges(affinities: ArrayLike, fragments: ArrayLike, merge_function: str
     (_, _, region_graph), (_, history, _) = stages
     u, v, _ = _columns(region_graph, "u", "v", "score")
     a, b, merge_scores = _columns(history, "a", "b", "score")
-    scores = _threshold_of_merge(u, v, a, b, np.maximum.accumulate(merge_scores), len(ids))
+    scores = threshold_of_merge(u, v, a, b, np.maximum.accumulate(merge_scores), len(ids))
     return ids[u], ids[v], scores
 
 
@@ -144,7 +144,7 @@ def score_mutex_edges(affinities: ArrayLike, fragments: ArrayLike, offsets: Sequ
         ValueError: affinities of another type or range, or of another shape than the fragments.
     """
     floats = float_affinities(affinities, channels=len(offsets))
-    unsigned, ids = _number(fragments)
+    unsigned, ids = number_fragments(fragments)
     numbers = unsigned.astype(np.int64)
     faces = [_contacts(numbers, offset, len(ids)) for offset in offsets if is_direct(offset)]
     edges = np.unique(np.concatenate([keys for keys, _ in faces]))
@@ -173,7 +173,7 @@ def _contacts(numbers: NDArray[np.int64], offset: Offset, count: int) -> tuple[N
     return np.minimum(first, second) * count + np.maximum(first, second), voxels
 
 
-def _number(fragments: ArrayLike) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+def number_fragments(fragments: ArrayLike) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """Fragments numbered 1..n in the order of their ids (uint64, C order), and the id of every number; 0 stays 0.
 
     An order that depends on the ids only, because waterz breaks ties by it.
@@ -196,7 +196,7 @@ def _columns(
 
 
 @numba.njit(cache=True)
-def _threshold_of_merge(
+def threshold_of_merge(
     u: NDArray[np.int64],
     v: NDArray[np.int64],
     a: NDArray[np.int64],
@@ -204,7 +204,7 @@ def _threshold_of_merge(
     scores: NDArray[np.float32],
     node_count: int,
 ) -> NDArray[np.float32]:
-    """Score of the merge (a, b) that connects each pair (u, v), NaN if none does.
+    """Return the score of the merge (a, b) that connects each pair (u, v), NaN if none does.
 
     The merge forest is a union-find by size without path compression, each node marked with the merge that gave it a
     parent. Marks rise towards the root, so the way up from u and v, always from the lower mark, ends where they meet at

@@ -18,7 +18,7 @@ from lsdseg.engine.offsets import DIRECT_NEIGHBORS, Offset
 from lsdseg.engine.post.affinities import direct_neighbors
 from lsdseg.engine.post.agglomerate import agglomerate, default_merge_function, scoring_function
 from lsdseg.engine.post.fragments import extract_fragments
-from lsdseg.engine.post.graph import Edges, score_edges, score_mutex_edges
+from lsdseg.engine.post.graph import Edges, score_mutex_edges
 from lsdseg.engine.post.mutex import edge_biases, mutex_watershed
 from lsdseg.errors import UserError
 
@@ -38,6 +38,7 @@ class Method(ABC):
     name: str
     merge_functions: Sequence[str]
     takes_placement: bool
+    scores_whole_graph: bool
 
     @abstractmethod
     def check(self, settings: CfgNode, offsets: Sequence[Offset]) -> None:
@@ -69,11 +70,9 @@ class Method(ABC):
     def merge_function(self, settings: CfgNode) -> str:
         """The merge function that the settings choose, one of `merge_functions`; UserError if there is no such."""
 
-    @abstractmethod
-    def edges(
-        self, affinities: ArrayLike, fragments: ArrayLike, merge_function: str, offsets: Sequence[Offset]
-    ) -> Edges:
-        """Score every pair of fragments that touch, given the `channels`; see `score_edges`."""
+    def edges(self, affinities: ArrayLike, fragments: ArrayLike, offsets: Sequence[Offset]) -> Edges:
+        """Score every pair of fragments that touch, given the `channels`, in a method that does so in each block."""
+        raise NotImplementedError(f"{self.name} scores the graph as a whole")
 
     @abstractmethod
     def segmentation_names(self, settings: CfgNode) -> dict[float | None, str]:
@@ -100,6 +99,7 @@ class Waterz(Method):
     name = "waterz"
     merge_functions = tuple(MERGE_FUNCTIONS)
     takes_placement = True
+    scores_whole_graph = True
 
     def check(self, settings: CfgNode, offsets: Sequence[Offset]) -> None:
         """Any will do."""
@@ -132,11 +132,6 @@ class Waterz(Method):
         name = settings.MERGE_FUNCTION or default_merge_function(settings.THRESHOLDS, settings.EPSILON_AGGLOMERATE)
         scoring_function(name)
         return str(name)
-
-    def edges(
-        self, affinities: ArrayLike, fragments: ArrayLike, merge_function: str, offsets: Sequence[Offset]
-    ) -> Edges:
-        return score_edges(affinities, fragments, merge_function)
 
     def segmentation_names(self, settings: CfgNode) -> dict[float | None, str]:
         """{0.55: "volumes/segmentation_055"}, one for each threshold.
@@ -175,6 +170,7 @@ class Mutex(Method):
     name = "mutex"
     merge_functions = ("mutex",)
     takes_placement = False
+    scores_whole_graph = False
 
     def check(self, settings: CfgNode, offsets: Sequence[Offset]) -> None:
         edge_biases(offsets, settings.MUTEX_BIAS)
@@ -205,9 +201,7 @@ class Mutex(Method):
     def merge_function(self, settings: CfgNode) -> str:
         return self.name
 
-    def edges(
-        self, affinities: ArrayLike, fragments: ArrayLike, merge_function: str, offsets: Sequence[Offset]
-    ) -> Edges:
+    def edges(self, affinities: ArrayLike, fragments: ArrayLike, offsets: Sequence[Offset]) -> Edges:
         return score_mutex_edges(affinities, fragments, offsets)
 
     def segmentation_names(self, settings: CfgNode) -> dict[float | None, str]:

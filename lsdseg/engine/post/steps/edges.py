@@ -1,10 +1,18 @@
-"""Step 2: fragments to the scored edges of the region adjacency graph."""
+"""Step 2: fragments to the scored edges of the region adjacency graph.
 
+Workers write what the fragments of each block touch. When all blocks are done, the graph is agglomerated as a whole,
+and its edges are scored by that. A block alone would see only a part of the neurites that merge. Mutex watershed has no
+such order of merges: its edges are scored by the workers.
+"""
+
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import daisy
 import numpy as np
+from tqdm import tqdm
 from yacs.config import CfgNode
 
 from lsdseg.data_utils.layout import FRAGMENTS
@@ -14,6 +22,7 @@ from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import blocks_left, discard_markers
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
+from lsdseg.engine.post.contacts import Contacts, find_contacts, merge_contacts
 from lsdseg.engine.post.graph import edges_of_block
 from lsdseg.engine.post.methods import method_of, method_that_scores
 from lsdseg.engine.post.steps.fragments import check_block_settings, require_fragments
@@ -21,6 +30,11 @@ from lsdseg.engine.post.steps.grid import block_step
 from lsdseg.engine.sample import AFFINITIES, Sample, samples_of
 from lsdseg.errors import UserError
 from lsdseg.rag import RagStore, open_store
+
+# In the folder of markers: what workers found, until the graph is agglomerated, and a file that says that it is.
+CONTACTS, SCORED = "contacts", "scored"
+# Name of the setting that tells edges of the whole graph from those of an earlier version.
+SCORES = "the scores"
 
 
 def agglomerate_blockwise(cfg: CfgNode) -> None:
@@ -43,6 +57,8 @@ def agglomerate_blockwise(cfg: CfgNode) -> None:
                 store.write_edges_record(merge_function, record.to_json())
             step = edges_step(sample, merge_function, (begun or record).id)
             run_blocks(cfg, step)
+            if method_that_scores(merge_function).scores_whole_graph and not _is_scored(step):
+                _score_whole_graph(step, store, merge_function)
             store.finish_edges(merge_function)
             print(f"edges of {merge_function} in {store}")
 
@@ -53,19 +69,23 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
     affinities, fragments = sample.affinities, open_array(sample.output, sample.fragments_dataset)
     store = open_store(cfg, sample.output, "r+", identity(fragments))
     method = method_that_scores(merge_function)
+    markers = sample.markers(edges_name(merge_function))
     no_edges = (np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.float32))
 
     def process(block: daisy.Block) -> None:
         number = block.block_id[1]
         roi = block.read_roi.intersect(affinities.roi)
         labels = read(fragments, voxels_of(fragments, roi))
-        edges = no_edges
-        if labels.any():
-            predicted = read(affinities, (slice(None), *voxels_of(affinities, roi)))
-            channels = method.channels(predicted, sample.offsets)
-            all_edges = method.edges(channels, labels, merge_function, sample.offsets)
-            edges = edges_of_block(all_edges, *store.id_range(number))
-        store.write_edges(merge_function, number, *edges)
+        if not labels.any():
+            store.write_edges(merge_function, number, *no_edges)
+            return
+        predicted = read(affinities, (slice(None), *voxels_of(affinities, roi)))
+        channels = method.channels(predicted, sample.offsets)
+        if method.scores_whole_graph:
+            find_contacts(channels, labels, *store.id_range(number)).save(_contacts_file(markers, number))
+        else:
+            edges = edges_of_block(method.edges(channels, labels, sample.offsets), *store.id_range(number))
+            store.write_edges(merge_function, number, *edges)
 
     return process
 
@@ -75,20 +95,23 @@ def edges_name(merge_function: str) -> str:
     return f"agglomerate_{merge_function}"
 
 
-def edges_step(sample: Sample, merge_function: str, made: str) -> BlockStep:
+def edges_step(sample: Sample, merge_function: str, made: str, in_blocks: bool = False) -> BlockStep:
     """The step on a sample, for one merge function.
 
     Args:
         sample: the sample.
         merge_function: scores the edges.
         made: id of the edges.
+        in_blocks: edges are scored in their blocks, which see the neurites only as far as INS_SEGMENT.CONTEXT.
     """
+    method = method_that_scores(merge_function)
     return block_step(
         sample,
         edges_name(merge_function),
         f"{__name__}:open_worker",
         arguments={"merge_function": merge_function},
         settings={f"the edges of {merge_function}": made},
+        context=method.reach(sample.offsets) if method.scores_whole_graph and not in_blocks else None,
     )
 
 
@@ -115,19 +138,55 @@ def require_edges(sample: Sample, merge_function: str, fragments: str) -> str:
         )
     made_from = Record.from_json(store.edges_record(merge_function))
     if made_from is not None:
-        made_from.require_same(f"{merge_function} of the graph {store}", _record(sample, merge_function, fragments))
+        record = _record(sample, merge_function, fragments)
+        if SCORES not in made_from.settings:
+            record.settings.pop(SCORES, None)
+        made_from.require_same(f"{merge_function} of the graph {store}", record)
     made = "" if made_from is None else made_from.id
     # A graph of others has neither a record nor markers: it is taken as it is.
     known = made_from is not None or sample.markers(edges_name(merge_function)).is_dir()
-    if known and (left := blocks_left(edges_step(sample, merge_function, made))):
-        raise UserError(f"{left} blocks of {sample.output} are not agglomerated: run 03_agglomerate_blockwise.py again")
+    in_blocks = made_from is None or SCORES not in made_from.settings  # by an earlier version, or by Mutex
+    step = edges_step(sample, merge_function, made, in_blocks=in_blocks)
+    if known and ((left := blocks_left(step)) or not (in_blocks or _is_scored(step))):
+        what = f"{left} blocks" if left else "the scores"
+        raise UserError(f"{what} of {sample.output} are not agglomerated: run 03_agglomerate_blockwise.py again")
     return made
+
+
+def _contacts_file(step_markers: Path, number: int) -> Path:
+    """Return the file with the contacts of a block, a thousand in each folder."""
+    return step_markers / CONTACTS / str(number // 1000) / f"{number}.npz"
+
+
+def _is_scored(step: BlockStep) -> bool:
+    return (step.markers / SCORED).is_file()
+
+
+def _score_whole_graph(step: BlockStep, store: RagStore, merge_function: str) -> None:
+    """Agglomerate what all blocks found, and write the edges of each block.
+
+    Raises:
+        UserError: a file with contacts is damaged.
+    """
+    files = sorted((step.markers / CONTACTS).glob("*/*.npz"), key=lambda file: int(file.stem))
+    contacts = Contacts.of_all(map(Contacts.load, tqdm(files, desc="reading contacts", unit="block", delay=10)))
+    print(f"{step}: agglomerating {len(contacts.u)} pairs of fragments that touch", flush=True)
+    u, v, scores = merge_contacts(contacts, merge_function)
+    for file in tqdm(files, desc="writing edges", unit="block", delay=10):
+        first, last = store.id_range(int(file.stem))
+        own = slice(*np.searchsorted(u, np.array([first, last + 1], np.uint64)))
+        store.write_edges(merge_function, int(file.stem), u[own], v[own], scores[own])
+    (step.markers / SCORED).touch()
+    shutil.rmtree(step.markers / CONTACTS, ignore_errors=True)
 
 
 def _record(sample: Sample, merge_function: str, fragments: str) -> Record:
     """What the edges of a sample would be made from now. The keys that affect them affect the fragments, too."""
     inputs = {AFFINITIES: identity(sample.affinities), FRAGMENTS: fragments}
-    return Record("03_agglomerate_blockwise.py", inputs, {"the merge function": merge_function})
+    settings = {"the merge function": merge_function}
+    if method_that_scores(merge_function).scores_whole_graph:
+        settings[SCORES] = "of the whole graph"
+    return Record("03_agglomerate_blockwise.py", inputs, settings)
 
 
 def _begun(store: RagStore, merge_function: str, record: Record) -> Record | None:

@@ -1,0 +1,176 @@
+"""Agglomeration of a graph from the contacts that blocks found."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_blockwise_numerics import fib25, noisy, phantom, voi  # noqa: F401
+
+from lsdseg.config.implementations import MERGE_FUNCTIONS
+from lsdseg.engine.post import agglomerate as waterz_settings
+from lsdseg.engine.post.agglomerate import agglomerate
+from lsdseg.engine.post.contacts import BINS, UNIT, Contacts, find_contacts, merge_contacts
+from lsdseg.engine.post.fragments import extract_fragments
+from lsdseg.engine.post.tables import connected_segments, relabel
+from lsdseg.errors import UserError
+
+THRESHOLDS = [n / 10 for n in range(1, 10)]
+LAST = 2**63 - 1
+
+
+def numbered_by_blocks(fragments, size):
+    """Cut fragments at the faces of blocks, and number them block by block: their ids, and the range of each block."""
+    numbers, ranges, first = np.zeros_like(fragments), [], 1
+    for corner in itertools.product(*(range(0, n, size) for n in fragments.shape)):
+        box = tuple(slice(a, a + size) for a in corner)
+        found, inverse = np.unique(fragments[box], return_inverse=True)
+        ids = np.where(found > 0, np.arange(first, first + len(found)), 0).astype(np.uint64)
+        numbers[box] = ids[inverse].reshape(fragments[box].shape)
+        around = tuple(slice(max(0, s.start - 1), s.stop + 1) for s in box)
+        ranges.append((around, first, first + len(found) - 1))
+        first += len(found)
+    return numbers, ranges
+
+
+def brute_force(contacts, merge_function):
+    """Merge the closest pair again and again, with every histogram written out: {pair of fragments: score}."""
+    quantile = int(merge_function.split("_")[2]) if merge_function != "mean" else None
+    region = {i: i for i in {*contacts.u.tolist(), *contacts.v.tolist()}}
+    borders = {}
+    for n, pair in enumerate(zip(contacts.u.tolist(), contacts.v.tolist(), strict=True)):
+        part = slice(*contacts.starts[n : n + 2])
+        bins = np.repeat(contacts.bins[part].astype(int), contacts.counts[part]).tolist()
+        if merge_function.endswith("initmax"):
+            bins = [b for b in bins if b == max(bins)]
+        borders[pair] = (bins, contacts.sums[n].item(), contacts.counts[part].sum().item(), pair)
+
+    def score(border):
+        bins, total, faces, _ = border
+        if quantile is None:
+            return 1 - total / (faces * UNIT)
+        return 1 - (sorted(bins)[quantile * len(bins) // 100] + 0.5) / BINS
+
+    found = {}
+    while borders:
+        best = min(borders, key=lambda pair: (score(borders[pair]), borders[pair][3]))
+        value = score(borders[best])
+        if value >= 1:
+            break
+        a, b = best
+        del borders[best]
+        for u, v in zip(contacts.u.tolist(), contacts.v.tolist(), strict=True):
+            if {region[u], region[v]} == {a, b}:
+                found[u, v] = value
+        region = {i: a if r == b else r for i, r in region.items()}
+        moved = {pair: borders.pop(pair) for pair in list(borders) if b in pair}
+        for pair, border in moved.items():
+            (other,) = set(pair) - {b}
+            key = (min(a, other), max(a, other))
+            before = borders.get(key, ([], 0, 0, (0, 0)))
+            joined = [before[i] + border[i] for i in range(3)]
+            borders[key] = (*joined, max(before[3], border[3]))
+    return found
+
+
+@st.composite
+def graphs(draw):
+    """Contacts of a random graph, with few different affinities, so that many scores are the same."""
+    pairs = draw(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=30))
+    pairs = sorted({(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1]})
+    u, v, sums, starts, bins, counts = [], [], [], [0], [], []
+    for a, b in pairs:
+        histogram = draw(st.dictionaries(st.sampled_from([0, 50, 100, 101, 255]), st.integers(1, 3), min_size=1))
+        u.append(a)
+        v.append(b)
+        bins += sorted(histogram)
+        counts += [histogram[k] for k in sorted(histogram)]
+        sums.append(sum(k * n * UNIT // BINS for k, n in histogram.items()))
+        starts.append(len(bins))
+    columns = (u, v, sums, starts, bins, counts)
+    return Contacts(*(np.array(column, dtype) for column, dtype in zip(columns, Contacts.TYPES, strict=True)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(graphs(), st.sampled_from(["mean", "hist_quant_25", "hist_quant_50", "hist_quant_85", "hist_quant_50_initmax"]))
+def test_the_closest_pair_merges_first(contacts, merge_function):
+    u, v, found = merge_contacts(contacts, merge_function)
+    expected = brute_force(contacts, merge_function)
+    rows = zip(u.tolist(), v.tolist(), found.tolist(), strict=True)
+    assert {(a, b): score for a, b, score in rows if not np.isnan(score)} == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("merge_function", ["mean", "hist_quant_50"])
+def test_blocks_do_not_change_the_scores(noisy, merge_function, tmp_path):  # noqa: F811
+    affinities, fragments = noisy
+    for size in (48, 32, 20):
+        numbers, ranges = numbered_by_blocks(fragments, size)
+        whole = find_contacts(affinities, numbers, 1, LAST)
+        parts = []
+        for around, first, last in ranges[::-1]:
+            part = find_contacts(affinities[:, *around], numbers[around], first, last)
+            part.save(tmp_path / "part.npz")
+            parts.append(Contacts.load(tmp_path / "part.npz"))
+        together = Contacts.of_all(parts)
+        for name, values in vars(whole).items():
+            np.testing.assert_array_equal(vars(together)[name], values)
+        assert len(merge_contacts(together, merge_function)[0]) == len(whole.u) > 0
+
+
+@pytest.mark.parametrize("merge_function", ["mean", "hist_quant_25", "hist_quant_50", "hist_quant_75"])
+@pytest.mark.parametrize("volume", ["phantom", "fib25"])
+def test_the_regions_are_those_of_waterz(volume, merge_function, request, monkeypatch):
+    """Where many scores are the same, waterz' regions depend on how fragments are numbered: there, any is as good.
+
+    For the mean, it is told to keep the exact order: in bins, it merges first come, first served.
+    """
+    affinities = request.getfixturevalue(volume)[1][:, :64].astype(np.float32)
+    fragments = extract_fragments(affinities)
+    edges = merge_contacts(find_contacts(affinities, fragments, 1, LAST), merge_function)
+    ids = np.unique(fragments[fragments > 0])
+    monkeypatch.setattr(waterz_settings, "QUEUE_BINS", 0 if merge_function == "mean" else BINS)
+    by_waterz = dict(agglomerate(affinities, fragments, THRESHOLDS, merge_function))
+    certain = set(THRESHOLDS)
+    for seed in range(4):
+        shuffled = np.append(0, np.random.default_rng(seed).permutation(ids)).astype(np.uint64)[fragments]
+        for threshold, otherwise in agglomerate(affinities, shuffled, THRESHOLDS, merge_function):
+            certain -= {threshold} if voi(by_waterz[threshold], otherwise) > 0.001 else set()
+    luts = connected_segments(ids, [edges], THRESHOLDS)
+    assert len(certain) >= 5
+    most = 1e-9 if merge_function == "mean" else 0.01
+    for threshold in certain:
+        assert voi(relabel(fragments, luts[threshold]), by_waterz[threshold]) < most, threshold
+    assert len({len(np.unique(luts[threshold][1])) for threshold in certain}) >= 3
+
+
+def test_contacts_are_counted_face_by_face():
+    fragments = np.array([[[3, 3, 7], [3, 0, 7]]], np.uint64)
+    affinities = np.zeros((3, 1, 2, 3), np.uint8)
+    affinities[2, 0, 0, 2] = 51
+    contacts = find_contacts(affinities, fragments, 1, 10)
+    assert (contacts.u.tolist(), contacts.v.tolist(), contacts.counts.tolist()) == ([3], [7], [1])
+    assert contacts.bins.tolist() == [51]
+    assert contacts.sums[0] / UNIT == pytest.approx(0.2, abs=1e-6)
+    assert len(find_contacts(affinities, fragments, 4, 10).u) == 0
+
+
+def test_every_merge_function_is_offered(noisy):  # noqa: F811
+    affinities, fragments = noisy
+    contacts = find_contacts(affinities, fragments, 1, LAST)
+    for name in MERGE_FUNCTIONS:
+        found = merge_contacts(contacts, name)[2]
+        assert np.nanmin(found) >= 0
+        assert np.nanmax(found) <= 1
+
+
+def test_what_cannot_be_used_is_refused(noisy, tmp_path):  # noqa: F811
+    affinities, fragments = noisy
+    contacts = find_contacts(affinities, fragments, 1, LAST)
+    with pytest.raises(ValueError, match="the same pair"):
+        Contacts.of_all([contacts, contacts])
+    (tmp_path / "damaged.npz").write_bytes(b"PK")
+    for name in ("damaged.npz", "none.npz"):
+        with pytest.raises(UserError, match=rf"{name} is missing or damaged: run 03"):
+            Contacts.load(tmp_path / name)
+    assert len(merge_contacts(Contacts.of_all([]), "mean")[0]) == 0
