@@ -26,6 +26,7 @@ from lsdseg.engine.sample import Sample
 from lsdseg.models.checkpoint import HISTOGRAM_BINS, MOST_STATISTICS, TRAINING_DATA, read_checkpoint
 
 BOXES = 64  # read of a volume; of a volume that is mostly empty, up to four times as many are looked at
+MOST_EQUAL = 0.2  # of the voxels of a box; with more, part of it was not imaged
 BOX = (4, 96, 96)  # voxels along z, y, x
 # The n-th box lies at the fractional parts of n times these, which fill a cube more evenly than random places do.
 SPREAD = (0.8191725134, 0.6710436067, 0.5497004779)
@@ -251,7 +252,7 @@ def _read_boxes(
                 continue
         values = read(raw, tuple(slice(b + o, b + o + s) for b, o, s in zip(begin, shift, shape, strict=True)))
         _, counts = np.unique(values, return_counts=True)
-        if counts.max() > values.size / 2:  # nothing was imaged there
+        if counts.max() > MOST_EQUAL * values.size:
             continue
         taken += 1
         yield values.astype(np.float32) * np.float32(unit_factor(values.dtype)), known
@@ -282,7 +283,7 @@ def _line_strengths(raw: NDArray[np.float32]) -> NDArray[np.float64]:
     Returns:
         Two numbers from 0, without a unit: dark, bright.
     """
-    # Differences, because scipy's derivatives have kernels that do not add up to 0: a bright area would look like lines.
+    # Differences, because the kernels of scipy's derivatives do not add up to 0: a bright area would look like lines.
     smooth, second, first = gaussian_filter(raw, (0, LINE_SIGMA, LINE_SIGMA)), (1.0, -2.0, 1.0), (-0.5, 0.0, 0.5)
     yy, xx = correlate1d(smooth, second, axis=1), correlate1d(smooth, second, axis=2)
     xy = correlate1d(correlate1d(smooth, first, axis=1), first, axis=2)
