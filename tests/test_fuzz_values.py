@@ -234,6 +234,8 @@ def trained(tmp_path_factory):
     optimizer.step()
     path = tmp_path_factory.mktemp("run") / "model_checkpoint_1"
     more = {"ema_state_dict": model.state_dict(), "validation_voi": 1.5}
+    statistics = {"histogram": [1 / 256] * 256, "voxel_size": [8.0, 8.0, 8.0], "lines": -0.2, "contrast": 0.1}
+    more["training_data"] = [statistics]
     save_checkpoint(path, model, optimizer, 1, network_settings(cfg), **more)
     return cfg, model, optimizer, path
 

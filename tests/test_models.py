@@ -219,6 +219,9 @@ def test_broken_and_foreign_checkpoints_are_refused(cfg, tmp_path):
         load_checkpoint(tmp_path / "foreign", model, cfg)
 
 
+STATISTICS = {"histogram": [1 / 256] * 256, "voxel_size": [8.0, 8.0, 8.0], "lines": -0.2, "contrast": None}
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -237,6 +240,11 @@ def test_broken_and_foreign_checkpoints_are_refused(cfg, tmp_path):
         ),
         (lambda state: state.update(ema_state_dict=7), "ema_state_dict is 7"),
         (lambda state: state.update(scaler_state_dict={"scale": 1.0}), "scaler_state_dict is"),
+        (lambda state: state.update(training_data=[{"histogram": [1.0]}]), r"training_data is \[\{"),
+        (lambda state: state.update(training_data=[STATISTICS | {"lines": float("nan")}]), r"training_data is \[\{"),
+        (lambda state: state.update(training_data=[STATISTICS | {"voxel_size": [0, 8, 8]}]), r"training_data is \[\{"),
+        (lambda state: state.update(training_data=[STATISTICS] * 65), r"training_data is \[\{"),
+        (lambda state: state.update(training_data=torch.zeros(3)), "training_data is tensor"),
         (lambda state: state.update(optimizer_state_dict={}), "in optimizer_state_dict"),
         (lambda state: state["optimizer_state_dict"]["state"].update({0: {"step": 1}}), "does not fit the weights"),
         (lambda state: state["optimizer_state_dict"]["state"].update({0: []}), r"holds \[\]"),

@@ -29,6 +29,9 @@ from lsdseg.files import write_whole
 # be missing.
 DICTS = ("model_state_dict", "optimizer_state_dict", "scaler_state_dict", "ema_state_dict", "network_settings")
 NUMBERS = {"iteration": (int,), "validation_voi": (int, float)}
+# Statistics of the volumes of the training run, a list with a dict for each; see `lsdseg.engine.statistics`.
+TRAINING_DATA = "training_data"
+HISTOGRAM_BINS, MOST_STATISTICS = 256, 64
 # What a loss scaler reads from its entry, which may be empty.
 SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
@@ -207,7 +210,32 @@ def read_checkpoint(path: Path | str, key: str = "TRAIN.CHECKPOINT") -> dict[str
         number = state.get(field, 0)
         if type(number) not in kinds or not 0 <= number < math.inf:
             raise _damaged(path, f"{field} is {quoted(number)}")
+    statistics = state.get(TRAINING_DATA, [])
+    if not isinstance(statistics, list) or len(statistics) > MOST_STATISTICS or not all(map(_is_known, statistics)):
+        raise _damaged(path, f"{TRAINING_DATA} is {quoted(statistics)}")
     return state
+
+
+def _is_known(statistics: Any) -> bool:
+    """Return whether an entry of TRAINING_DATA holds what `lsdseg.engine.statistics.Statistics` takes."""
+
+    def numbers(values: Any, low: float, high: float) -> bool:
+        return isinstance(values, list) and all(type(n) in (int, float) and low <= n <= high for n in values)
+
+    if not isinstance(statistics, dict):
+        return False
+    histogram: Any = statistics.get("histogram")
+    voxel_size: Any = statistics.get("voxel_size")
+    contrast = statistics.get("contrast", "missing")
+    return (
+        numbers(histogram, 0, 1)
+        and len(histogram) == HISTOGRAM_BINS
+        and math.isclose(sum(histogram), 1, abs_tol=1e-3)
+        and numbers(voxel_size, 1e-3, 1e9)
+        and len(voxel_size) in (2, 3)
+        and numbers([statistics.get("lines")], -1, 1)
+        and (contrast is None or numbers([contrast], -1, 1))
+    )
 
 
 def _damaged(path: Path, reason: str) -> UserError:

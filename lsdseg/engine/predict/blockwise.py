@@ -35,6 +35,7 @@ from lsdseg.engine.predict.predict import (
 from lsdseg.engine.predict.tiles import TilePredictor, tile_voxels
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.engine.sections import along_zyx
+from lsdseg.engine.statistics import warn_if_unlike
 from lsdseg.files import PARTIAL
 
 
@@ -55,6 +56,7 @@ def predict_blockwise(cfg: CfgNode, skip_empty: bool = False) -> None:
         open_mask(cfg.INS_SEGMENT)
     for sample in samples:
         check_raw(sample.volume, cfg)
+    warn_if_unlike(samples)
     for sample in samples:
         with working_on(sample.output, "predict"):
             step, record = _predict_step(sample), prediction_record(sample, masked=skip_empty)

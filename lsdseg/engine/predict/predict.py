@@ -25,6 +25,7 @@ from lsdseg.engine.blocks.markers import discard_markers
 from lsdseg.engine.predict.tiles import TilePredictor, one_ahead, tile_voxels
 from lsdseg.engine.predict.views import views_of
 from lsdseg.engine.sample import Sample, samples_of
+from lsdseg.engine.statistics import warn_if_unlike
 from lsdseg.errors import UserError
 from lsdseg.files import PARTIAL, room_on_disk
 
@@ -44,6 +45,7 @@ def predict(cfg: CfgNode) -> None:
     for sample in samples:
         check_raw(sample.volume, cfg)
     predictor = TilePredictor(cfg)
+    warn_if_unlike(samples)
     for number, sample in enumerate(samples, start=1):
         print(f"[{number}/{len(samples)}] {sample.volume.name} on {predictor.precision.device}", flush=True)
         with working_on(sample.output, "predict"):

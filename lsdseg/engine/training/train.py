@@ -30,6 +30,7 @@ from lsdseg.data_utils.layout import PREDICT_CONFIG, volumes_in
 from lsdseg.data_utils.volumes import source_defaults
 from lsdseg.engine.device import resolve_device
 from lsdseg.engine.network import first_network_config
+from lsdseg.engine.statistics import training_statistics
 from lsdseg.engine.training.pipeline import TrainingBatch, training_batches
 from lsdseg.engine.training.ranks import Ranks
 from lsdseg.engine.training.snapshot import preview_images, write_snapshot
@@ -115,6 +116,7 @@ def _train_network(
         for path in volumes:
             for labels, mask in label_datasets(cfg):
                 create_labels_mask(path, labels, mask, **source_defaults(cfg))
+        trainer.training_data = training_statistics(volumes, cfg)
         folder.mkdir(parents=True, exist_ok=True)
     ranks.wait()
     patches = start * cfg.TRAIN.ACCUMULATE * cfg.TRAIN.BATCH_SIZE * ranks.size

@@ -26,7 +26,13 @@ from lsdseg.engine.training.channels import ChannelWatch
 from lsdseg.engine.training.pipeline import TrainingBatch
 from lsdseg.engine.training.ranks import Ranks
 from lsdseg.models import build_model
-from lsdseg.models.checkpoint import load_checkpoint, network_settings, read_checkpoint, save_checkpoint
+from lsdseg.models.checkpoint import (
+    TRAINING_DATA,
+    load_checkpoint,
+    network_settings,
+    read_checkpoint,
+    save_checkpoint,
+)
 from lsdseg.models.losses import LOSSES, Loss, balanced_weights
 from lsdseg.models.unet import CONV
 
@@ -122,6 +128,7 @@ class Trainer:
         network: the model type's own network, whose weights are trained and saved.
         tasks: names of the network's tasks.
         channels: finds dead channels.
+        training_data: statistics of the volumes, to save with the weights; see `training_statistics`.
     """
 
     def __init__(self, cfg: CfgNode, precision: Precision, ranks: Ranks) -> None:
@@ -129,6 +136,7 @@ class Trainer:
         self.network = precision.place(build_model(cfg))
         self.tasks = self.network.tasks
         self.channels = ChannelWatch()
+        self.training_data: list[dict[str, Any]] = []
         self.averaged: AveragedModel | None = None
         if cfg.TRAIN.EMA:
             self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(cfg.TRAIN.EMA))
@@ -170,6 +178,8 @@ class Trainer:
             more["ema_state_dict"] = self.averaged.module.state_dict()
         if self.scaler.is_enabled():
             more["scaler_state_dict"] = self.scaler.state_dict()
+        if self.training_data:
+            more[TRAINING_DATA] = self.training_data
         save_checkpoint(path, self.network, self.optimizer, iteration, network_settings(self.cfg), **more)
 
     def prepare(self) -> None:
