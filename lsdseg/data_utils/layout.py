@@ -5,6 +5,7 @@ OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.zarr               output of pr
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.blocks/STEP        markers of its finished blocks
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.blocks/STEP.lock   keeps two runs from writing the results of a step
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.rag                its region adjacency graph
+OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.edits              what people merged and split in it
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/luts_full/seg_*.npz       look-up tables from fragments to segments
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE_scores.json        scores of its segmentations
 """
@@ -92,6 +93,11 @@ def block_markers(output: Path, step: str) -> Path:
 def rag_folder(output: Path) -> Path:
     """Return the folder beside an output zarr for its region adjacency graph, if no database holds it: SAMPLE.rag."""
     return output.with_suffix(".rag")
+
+
+def edits_path(output: Path) -> Path:
+    """Return the log of edits beside an output zarr, see `lsdseg.rag.edits`: SAMPLE.edits."""
+    return output.with_suffix(".edits")
 
 
 def log_folder(sample: str, step: str) -> Path:

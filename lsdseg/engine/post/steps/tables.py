@@ -1,11 +1,14 @@
 """Step 3: the region adjacency graph to look-up tables (LUTs) from fragments to segments, one for each threshold."""
 
+import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from yacs.config import CfgNode
 
-from lsdseg.data_utils.layout import FRAGMENTS, lut_path
+from lsdseg.data_utils.layout import FRAGMENTS, edits_path, lut_path
 from lsdseg.data_utils.records import Record
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.post.methods import method_of
@@ -16,13 +19,18 @@ from lsdseg.engine.sample import samples_of
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk
 from lsdseg.rag import open_store
-from lsdseg.rag.store import REMEDY
+from lsdseg.rag.edits import Edit, EditLog, active
+from lsdseg.rag.proofread import apply_edits
+from lsdseg.rag.store import REMEDY, Edges
 
 EDGES = "the edges"
+EDITS = "the edits"
 
 
 def find_segments(cfg: CfgNode, merge_function: str | None, threshold: float | None) -> list[Path]:
     """Write the look-up table of every sample for one threshold, or for every INS_SEGMENT.THRESHOLDS.
+
+    Edits in the log beside the output are made in every table.
 
     Args:
         cfg: the config.
@@ -33,7 +41,8 @@ def find_segments(cfg: CfgNode, merge_function: str | None, threshold: float | N
         The files, see `lut_path`.
 
     Raises:
-        UserError: agglomeration was not run with that merge function.
+        UserError: agglomeration was not run with that merge function; the log of edits, SAMPLE.edits, is damaged or of
+            other fragments.
     """
     merge_function = merge_function or method_of(cfg.INS_SEGMENT).merge_function(cfg.INS_SEGMENT)
     thresholds = cfg.INS_SEGMENT.THRESHOLDS if threshold is None else [threshold]
@@ -51,7 +60,12 @@ def find_segments(cfg: CfgNode, merge_function: str | None, threshold: float | N
                 luts = connected_segments(node_ids, store.edges(merge_function), thresholds)
             except ValueError as error:
                 raise UserError(f"the graph {store} is damaged ({error}): {REMEDY.format('02 and 03')}") from error
-            for value, lut in luts.items():
+            log = EditLog(edits_path(sample.output), fragments)
+            if edits := active(log.read()):
+                print(f"{len(edits)} edits of {log.path} are made in every table")
+                inputs[EDITS] = hashlib.blake2b(repr(edits).encode(), digest_size=16).hexdigest()
+            for value, unedited in luts.items():
+                lut = _edited(unedited, store.edges(merge_function), log, edits, value)
                 path = lut_path(sample.output, merge_function, value)
                 settings = {"the merge function": merge_function, "the threshold": value}
                 record = Record("04_find_segments_full.py", inputs, settings)
@@ -62,6 +76,16 @@ def find_segments(cfg: CfgNode, merge_function: str | None, threshold: float | N
     listed = ", ".join(f"{value:g}" for value in sorted(thresholds))
     print(f"for 05_extract_segmentation_from_lut.py: -mf {merge_function}, and -th one of {listed}")
     return paths
+
+
+def _edited(
+    lut: NDArray[np.uint64], edges: Iterable[Edges], log: EditLog, edits: Sequence[Edit], threshold: float
+) -> NDArray[np.uint64]:
+    """Make the edits of a log in a table."""
+    try:
+        return apply_edits(lut, edges, edits, threshold) if edits else lut
+    except ValueError as error:
+        raise UserError(f"{log.path}: {error}: move the file away, or restore the fragments") from error
 
 
 def tables_name(merge_function: str) -> str:
