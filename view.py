@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from lsdseg.cli import argument, command_parser, run_command
-from lsdseg.config.rules import integer
+from lsdseg.cli import add_merge_function, argument, command_parser, run_command
+from lsdseg.config.rules import integer, threshold
 from lsdseg.engine.view.view import view
 
 
@@ -18,6 +18,9 @@ def main() -> None:
     parser.add_argument("-c", "--config", metavar="FILE", help="show all test volumes of a config, and their outputs")
     parser.add_argument("--volume", metavar="RAW.zarr", type=Path, help="the volume that SAMPLE.zarr was made from")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), default=(), help="two segmentations, side by side")
+    parser.add_argument("--proofread", type=argument(threshold), metavar="THRESHOLD", help="merge and split segments")
+    add_merge_function(parser)
+    parser.add_argument("--author", default="", metavar="NAME", help="who proofreads (default: the name of the user)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     parser.add_argument("--port", type=argument(integer(0, 65535)), default=0, help="port (default: any that is free)")
     run_command(parser, lambda arguments: view(**vars(arguments)))

@@ -1,6 +1,7 @@
 """The page of view.py in a real browser, and what is wrong before there is a page."""
 
 import io
+import json
 import shutil
 import socket
 import subprocess
@@ -14,12 +15,17 @@ import pytest
 from PIL import Image
 
 from lsdseg.config.loader import load_config
+from lsdseg.data_utils.layout import edits_path
 from lsdseg.data_utils.phantom import make_phantom
-from lsdseg.data_utils.volumes import write_array
+from lsdseg.data_utils.records import identity
+from lsdseg.data_utils.volumes import open_array, write_array
+from lsdseg.engine.sample import Sample
 from lsdseg.engine.training.lsd import local_shape_descriptors
 from lsdseg.engine.view.layers import find_layer, layers_of
 from lsdseg.engine.view.page import listen, make_page
+from lsdseg.engine.view.proofread import Editor, open_proofreading
 from lsdseg.errors import UserError
+from lsdseg.rag import open_store
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PLACED = {"voxel_size": (10, 10, 10), "offset": (200, -100, 40)}
@@ -287,7 +293,7 @@ def test_config_without_output(tmp_path, sample):
 
 
 def test_neither_zarr_nor_config():
-    assert "name either a zarr or a config" in refused()
+    assert "name a zarr or a config" in refused()
 
 
 def test_volume_elsewhere(tmp_path):
@@ -315,3 +321,121 @@ def test_command_prints_link_and_tunnel(sample):
     assert len(lines[0].split("/v/")[1].strip(" /\n")) == 40  # the token
     port = lines[0].split(":")[3].split("/")[0]
     assert f"ssh -L {port}:127.0.0.1:{port} " in lines[2]
+
+
+@pytest.fixture
+def chain(tmp_path):
+    """Four fragments side by side along x; the contact in the middle is the least sure."""
+    cfg = load_config(overrides=["DATA.HOME", str(tmp_path), "INS_SEGMENT.BLOCK_SIZE", "(8, 32, 32)"])
+    output = tmp_path / "sample.zarr"
+    fragments = np.broadcast_to(np.repeat(np.arange(1, 5, dtype=np.uint64), 8), (8, 32, 32)).copy()
+    write_array(output, "volumes/fragments", fragments, **PLACED)
+    sample = Sample(cfg, output, output)
+    store = open_store(cfg, output, "w", identity(open_array(output, "volumes/fragments")))
+    store.write_nodes(0, np.arange(1, 5, dtype=np.uint64), np.zeros((4, 3)))
+    ends = np.arange(1, 4, dtype=np.uint64)
+    store.write_edges("mean", 0, ends, ends + np.uint64(1), np.array([0.1, 0.4, 0.2], np.float32))
+    store.finish_nodes()
+    store.finish_edges("mean")
+    return sample
+
+
+def actions_in(sample):
+    return [json.loads(line)["action"] for line in edits_path(sample.output).read_text().splitlines()]
+
+
+class Columns:
+    """What the page shows of the four fragments."""
+
+    def __init__(self, tab):
+        self.tab = tab
+        pixels = tab.wait_for(lambda pixels: colored(pixels) > 0.1)
+        rows, columns = np.nonzero((pixels.max(axis=2) - pixels.min(axis=2)) > 20)
+        width = (np.ptp(columns) + 1) / 4
+        self.xs = [int(columns.min() + width * (n + 0.5)) for n in range(4)]
+        self.y = int(np.mean(rows))
+
+    def groups(self, pixels):
+        """A number for each color, in the order of the fragments."""
+        colors = [tuple(pixels[self.y, x] // 8) for x in self.xs]
+        return [colors.index(color) for color in colors]
+
+    def wait_for(self, *groups):
+        return self.tab.wait_for(lambda pixels: self.groups(pixels) == list(groups))
+
+    def point(self, number):
+        self.tab.tab.mouse.move(self.xs[number] + LETTERS, self.y + BUTTONS)
+        self.tab.tab.wait_for_timeout(200)
+
+    def press(self, key, number):
+        self.point(number)
+        self.tab.tab.keyboard.press(key)
+        self.tab.tab.wait_for_timeout(200)
+
+
+def editing_tab(chromium, sample):
+    page = make_page(layers_of(sample.cfg, sample.volume, sample.output), "test")
+    editor = Editor(page, open_proofreading(sample, 0.5, author="ada"))
+    tab = Tab(chromium, page, "proofread")
+    tab.show(editor.name)
+    return Columns(tab)
+
+
+def test_keys_split_merge_and_undo(chain, server, chromium):
+    columns, others = (editing_tab(chromium, chain) for _ in range(2))
+    columns.wait_for(0, 0, 0, 0)
+    columns.press("c", 0)
+    columns.press("c", 3)
+    columns.wait_for(0, 0, 2, 2)
+    others.wait_for(0, 0, 2, 2)
+    assert actions_in(chain) == ["split"]
+    columns.press("u", 0)
+    columns.wait_for(0, 0, 0, 0)
+    columns.press("c", 2)
+    columns.press("c", 3)
+    columns.wait_for(0, 0, 0, 3)
+    for number in (0, 3):  # select both
+        columns.point(number)
+        columns.tab.tab.mouse.dblclick(columns.xs[number] + LETTERS, columns.y + BUTTONS)
+        columns.tab.tab.wait_for_timeout(300)
+    columns.press("m", 1)
+    columns.wait_for(0, 0, 0, 0)
+    others.wait_for(0, 0, 0, 0)
+    assert actions_in(chain) == ["split", "undo", "split", "merge"]
+    columns.press("u", 0)
+    columns.wait_for(0, 0, 0, 3)
+    assert actions_in(chain)[-1] == "undo"
+    assert not columns.tab.errors
+    assert not others.tab.errors
+
+
+def test_mistakes_are_said_on_the_page(chain, server, chromium):
+    columns = editing_tab(chromium, chain)
+    for keys, reason in (("m", "select two segments"), ("cc", "both places are in one fragment"), ("u", "no edit in")):
+        for key in keys:
+            columns.press(key, 0)
+        columns.tab.tab.get_by_text(reason).wait_for(timeout=5000)
+    assert not edits_path(chain.output).exists() or actions_in(chain) == []
+
+
+def test_edits_of_segments_that_are_gone(chain):
+    proofreading = open_proofreading(chain, 0.5)
+    with pytest.raises(UserError, match="segment 99 is no longer there"):
+        proofreading.merge(1, 99)
+    with pytest.raises(UserError, match="no segment at this place"):
+        proofreading.fragment_at((0, 0, 0))
+    assert proofreading.fragment_at((205, -95, 40 + 319)) == 4
+    assert proofreading.split(1, 4) == (1, 3)
+    with pytest.raises(UserError, match="in two segments already"):
+        proofreading.split(1, 4)
+    proofreading.log.merge(2, 77)
+    with pytest.raises(UserError, match="edit 2 names fragment 77, which is no longer there"):
+        open_proofreading(chain, 0.5)
+
+
+def test_no_graph_to_proofread(sample, chain):
+    volume, output = sample
+    with pytest.raises(UserError, match=r"there is no graph .*run 02_extract"):
+        open_proofreading(Sample(load_config(), volume, output), 0.5)
+    with pytest.raises(UserError, match=r"no edges of max in .*, but of mean"):
+        open_proofreading(chain, 0.5, "max")

@@ -83,6 +83,23 @@ def make_page(layers: Sequence[Layer], title: str, compare: Sequence[Layer] = ()
     return page
 
 
+def add_layer(page: neuroglancer.Viewer, layer: Layer, voxels: Voxels) -> neuroglancer.LocalVolume:
+    """Add a layer of ids that are not on disk as they are shown, in place of the other visible ones.
+
+    Returns:
+        What to invalidate when the ids change.
+    """
+    shown = _neuroglancer_layer(layer, voxels)
+    shown.not_selected_alpha = 0.2
+    volume = shown.source[0].url
+    with page.txn() as state:
+        for other in state.layers:
+            other.visible = other.visible and other.type != "segmentation"
+        state.layers.append(neuroglancer.ManagedLayer(name=layer.name, layer=shown))
+        state.selected_layer.layer = layer.name
+    return volume
+
+
 def listen(host: str, port: int) -> None:
     """Start the server.
 
@@ -123,12 +140,12 @@ def wait() -> None:
         neuroglancer.server.stop()
 
 
-def _neuroglancer_layer(layer: Layer) -> neuroglancer.Layer:
+def _neuroglancer_layer(layer: Layer, voxels: Voxels | None = None) -> neuroglancer.Layer:
     """Make an image of an array with channels or gray values, and a segmentation of ids."""
     array = layer.array
     channels = ["c^"] * (len(array.shape) - 3)
     volume = neuroglancer.LocalVolume(
-        Voxels(array), dimensions=_space(array, [*channels, *AXES]), volume_type=layer.kind, voxel_offset=None
+        voxels or Voxels(array), dimensions=_space(array, [*channels, *AXES]), volume_type=layer.kind, voxel_offset=None
     )
     source = neuroglancer.LayerDataSource(url=volume, transform=_transform(array, [*channels, *AXES]))
     if layer.kind == "image":

@@ -1,67 +1,96 @@
 """What view.py does: find the samples, make a page of each, and serve them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from yacs.config import CfgNode
 
 from lsdseg.config.loader import load_config
-from lsdseg.engine.sample import samples_of
+from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.engine.view.layers import Layer, find_layer, layers_of
 from lsdseg.errors import UserError
 
-# A volume and its output; either may be missing.
-Found = tuple[Path | None, Path | None]
+
+@dataclass
+class Options:
+    """What a page shows beside all that is found, and where it is served.
+
+    Attributes:
+        compare: two segmentations to show side by side.
+        proofread: threshold at which to edit segments. None: the page only shows.
+        merge_function: whose scores to edit by.
+        author: who edits.
+        host: address to listen at.
+        port: 0 for any that is free.
+    """
+
+    compare: Sequence[str] = ()
+    proofread: float | None = None
+    merge_function: str | None = None
+    author: str = ""
+    host: str = "127.0.0.1"
+    port: int = 0
 
 
-def view(
-    words: Sequence[str],
-    config: str | None,
-    volume: Path | None,
-    compare: Sequence[str] = (),
-    host: str = "127.0.0.1",
-    port: int = 0,
-) -> None:
+@dataclass
+class _Shown:
+    """A page to be: a sample, its layers, and the two that are compared."""
+
+    sample: Sample
+    layers: list[Layer]
+    compare: list[Layer] = field(default_factory=list)
+
+
+def view(words: Sequence[str], config: str | None, volume: Path | None, **options: object) -> None:
     """Serve a page for a zarr, or for every test volume of a config, until Ctrl-C.
 
     Args:
         words: SAMPLE.zarr, or nothing; then KEY VALUE ... that override the config.
         config: the config file.
         volume: the zarr that SAMPLE.zarr was made from.
-        compare: two segmentations to show side by side.
-        host: address to listen at.
-        port: 0 for any that is free.
+        options: the attributes of `Options`.
 
     Raises:
         UserError: neither a zarr nor a config is given; a zarr is missing or has nothing to show; as for `layers_of`,
-            `find_layer` and `listen`.
+            `find_layer`, `open_proofreading` and `listen`.
     """
+    wanted = Options(**options)  # type: ignore[arg-type]
     zarr = Path(words[0]) if words and Path(words[0]).suffix == ".zarr" else None
-    if (zarr is None) == (config is None):
-        raise UserError("name either a zarr or a config: python view.py SAMPLE.zarr, or python view.py -c CONFIG")
+    if zarr is None and config is None:
+        raise UserError("name a zarr or a config: python view.py SAMPLE.zarr, or python view.py -c CONFIG")
     if volume is not None and zarr is None:
         raise UserError("--volume goes with SAMPLE.zarr: a config names its volumes itself")
     cfg = load_config(config, list(words[1:] if zarr else words))
-    found = [(volume, zarr)] if zarr else _samples(cfg)
-    shown = [(layers, _title(*paths)) for paths in found for layers in [layers_of(cfg, *paths)]]
-    sides = [[find_layer(layers, name) for name in compare] for layers, _ in shown]
-    _serve(shown, sides, host, port)
+    samples = [Sample(cfg, volume or zarr, zarr)] if zarr else _predicted(cfg)
+    shown = [_Shown(sample, layers_of(cfg, sample.volume, sample.output)) for sample in samples]
+    for page in shown:
+        page.compare = [find_layer(page.layers, name) for name in wanted.compare]
+    _serve(shown, wanted)
 
 
-def _serve(shown: Sequence[tuple[list[Layer], str]], sides: Sequence[list[Layer]], host: str, port: int) -> None:
-    # Neuroglancer is imported only after all that can be wrong was checked.
+def _serve(shown: Sequence[_Shown], options: Options) -> None:
+    # Neuroglancer is imported only after all that can be wrong in a volume was found.
     from lsdseg.engine.view.page import links, listen, make_page, wait
+    from lsdseg.engine.view.proofread import Editor, open_proofreading
 
-    listen(host, port)
-    pages = [(title, make_page(layers, title, side)) for (layers, title), side in zip(shown, sides, strict=True)]
-    print(links(pages, host), flush=True)
+    edited = [
+        open_proofreading(page.sample, options.proofread, options.merge_function, options.author)
+        for page in shown
+        if options.proofread is not None
+    ]
+    listen(options.host, options.port)
+    pages = [(page.sample.output.stem, make_page(page.layers, page.sample.output.stem, page.compare)) for page in shown]
+    for (_, page), proofreading in zip(pages, edited, strict=False):
+        Editor(page, proofreading)
+    print(links(pages, options.host), flush=True)
     wait()
 
 
-def _samples(cfg: CfgNode) -> list[Found]:
-    """The volumes of the test folder that were predicted, and their outputs. The others are printed."""
+def _predicted(cfg: CfgNode) -> list[Sample]:
+    """The samples of the test folder that were predicted. The others are printed."""
     samples = samples_of(cfg)
-    found: list[Found] = [(sample.volume, sample.output) for sample in samples if sample.output.is_dir()]
+    found = [sample for sample in samples if sample.output.is_dir()]
     missing = [sample for sample in samples if not sample.output.is_dir()]
     if not found:
         raise UserError(
@@ -71,7 +100,3 @@ def _samples(cfg: CfgNode) -> list[Found]:
     for sample in missing:
         print(f"{sample.volume.name} is left out: there is no output {sample.output}")
     return found
-
-
-def _title(volume: Path | None, output: Path | None) -> str:
-    return (output or volume or Path()).stem
