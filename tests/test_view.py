@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -271,6 +272,10 @@ def test_port_taken(sample):
     assert f"port {port} of 127.0.0.1 is taken: choose another with --port" in line
 
 
+def test_address_of_another_machine(sample):
+    assert "cannot listen at 192.0.2.1" in refused(sample[1], "--host", "192.0.2.1")
+
+
 def test_missing_and_empty_zarrs(tmp_path, sample):
     assert "does not exist" in refused(tmp_path / "no.zarr")
     (tmp_path / "empty.zarr").mkdir()
@@ -316,7 +321,8 @@ def test_command_prints_link_and_tunnel(sample):
         try:
             lines = [process.stdout.readline() for _ in range(4)]
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGINT)
+    assert process.returncode == 0
     assert lines[0].startswith("sample: http://127.0.0.1:")
     assert len(lines[0].split("/v/")[1].strip(" /\n")) == 40  # the token
     port = lines[0].split(":")[3].split("/")[0]

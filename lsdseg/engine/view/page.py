@@ -27,6 +27,10 @@ AXES = ["z", "y", "x"]
 # Meshes need a whole volume in memory. Larger ones are shown in sections only.
 MESH_VOXELS = 2**26
 PIXELS = 350  # size that a volume has in a panel of a new page
+WHOLE = 3  # a new page shows a volume as a whole if that takes at most so many voxels per pixel, or else a part of it
+# Coarser levels are made from all their voxels, those above and below the section too. Coarser than twice takes longer
+# to read than it saves.
+MAX_DOWNSAMPLING = 2**3
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Types of voxels that the page cannot show, and those that hold the same values.
 SHOWN_AS = {"bool": np.uint8, "int64": np.uint64, "float16": np.float32, "float64": np.float32}
@@ -68,6 +72,7 @@ def make_page(layers: Sequence[Layer], title: str, compare: Sequence[Layer] = ()
     page = neuroglancer.Viewer(token=neuroglancer.random_token.make_random_token(), allow_credentials=False)
     with page.txn() as state:
         state.title = title
+        state.cross_section_background_color = "#202020"
         state.dimensions = _space(layers[0].array, AXES[::-1])
         for layer in layers:
             visible = layer in compare or (layer.visible and not (compare and layer.kind == "segmentation"))
@@ -80,6 +85,7 @@ def make_page(layers: Sequence[Layer], title: str, compare: Sequence[Layer] = ()
             below = [layer.name for layer in layers if layer.kind == "image"]
             sides = [neuroglancer.LayerGroupViewer(layers=[*below, side.name], layout="xy") for side in compare]
             state.layout = neuroglancer.row_layout(sides)
+            state.cross_section_scale *= 0.7  # these panels are larger
     return page
 
 
@@ -90,7 +96,6 @@ def add_layer(page: neuroglancer.Viewer, layer: Layer, voxels: Voxels) -> neurog
         What to invalidate when the ids change.
     """
     shown = _neuroglancer_layer(layer, voxels)
-    shown.not_selected_alpha = 0.2
     volume = shown.source[0].url
     with page.txn() as state:
         for other in state.layers:
@@ -114,8 +119,12 @@ def listen(host: str, port: int) -> None:
     try:
         neuroglancer.server.start()
     except OSError as error:
-        reason = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror or error})"
-        raise UserError(f"port {port} of {host} {reason}: choose another with --port, or leave out --port") from error
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            reason = "is taken" if error.errno == errno.EADDRINUSE else "is only for administrators"
+            raise UserError(f"port {port} of {host} {reason}: choose another with --port, or leave it out") from error
+        raise UserError(
+            f"cannot listen at {host} ({error.strerror or error}): choose an address of this machine with --host"
+        ) from error
 
 
 def links(pages: Sequence[tuple[str, neuroglancer.Viewer]], host: str) -> str:
@@ -130,9 +139,10 @@ def links(pages: Sequence[tuple[str, neuroglancer.Viewer]], host: str) -> str:
     return "\n".join([*lines, "Ctrl-C ends it"])
 
 
-def wait() -> None:
-    """Serve until Ctrl-C."""
+def serve(text: str) -> None:
+    """Print a text, and serve until Ctrl-C."""
     try:
+        print(text, flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         print()
@@ -145,14 +155,17 @@ def _neuroglancer_layer(layer: Layer, voxels: Voxels | None = None) -> neuroglan
     array = layer.array
     channels = ["c^"] * (len(array.shape) - 3)
     volume = neuroglancer.LocalVolume(
-        voxels or Voxels(array), dimensions=_space(array, [*channels, *AXES]), volume_type=layer.kind, voxel_offset=None
+        voxels or Voxels(array),
+        dimensions=_space(array, [*channels, *AXES]),
+        volume_type=layer.kind,
+        max_downsampling=MAX_DOWNSAMPLING,
     )
     source = neuroglancer.LayerDataSource(url=volume, transform=_transform(array, [*channels, *AXES]))
     if layer.kind == "image":
         return neuroglancer.ImageLayer(source=source, shader=layer.shader, opacity=1.0)
     if np.prod(array.shape) > MESH_VOXELS:
         source.subsources["meshes"] = False
-    return neuroglancer.SegmentationLayer(source=source, selected_alpha=0.4)
+    return neuroglancer.SegmentationLayer(source=source, selected_alpha=0.4, not_selected_alpha=0.15)
 
 
 def _space(array: Array, names: Sequence[str]) -> neuroglancer.CoordinateSpace:
@@ -171,12 +184,13 @@ def _transform(array: Array, names: Sequence[str]) -> neuroglancer.CoordinateSpa
 
 
 def _look_at(state: neuroglancer.ViewerState, arrays: Sequence[Array]) -> None:
-    """Let the page show the middle of arrays, as far away as it takes to see all of them."""
+    """Let the page show the middle of arrays; as a whole, if they are small enough to be read for that."""
     roi: Roi = arrays[0].roi
     for array in arrays[1:]:
         roi = roi.intersect(array.roi)
     voxel_size = np.array(arrays[0].voxel_size)
     state.position = (np.array(roi.center) / voxel_size)[::-1]
-    widest = max(roi.shape)
-    state.cross_section_scale = widest / voxel_size.min() / PIXELS
+    scale = max(roi.shape) / voxel_size.min() / PIXELS
+    state.cross_section_scale = scale if scale <= WHOLE else 1
+    state.show_slices = bool(scale <= WHOLE)  # whether the view in 3D shows the sections, which it does as a whole
     state.projection_scale = 2 * max(roi.shape) / voxel_size.min()

@@ -71,7 +71,7 @@ def view(words: Sequence[str], config: str | None, volume: Path | None, **option
 
 def _serve(shown: Sequence[_Shown], options: Options) -> None:
     # Neuroglancer is imported only after all that can be wrong in a volume was found.
-    from lsdseg.engine.view.page import links, listen, make_page, wait
+    from lsdseg.engine.view.page import links, listen, make_page, serve
     from lsdseg.engine.view.proofread import Editor, open_proofreading
 
     edited = [
@@ -83,8 +83,7 @@ def _serve(shown: Sequence[_Shown], options: Options) -> None:
     pages = [(page.sample.output.stem, make_page(page.layers, page.sample.output.stem, page.compare)) for page in shown]
     for (_, page), proofreading in zip(pages, edited, strict=False):
         Editor(page, proofreading)
-    print(links(pages, options.host), flush=True)
-    wait()
+    serve(links(pages, options.host))
 
 
 def _predicted(cfg: CfgNode) -> list[Sample]:
