@@ -145,7 +145,7 @@ def serve(text: str) -> None:
         print(text, flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
-        print()
+        pass
     finally:
         neuroglancer.server.stop()
 
