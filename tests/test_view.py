@@ -23,7 +23,7 @@ from lsdseg.data_utils.volumes import open_array, write_array
 from lsdseg.engine.sample import Sample
 from lsdseg.engine.training.lsd import local_shape_descriptors
 from lsdseg.engine.view.layers import find_layer, layers_of
-from lsdseg.engine.view.page import listen, make_page
+from lsdseg.engine.view.page import Voxels, listen, make_page
 from lsdseg.engine.view.proofread import Editor, open_proofreading
 from lsdseg.errors import UserError
 from lsdseg.rag import open_store
@@ -196,6 +196,32 @@ def test_layers_lie_where_their_attributes_say(server, chromium, tmp_path):
         places.append([rows.min(), rows.max(), columns.min(), columns.max()])
     assert np.abs(np.subtract(*places)).max() <= 2
     assert not tab.errors
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", ">u2", "int64", "float16", "float64"])
+def test_types_of_voxels(dtype, server, chromium, tmp_path):
+    voxels = np.random.default_rng(0).integers(0, 2, (8, 8, 8)).astype(dtype)
+    write_array(tmp_path / "v.zarr", "volumes/some", voxels, voxel_size=(40, 10, 10), offset=(0, 0, 0))
+    layers = layers_of(load_config(), tmp_path / "v.zarr", None)
+    tab = Tab(chromium, make_page(layers, "test"), dtype)
+    tab.show("some")
+    tab.wait_for(lambda pixels: 0.01 < drawn(pixels) < 0.04)  # about half of the voxels
+    assert not tab.errors
+
+
+def test_a_damaged_chunk_is_one_line(tmp_path, capsys):
+    voxels = np.random.default_rng(0).integers(0, 255, (8, 8, 8), np.uint8)
+    write_array(tmp_path / "v.zarr", "volumes/raw", voxels, voxel_size=(10, 10, 10), offset=(0, 0, 0))
+    (layer,) = layers_of(load_config(), tmp_path / "v.zarr", None)
+    chunk = tmp_path / "v.zarr" / "volumes" / "raw" / "0" / "0" / "0"
+    chunk.write_bytes(chunk.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="volumes/raw"):
+        Voxels(layer.array)[:4, :4, :4]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    (layer,) = layers_of(load_config(), tmp_path / "v.zarr", None)  # the rest is shown
+    assert "is damaged" in capsys.readouterr().out
+    assert layer.kind == "image"
 
 
 def test_meshes_of_selected_segments(layers, server, chromium):

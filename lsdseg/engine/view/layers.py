@@ -161,7 +161,11 @@ def _shader(dataset: str, array: Array, cfg: CfgNode) -> str:
 def _brightness(array: Array) -> tuple[float, float]:
     """What is black and what is white: the 1st and the 99th percentile in the middle of the volume."""
     starts = [max(0, (size - SAMPLED) // 2) for size in array.shape]
-    voxels = read(array, tuple(slice(start, start + SAMPLED) for start in starts)).astype(np.float64)
+    try:
+        voxels = read(array, tuple(slice(start, start + SAMPLED) for start in starts)).astype(np.float64)
+    except UserError as error:
+        print(f"too bright or too dark, perhaps: {error}")
+        voxels = np.array([0, 255 if array.dtype.kind != "f" else 1], np.float64)
     voxels = voxels[np.isfinite(voxels)]
     lowest, highest = np.percentile(voxels, (1, 99)) if voxels.size else (0.0, 1.0)
     return (float(lowest), float(highest)) if highest > lowest else (float(lowest) - 1, float(lowest) + 1)
