@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("-c", "--config", metavar="FILE", help="show all test volumes of a config, and their outputs")
     parser.add_argument("--volume", metavar="RAW.zarr", type=Path, help="the volume that SAMPLE.zarr was made from")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), default=(), help="two segmentations, side by side")
+    parser.add_argument("--worst", action="store_true", help="walk through what quality.py listed, with the key w")
     parser.add_argument("--proofread", type=argument(threshold), metavar="THRESHOLD", help="merge and split segments")
     add_merge_function(parser)
     parser.add_argument("--author", default="", metavar="NAME", help="who proofreads (default: the name of the user)")

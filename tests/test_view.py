@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from lsdseg.config.loader import load_config
-from lsdseg.data_utils.layout import edits_path
+from lsdseg.data_utils.layout import edits_path, quality_path
 from lsdseg.data_utils.phantom import make_phantom
 from lsdseg.data_utils.records import identity
 from lsdseg.data_utils.volumes import open_array, write_array
@@ -25,6 +25,7 @@ from lsdseg.engine.training.lsd import local_shape_descriptors
 from lsdseg.engine.view.layers import find_layer, layers_of
 from lsdseg.engine.view.page import Voxels, listen, make_page
 from lsdseg.engine.view.proofread import Editor, open_proofreading
+from lsdseg.engine.view.walk import Walk, read_places
 from lsdseg.errors import UserError
 from lsdseg.rag import open_store
 
@@ -471,3 +472,30 @@ def test_no_graph_to_proofread(sample, chain):
         open_proofreading(Sample(load_config(), volume, output), 0.5)
     with pytest.raises(UserError, match=r"no edges of max in .*, but of mean"):
         open_proofreading(chain, 0.5, "max")
+
+
+def test_a_key_walks_through_doubtful_places(layers, server, chromium, tmp_path):
+    places = [
+        {"segment": n, "doubt": 1.0, "worst_nm": 50.0, "z": 300.0, "y": 0.0 + n, "x": 100.0 * n} for n in (1, 2, 3)
+    ]
+    quality_path(tmp_path / "sample.zarr").write_text(json.dumps({"segments": places}))
+    page = make_page(layers, "test")
+    Walk(page, read_places(tmp_path / "sample.zarr"))
+    tab = Tab(chromium, page, "walk")
+    tab.tab.get_by_text("3 doubtful segments").wait_for(timeout=10_000)
+    tab.tab.mouse.move(200, 200)
+    for key, segment in (("w", 1), ("w", 2), ("w", 3), ("w", 3), ("q", 2)):
+        tab.tab.keyboard.press(key)
+        tab.tab.get_by_text(f"segment {segment}, doubt").wait_for(timeout=10_000)
+        assert page.state.position == pytest.approx([10 * segment, segment / 10, 30], abs=1e-3)
+    assert not tab.errors
+
+
+def test_no_list_of_doubtful_places(tmp_path):
+    output = tmp_path / "sample.zarr"
+    with pytest.raises(UserError, match=r"sample_quality.json cannot be read .*run quality.py first"):
+        read_places(output)
+    for content, reason in (('{"segments": []}', "lists no segments"), ('{"segments": [{"z": 1}]}', "is damaged")):
+        quality_path(output).write_text(content)
+        with pytest.raises(UserError, match=reason):
+            read_places(output)

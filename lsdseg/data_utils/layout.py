@@ -8,6 +8,7 @@ OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.rag                its region a
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.edits              what people merged and split in it
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/luts_full/seg_*.npz       look-up tables from fragments to segments
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE_scores.json        scores of its segmentations
+OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE_quality.json       its doubtful segments
 """
 
 import re
@@ -114,6 +115,11 @@ def lut_path(output: Path, merge_function: str, threshold: float) -> Path:
 def scores_path(output: Path, suffix: str = "json") -> Path:
     """Return the path of the scores of an output zarr SAMPLE.zarr, beside it: SAMPLE_scores.json (csv, png)."""
     return output.with_name(f"{output.stem}_scores.{suffix}")
+
+
+def quality_path(output: Path, suffix: str = "json") -> Path:
+    """Return the path of the list of doubtful segments of an output zarr SAMPLE.zarr: SAMPLE_quality.json (csv)."""
+    return output.with_name(f"{output.stem}_quality.{suffix}")
 
 
 def prediction_name(task: str) -> str:

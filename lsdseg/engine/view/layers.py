@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,10 @@ from funlib.geometry import Roi
 from funlib.persistence import Array
 from yacs.config import CfgNode
 
-from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, prediction_name, scores_path
+from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, prediction_name
 from lsdseg.data_utils.volumes import list_arrays, name_arrays, open_array, read, source_defaults
 from lsdseg.engine.offsets import offsets_of
+from lsdseg.engine.sample import best_segmentation
 from lsdseg.engine.view.shaders import affinities_shader, channels_shader, gray_shader, lsds_shader
 from lsdseg.errors import UserError, quoted
 from lsdseg.files import PARTIAL
@@ -229,18 +229,9 @@ def _box(roi: Roi) -> str:
 def _best_segmentation(layers: Sequence[Layer], output: Path | None) -> Layer:
     """The segmentation that scored best; without scores, the middle one; without one, the last layer that shows ids."""
     segmentations = [layer for layer in layers if SEGMENTATIONS.fullmatch(layer.dataset)]
-    best = _best_of_scores(output)
+    best = best_segmentation(output) if output else None
     for layer in segmentations:
         if layer.dataset == best:
             return layer
     ids = [layer for layer in layers if layer.kind == "segmentation"]
     return segmentations[len(segmentations) // 2] if segmentations else (ids or list(layers[:1]))[-1]
-
-
-def _best_of_scores(output: Path | None) -> str | None:
-    """The dataset that 06 found best, None if it did not run. A damaged file is no reason to show nothing."""
-    try:
-        best = json.loads(scores_path(output).read_text(encoding="utf-8"))["best"] if output else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return best if isinstance(best, str) else None

@@ -105,6 +105,17 @@ def add_layer(page: neuroglancer.Viewer, layer: Layer, voxels: Voxels) -> neurog
     return volume
 
 
+def say(page: neuroglancer.Viewer, key: str, text: str) -> None:
+    """Show a line at the bottom of a page, in place of the one with the same key."""
+    with page.config_state.txn() as config:
+        config.status_messages[key] = text
+
+
+def nanometers(state: neuroglancer.ViewerState) -> NDArray[np.float64]:
+    """Return the voxel size (z, y, x) in nm that positions on a page are given in."""
+    return np.array([state.dimensions[axis].scale for axis in AXES]) * 1e9
+
+
 def listen(host: str, port: int) -> None:
     """Start the server.
 

@@ -19,7 +19,7 @@ from lsdseg.data_utils.records import identity
 from lsdseg.data_utils.volumes import open_array, read
 from lsdseg.engine.sample import Sample
 from lsdseg.engine.view.layers import Layer
-from lsdseg.engine.view.page import Voxels, add_layer
+from lsdseg.engine.view.page import Voxels, add_layer, nanometers, say
 from lsdseg.errors import UserError
 from lsdseg.rag import open_store
 from lsdseg.rag.edits import Edit, EditLog, active
@@ -202,22 +202,17 @@ class Editor:
         with page.config_state.txn() as config:
             for key, action in KEYS.items():
                 config.input_event_bindings.viewer[key] = action
-        self.say(HELP)
+        say(page, "proofreading", HELP)
         threading.Thread(target=self._watch, daemon=True).start()
-
-    def say(self, text: str) -> None:
-        """Show a line at the bottom of the page."""
-        with self.page.config_state.txn() as config:
-            config.status_messages["proofreading"] = text
 
     def _guarded(self, handler: Callable[[Any], str]) -> Callable[[Any], None]:
         """Show what a handler says, or the mistake that it found."""
 
         def handle(state: Any) -> None:
             try:
-                self.say(handler(state))
+                say(self.page, "proofreading", handler(state))
             except UserError as error:
-                self.say(f"error: {error}")
+                say(self.page, "proofreading", f"error: {error}")
 
         return handle
 
@@ -231,8 +226,8 @@ class Editor:
     def _cut(self, state: Any) -> str:
         if state.mouse_position is None:
             raise UserError("point at a segment to cut it")
-        scales = np.array([state.viewer_state.dimensions[axis].scale for axis in "zyx"]) * 1e9
-        fragment = self.proofreading.fragment_at(np.array(state.mouse_position[:3])[::-1] * scales)
+        place = np.array(state.mouse_position[:3])[::-1] * nanometers(state.viewer_state)
+        fragment = self.proofreading.fragment_at(place)
         if self._first is None:
             self._first = fragment
             return f"cut segment {self.proofreading.segment_of(fragment)}: press c at the other side, too"
@@ -260,6 +255,6 @@ class Editor:
             try:
                 if self.proofreading.refresh():
                     self.volume.invalidate()
-                    self.say("others have edited")
+                    say(self.page, "proofreading", "others have edited")
             except UserError as error:
-                self.say(f"error: {error}")
+                say(self.page, "proofreading", f"error: {error}")

@@ -18,6 +18,7 @@ class Options:
 
     Attributes:
         compare: two segmentations to show side by side.
+        worst: walk through what quality.py listed.
         proofread: threshold at which to edit segments. None: the page only shows.
         merge_function: whose scores to edit by.
         author: who edits.
@@ -26,6 +27,7 @@ class Options:
     """
 
     compare: Sequence[str] = ()
+    worst: bool = False
     proofread: float | None = None
     merge_function: str | None = None
     author: str = ""
@@ -53,7 +55,7 @@ def view(words: Sequence[str], config: str | None, volume: Path | None, **option
 
     Raises:
         UserError: neither a zarr nor a config is given; a zarr is missing or has nothing to show; as for `layers_of`,
-            `find_layer`, `open_proofreading` and `listen`.
+            `find_layer`, `open_proofreading`, `read_places` and `listen`.
     """
     wanted = Options(**options)  # type: ignore[arg-type]
     zarr = Path(words[0]) if words and Path(words[0]).suffix == ".zarr" else None
@@ -73,7 +75,9 @@ def _serve(shown: Sequence[_Shown], options: Options) -> None:
     # Neuroglancer is imported only after all that can be wrong in a volume was found.
     from lsdseg.engine.view.page import links, listen, make_page, serve
     from lsdseg.engine.view.proofread import Editor, open_proofreading
+    from lsdseg.engine.view.walk import Walk, read_places
 
+    places = [read_places(page.sample.output) for page in shown if options.worst]
     edited = [
         open_proofreading(page.sample, options.proofread, options.merge_function, options.author)
         for page in shown
@@ -83,6 +87,8 @@ def _serve(shown: Sequence[_Shown], options: Options) -> None:
     pages = [(page.sample.output.stem, make_page(page.layers, page.sample.output.stem, page.compare)) for page in shown]
     for (_, page), proofreading in zip(pages, edited, strict=False):
         Editor(page, proofreading)
+    for (_, page), listed in zip(pages, places, strict=False):
+        Walk(page, listed)
     serve(links(pages, options.host))
 
 
