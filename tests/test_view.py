@@ -324,6 +324,10 @@ def test_config_without_output(tmp_path, sample):
     assert "there is no output" in refused("-c", config)
 
 
+def test_comparing_and_proofreading_exclude_each_other(sample):
+    assert "--compare shows" in refused(sample[1], "--compare", "a", "b", "--proofread", "0.5")
+
+
 def test_neither_zarr_nor_config():
     assert "name a zarr or a config" in refused()
 
@@ -365,7 +369,8 @@ def chain(tmp_path):
     write_array(output, "volumes/fragments", fragments, **PLACED)
     sample = Sample(cfg, output, output)
     store = open_store(cfg, output, "w", identity(open_array(output, "volumes/fragments")))
-    store.write_nodes(0, np.arange(1, 5, dtype=np.uint64), np.zeros((4, 3)))
+    centers = [[240, 60, x] for x in (80, 160, 240, 320)]
+    store.write_nodes(0, np.arange(1, 5, dtype=np.uint64), centers)
     ends = np.arange(1, 4, dtype=np.uint64)
     store.write_edges("mean", 0, ends, ends + np.uint64(1), np.array([0.1, 0.4, 0.2], np.float32))
     store.finish_nodes()
@@ -440,6 +445,19 @@ def test_keys_split_merge_and_undo(chain, server, chromium):
     assert actions_in(chain)[-1] == "undo"
     assert not columns.tab.errors
     assert not others.tab.errors
+
+
+def test_a_key_shows_edges_by_their_scores(chain, server, chromium):
+    columns = editing_tab(chromium, chain)
+    columns.press("g", 1)
+    columns.tab.tab.get_by_text("3 edges of segment 1").wait_for(timeout=5000)
+    columns.tab.show("edges")
+    pixels = columns.tab.wait_for(lambda pixels: colored(pixels) > 0.001)
+    bluish, reddish = pixels[..., 2] > pixels[..., 0] + 60, pixels[..., 0] > pixels[..., 2] + 60
+    assert bluish.sum() > 20  # the edge of 0.1
+    assert reddish.sum() > 20  # that of 0.4
+    assert np.nonzero(bluish)[1].mean() < np.nonzero(reddish)[1].mean()
+    assert not columns.tab.errors
 
 
 def test_mistakes_are_said_on_the_page(chain, server, chromium):

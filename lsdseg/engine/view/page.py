@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from lsdseg.data_utils.volumes import read
 from lsdseg.engine.view.layers import Layer
+from lsdseg.engine.view.shaders import line_shader
 from lsdseg.errors import UserError
 
 AXES = ["z", "y", "x"]
@@ -103,6 +104,32 @@ def add_layer(page: neuroglancer.Viewer, layer: Layer, voxels: Voxels) -> neurog
         state.layers.append(neuroglancer.ManagedLayer(name=layer.name, layer=shown))
         state.selected_layer.layer = layer.name
     return volume
+
+
+def show_lines(
+    page: neuroglancer.Viewer, name: str, ends: NDArray[np.float64], values: NDArray[np.float32], highest: float
+) -> None:
+    """Show lines in a layer of their own, in place of those that it had.
+
+    Args:
+        page: the page.
+        name: of the layer.
+        ends: float64 (n, 2, 3), the two ends of each line in nm, z, y, x.
+        values: float32 (n,), color them from blue at 0 to orange red at `highest`.
+        highest: see `values`.
+    """
+    with page.txn() as state:
+        places = (ends / nanometers(state))[..., ::-1]
+        lines = [
+            neuroglancer.LineAnnotation(id=str(n), point_a=a, point_b=b, props=[float(value)])
+            for n, ((a, b), value) in enumerate(zip(places, values, strict=True))
+        ]
+        state.layers[name] = neuroglancer.LocalAnnotationLayer(
+            dimensions=state.dimensions,
+            annotation_properties=[neuroglancer.AnnotationPropertySpec(id="score", type="float32", default=0)],
+            annotations=lines,
+            shader=line_shader(highest),
+        )
 
 
 def say(page: neuroglancer.Viewer, key: str, text: str) -> None:

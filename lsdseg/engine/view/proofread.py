@@ -19,15 +19,19 @@ from lsdseg.data_utils.records import identity
 from lsdseg.data_utils.volumes import open_array, read
 from lsdseg.engine.sample import Sample
 from lsdseg.engine.view.layers import Layer
-from lsdseg.engine.view.page import Voxels, add_layer, nanometers, say
+from lsdseg.engine.view.page import Voxels, add_layer, nanometers, say, show_lines
 from lsdseg.errors import UserError
 from lsdseg.rag import open_store
 from lsdseg.rag.edits import Edit, EditLog, active
 from lsdseg.rag.proofread import apply_edits, components, merging_pair
-from lsdseg.rag.store import Edges, Ids
+from lsdseg.rag.store import Edges, Ids, Nodes
 
-KEYS = {"keym": "merge-segments", "keyc": "cut-segment", "keyu": "undo-edit"}
-HELP = "m: merge the two selected segments (double-click selects); c at two places: cut a segment; u: undo"
+KEYS = {"keym": "merge-segments", "keyc": "cut-segment", "keyu": "undo-edit", "keyg": "show-edges"}
+HELP = (
+    "m: merge the two selected segments (double-click selects); c at two places: cut a segment; u: undo; "
+    "g: edges between the fragments of a segment"
+)
+EDGES = 2000  # that are shown at a time, those next to the mouse
 POLL = 1.0  # seconds between two looks at the log
 
 
@@ -41,12 +45,23 @@ class Proofreading:
         threshold: scores up to which edges hold.
         log: the edits. They are made here.
         author: whoever edits.
+        read_nodes: gives fragments between two ids, and their centers in nm, as a store of graphs does.
 
     Raises:
         UserError: the log is damaged, or names fragments that are no longer there.
     """
 
-    def __init__(self, fragments: Array, ids: Ids, edges: Edges, threshold: float, log: EditLog, author: str = ""):
+    def __init__(
+        self,
+        fragments: Array,
+        ids: Ids,
+        edges: Edges,
+        threshold: float,
+        log: EditLog,
+        author: str,
+        read_nodes: Callable[[int, int], Nodes],
+    ):
+        self._read_nodes = read_nodes
         self.fragments, self.edges, self.threshold, self.log, self.author = fragments, edges, threshold, log, author
         u, v, scores = edges
         hold = scores <= np.float32(threshold)
@@ -126,6 +141,24 @@ class Proofreading:
             self.refresh()
             return self.segment_of(a), self.segment_of(b)
 
+    def edges_near(self, fragment: int) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        """Return the edges within the segment of a fragment, the nearest `EDGES` of them.
+
+        Returns:
+            ends: float64 (n, 2, 3), the centers of the two fragments of each edge in nm, z, y, x.
+            scores: float32 (n,), up to the threshold.
+        """
+        own = np.sort(self.lut[0][self.lut[1] == self.segment_of(fragment)])
+        ids, centers = self._read_nodes(int(own[0]), int(own[-1]))
+        order = np.argsort(ids)
+        ids, centers = ids[order], centers[order]
+        u, v, scores = self.edges
+        inside = np.isin(u, own) & np.isin(v, own) & (scores <= np.float32(self.threshold))
+        ends = np.stack([centers[np.searchsorted(ids, end[inside])] for end in (u, v)], axis=1).astype(np.float64)
+        here = centers[np.searchsorted(ids, np.uint64(fragment))]
+        nearest = np.argsort(np.linalg.norm(ends.mean(axis=1) - here, axis=1))[:EDGES]
+        return ends[nearest], scores[inside][nearest]
+
     def undo(self) -> Edit:
         """Take the last edit back, and return it.
 
@@ -179,7 +212,7 @@ def open_proofreading(
     batches = list(zip(*store.edges(name), strict=True)) or [[np.empty(0, np.uint64)]] * 2 + [[np.empty(0, "f4")]]
     u, v, scores = (np.concatenate(column) for column in batches)
     log = EditLog(edits_path(sample.output), made)
-    return Proofreading(fragments, ids, (u, v, scores), threshold, log, author)
+    return Proofreading(fragments, ids, (u, v, scores), threshold, log, author, store.read_nodes)
 
 
 class Editor:
@@ -194,7 +227,12 @@ class Editor:
         self.page, self.proofreading = page, proofreading
         self.name = f"proofread {proofreading.threshold:g}"
         self._first: int | None = None
-        self._handlers = {"merge-segments": self._merge, "cut-segment": self._cut, "undo-edit": self._undo}
+        self._handlers = {
+            "merge-segments": self._merge,
+            "cut-segment": self._cut,
+            "undo-edit": self._undo,
+            "show-edges": self._show_edges,
+        }
         layer = Layer(self.name, self.name, proofreading.fragments)
         self.volume = add_layer(page, layer, EditedVoxels(proofreading))
         for action, handler in self._handlers.items():
@@ -223,11 +261,23 @@ class Editor:
         self._show(self.proofreading.merge(*selected))
         return f"merged {selected[0]} and {selected[1]}; u takes it back"
 
-    def _cut(self, state: Any) -> str:
+    def _pointed_at(self, state: Any) -> int:
+        """Return the fragment below the mouse."""
         if state.mouse_position is None:
-            raise UserError("point at a segment to cut it")
+            raise UserError("point at a segment")
         place = np.array(state.mouse_position[:3])[::-1] * nanometers(state.viewer_state)
-        fragment = self.proofreading.fragment_at(place)
+        return self.proofreading.fragment_at(place)
+
+    def _show_edges(self, state: Any) -> str:
+        fragment = self._pointed_at(state)
+        ends, scores = self.proofreading.edges_near(fragment)
+        show_lines(self.page, "edges", ends, scores, self.proofreading.threshold)
+        return (
+            f"{len(scores)} edges of segment {self.proofreading.segment_of(fragment)}, from sure (blue) to unsure (red)"
+        )
+
+    def _cut(self, state: Any) -> str:
+        fragment = self._pointed_at(state)
         if self._first is None:
             self._first = fragment
             return f"cut segment {self.proofreading.segment_of(fragment)}: press c at the other side, too"

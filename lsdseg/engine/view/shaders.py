@@ -57,6 +57,14 @@ def lsds_shader(count: int) -> str:
     return _groups_shader([first, *((n, n, n) for n in others)], names)
 
 
+def line_shader(highest: float) -> str:
+    """Color lines by their property `score`: blue at 0, orange red at `highest`, colors of Okabe and Ito."""
+    return (
+        f"void main() {{\n  float share = clamp(prop_score() / {highest:f}, 0.0, 1.0);\n"
+        "  setColor(mix(vec3(0.0, 0.45, 0.7), vec3(0.84, 0.37, 0.0), share));\n  setLineWidth(3.0);\n}\n"
+    )
+
+
 def _triples(offsets: Sequence[Offset]) -> list[list[Offset]]:
     """Group offsets by three, along z, y and x; what is not there is an offset of 0."""
     direct = [offset if offset in offsets else (0, 0, 0) for offset in DIRECT_NEIGHBORS]

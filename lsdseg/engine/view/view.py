@@ -61,6 +61,8 @@ def view(words: Sequence[str], config: str | None, volume: Path | None, **option
     zarr = Path(words[0]) if words and Path(words[0]).suffix == ".zarr" else None
     if zarr is None and config is None:
         raise UserError("name a zarr or a config: python view.py SAMPLE.zarr, or python view.py -c CONFIG")
+    if wanted.compare and wanted.proofread is not None:
+        raise UserError("--compare shows segmentations, --proofread edits one: choose one of the two")
     if volume is not None and zarr is None:
         raise UserError("--volume goes with SAMPLE.zarr: a config names its volumes itself")
     cfg = load_config(config, list(words[1:] if zarr else words))
