@@ -73,6 +73,8 @@ def layers_of(cfg: CfgNode, volume: Path | None, output: Path | None) -> list[La
     if not layers:
         named = " and ".join(map(str, paths))
         raise UserError(f"nothing to show in {named}: no dataset with the axes z, y, x ({name_arrays(paths[-1])})")
+    if not any(layer.dataset == cfg.DATA.RAW for layer in layers):
+        print(f"there is no {cfg.DATA.RAW} to show: name the zarr that has it with --volume")
     layers.sort(key=lambda layer: _rank(layer, cfg))
     _require_overlap(layers, cfg)
     _make_unique(layers)

@@ -272,9 +272,8 @@ class Editor:
         fragment = self._pointed_at(state)
         ends, scores = self.proofreading.edges_near(fragment)
         show_lines(self.page, "edges", ends, scores, self.proofreading.threshold)
-        return (
-            f"{len(scores)} edges of segment {self.proofreading.segment_of(fragment)}, from sure (blue) to unsure (red)"
-        )
+        segment = self.proofreading.segment_of(fragment)
+        return f"{len(scores)} edges of segment {segment}, from sure (blue) to unsure (orange)"
 
     def _cut(self, state: Any) -> str:
         fragment = self._pointed_at(state)
