@@ -1,4 +1,5 @@
 # make demo    set up and run the whole pipeline on data that it makes itself
+# make view    show what make demo made in your browser (CONFIG=FILE: what that config predicted)
 # make segment RAW=volume.zarr   set up and segment a volume with the shipped weights (OUT=result.zarr DATASET=volumes/raw)
 # make setup   create the virtual environment with what the scripts need, and nothing else
 # make test    add what the tests need, and run them all
@@ -13,10 +14,15 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --progress-bar off --constraint constraints.txt --editable
 
-.PHONY: demo segment raw-named test fuzz torture lint dev setup clean
+.PHONY: demo view segment raw-named test fuzz torture lint dev setup clean
 
 demo: setup
 	$(RUN) demo.py
+
+view: CONFIG ?= demo_data/lsd_checkpoints/MTLSD_3D/PHANTOM/run/config_predict.yaml
+view: setup
+	@test -f "$(CONFIG)" || { echo "error: no $(CONFIG): run make demo first, or name a config: make view CONFIG=FILE" >&2; exit 2; }
+	$(RUN) view.py -c "$(CONFIG)" $(OPTIONS)
 
 segment: raw-named setup
 	$(RUN) segment.py --raw "$(RAW)" $(if $(OUT),--out "$(OUT)") $(if $(DATASET),DATA.RAW "$(DATASET)")

@@ -19,7 +19,7 @@ from skimage.metrics import variation_of_information
 from skimage.segmentation import find_boundaries
 
 from lsdseg.config.loader import CHECKOUT, load_config
-from lsdseg.data_utils.layout import data_folder, lut_path, output_path, rag_folder
+from lsdseg.data_utils.layout import data_folder, edits_path, lut_path, output_path, rag_folder
 from lsdseg.data_utils.phantom import make_phantom
 from lsdseg.data_utils.records import record_of
 from lsdseg.data_utils.stored import read_header
@@ -37,6 +37,7 @@ from lsdseg.errors import UserError
 from lsdseg.models import build_model
 from lsdseg.models.checkpoint import save_untrained
 from lsdseg.rag import open_store
+from lsdseg.rag.edits import EditLog
 from tests import slurm
 from tests.mongodb import TEST_URI, mongodb, own_server
 
@@ -361,6 +362,45 @@ def test_nothing_is_built_on_something_else_than_it_says(home):
     ):
         with pytest.raises(UserError, match=r"volumes/pred_affs was replaced: set DATA.DROP_DS_MONGOTABLE True"):
             step(cfg)
+
+
+def test_edits_are_made_in_the_final_segmentation(home):
+    cfg, anew = config(home, SYSTEM__NUM_WORKERS=1), config(home, SYSTEM__NUM_WORKERS=1, DATA__DROP_DS_MONGOTABLE=True)
+    before = whole_way(cfg)
+    fragments = read(open_array(output(home), "volumes/fragments"))
+    log = EditLog(edits_path(output(home)), record_of(open_array(output(home), "volumes/fragments")).id)
+
+    def edited():
+        find_segments(anew, MERGE_FUNCTION, THRESHOLD)
+        extract_segmentation(anew, MERGE_FUNCTION, THRESHOLD)
+        return read(open_array(output(home), FINAL))
+
+    # Two segments become one, and one of several fragments becomes two.
+    pieces = np.unique(np.stack([before, fragments]).reshape(2, -1), axis=1)
+    segments, counts = np.unique(pieces[0], return_counts=True)
+    large = segments[counts.argmax()]
+    first, second = (pieces[1][pieces[0] == segment][0] for segment in segments[segments != large][:2])
+    ends = pieces[1][pieces[0] == large][[0, -1]]
+    log.merge(first, second)
+    find_segments(cfg, MERGE_FUNCTION, THRESHOLD)
+    with pytest.raises(UserError, match=r"the look-up table was replaced"):
+        extract_segmentation(cfg, MERGE_FUNCTION, THRESHOLD)
+    log.split(*ends)
+    after = edited()
+    merged = np.isin(before, before[np.isin(fragments, [first, second])])
+    assert len(np.unique(after[merged])) == 1
+    parts = [after[fragments == end] for end in ends]
+    assert {len(np.unique(part)) for part in parts} == {1}
+    assert parts[0][0] != parts[1][0]
+    untouched = ~merged & (before != large)
+    np.testing.assert_array_equal(after[untouched], before[untouched])
+
+    log.undo()
+    log.undo()
+    np.testing.assert_array_equal(edited(), before)
+    EditLog(log.path, log.fragments).merge(first, 2**50)
+    with pytest.raises(UserError, match=rf"edit 5 names fragment {2**50}, which is no longer there"):
+        find_segments(cfg, MERGE_FUNCTION, THRESHOLD)
 
 
 def test_lost_chunks_and_rows_are_counted(home):

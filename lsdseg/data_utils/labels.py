@@ -32,6 +32,35 @@ def is_labeled(labels: NDArray[Any]) -> NDArray[np.bool_]:
     return labeled
 
 
+def grow_boundary(
+    labels: NDArray[Any], steps: int, axes: Sequence[int] = (0, 1, 2), known: NDArray[np.bool_] | None = None
+) -> NDArray[Any]:
+    """Set to 0 the voxels of every label that lie next to another one or to background.
+
+    Args:
+        labels: integers of any type, (z, y, x).
+        steps: how often; each time takes one voxel off.
+        axes: along which voxels are neighbors.
+        known: bool, the shape of the labels. Nothing grows from where it is False. None: True everywhere.
+
+    Returns:
+        New labels of the same type and shape.
+    """
+    grown = labels.copy()
+    for _ in range(steps):
+        boundary = np.zeros(labels.shape, dtype=bool)
+        for axis in axes:
+            before = (slice(None),) * axis + (slice(None, -1),)
+            after = (slice(None),) * axis + (slice(1, None),)
+            differs = grown[before] != grown[after]
+            if known is not None:
+                differs &= known[before] & known[after]
+            boundary[before] |= differs
+            boundary[after] |= differs
+        grown[boundary] = 0
+    return grown
+
+
 def create_labels_masks(paths: Sequence[Path | str], labels_dataset: str, mask_dataset: str) -> None:
     """Write the mask of the labels of each zarr that has none, and print what was done.
 

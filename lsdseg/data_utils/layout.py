@@ -5,8 +5,10 @@ OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.zarr               output of pr
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.blocks/STEP        markers of its finished blocks
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.blocks/STEP.lock   keeps two runs from writing the results of a step
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.rag                its region adjacency graph
+OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.edits              what people merged and split in it
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/luts_full/seg_*.npz       look-up tables from fragments to segments
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE_scores.json        scores of its segmentations
+OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE_quality.json       its doubtful segments
 """
 
 import re
@@ -94,6 +96,11 @@ def rag_folder(output: Path) -> Path:
     return output.with_suffix(".rag")
 
 
+def edits_path(output: Path) -> Path:
+    """Return the log of edits beside an output zarr, see `lsdseg.rag.edits`: SAMPLE.edits."""
+    return output.with_suffix(".edits")
+
+
 def log_folder(sample: str, step: str) -> Path:
     """Return the folder for the config and the logs of a step, in the current directory: daisy_logs/SAMPLE_STEP."""
     return Path("daisy_logs", f"{sample}_{step}").absolute()
@@ -108,6 +115,11 @@ def lut_path(output: Path, merge_function: str, threshold: float) -> Path:
 def scores_path(output: Path, suffix: str = "json") -> Path:
     """Return the path of the scores of an output zarr SAMPLE.zarr, beside it: SAMPLE_scores.json (csv, png)."""
     return output.with_name(f"{output.stem}_scores.{suffix}")
+
+
+def quality_path(output: Path, suffix: str = "json") -> Path:
+    """Return the path of the list of doubtful segments of an output zarr SAMPLE.zarr: SAMPLE_quality.json (csv)."""
+    return output.with_name(f"{output.stem}_quality.{suffix}")
 
 
 def prediction_name(task: str) -> str:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from functools import cached_property
 from pathlib import Path
 
 from funlib.persistence import Array
 from yacs.config import CfgNode
 
-from lsdseg.data_utils.layout import FRAGMENTS, block_markers, output_path, prediction_name, sample_name, volumes_in
+from lsdseg.data_utils.layout import (
+    FRAGMENTS,
+    block_markers,
+    output_path,
+    prediction_name,
+    sample_name,
+    scores_path,
+    volumes_in,
+)
 from lsdseg.data_utils.masks import open_mask
 from lsdseg.data_utils.records import ATTRIBUTE
 from lsdseg.data_utils.volumes import has_array, open_array, source_defaults
@@ -114,6 +123,15 @@ class Sample:
         if not has_array(self.volume, dataset):
             return None
         return open_array(self.volume, dataset, **source_defaults(self.cfg))
+
+
+def best_segmentation(output: Path) -> str | None:
+    """Return the dataset of the segmentation that 06 found best, None if it did not run or left a damaged file."""
+    try:
+        best = json.loads(scores_path(output).read_text(encoding="utf-8"))["best"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return best if isinstance(best, str) else None
 
 
 def samples_of(cfg: CfgNode) -> list[Sample]:

@@ -19,7 +19,7 @@ import torch
 import torch.multiprocessing
 from numpy.typing import NDArray
 
-from lsdseg.data_utils.labels import is_labeled
+from lsdseg.data_utils.labels import grow_boundary, is_labeled
 from lsdseg.engine.training.lsd import local_shape_descriptors
 
 
@@ -232,17 +232,8 @@ class GrowBoundary(gp.BatchFilter):
         return deps
 
     def process(self, batch: gp.Batch, request: gp.BatchRequest) -> None:
-        labels, known = batch[self.labels].data.copy(), batch[self.mask].data > 0
-        for _ in range(self.steps):
-            boundary = np.zeros(labels.shape, dtype=bool)
-            for axis in self.axes:
-                before = (slice(None),) * axis + (slice(None, -1),)
-                after = (slice(None),) * axis + (slice(1, None),)
-                differs = (labels[before] != labels[after]) & known[before] & known[after]
-                boundary[before] |= differs
-                boundary[after] |= differs
-            labels[boundary] = 0
-        batch[self.labels].data = labels
+        labels, known = batch[self.labels].data, batch[self.mask].data > 0
+        batch[self.labels].data = grow_boundary(labels, self.steps, self.axes, known)
 
 
 class TargetFromLabels(gp.BatchFilter):

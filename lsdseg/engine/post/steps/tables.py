@@ -1,12 +1,14 @@
 """Step 3: the region adjacency graph to look-up tables (LUTs) from fragments to segments, one for each threshold."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from yacs.config import CfgNode
 
-from lsdseg.data_utils.layout import FRAGMENTS, lut_path
+from lsdseg.data_utils.layout import FRAGMENTS, edits_path, lut_path
 from lsdseg.data_utils.records import Record
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.post.methods import method_of
@@ -17,13 +19,18 @@ from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk
 from lsdseg.rag import open_store
-from lsdseg.rag.store import REMEDY
+from lsdseg.rag.edits import Edit, EditLog, active
+from lsdseg.rag.proofread import apply_edits
+from lsdseg.rag.store import REMEDY, Edges
 
 EDGES = "the edges"
+EDITS = "the edits"
 
 
 def find_segments(cfg: CfgNode, merge_function: str | None, threshold: float | None) -> list[Path]:
     """Write the look-up table of every sample for one threshold, or for every INS_SEGMENT.THRESHOLDS.
+
+    Edits in the log beside the output are made in every table.
 
     Args:
         cfg: the config.
@@ -34,7 +41,8 @@ def find_segments(cfg: CfgNode, merge_function: str | None, threshold: float | N
         The files, see `lut_path`.
 
     Raises:
-        UserError: agglomeration was not run with that merge function.
+        UserError: agglomeration was not run with that merge function; the log of edits, SAMPLE.edits, is damaged or of
+            other fragments.
     """
     merge_function = merge_function or method_of(cfg.INS_SEGMENT).merge_function(cfg.INS_SEGMENT)
     thresholds = cfg.INS_SEGMENT.THRESHOLDS if threshold is None else [threshold]
@@ -44,7 +52,9 @@ def find_segments(cfg: CfgNode, merge_function: str | None, threshold: float | N
             sample.output, tables_name(merge_function), reads=["predict", "fragments", edges_name(merge_function)]
         ):
             fragments = require_fragments(sample)
-            inputs = {FRAGMENTS: fragments, EDGES: require_edges(sample, merge_function, fragments)}
+            log = EditLog(edits_path(sample.output), fragments)
+            edits = active(log.read())
+            inputs = _inputs(sample, merge_function, fragments, edits)
             store = open_store(cfg, sample.output, "r", fragments)
             node_ids = np.sort(np.concatenate([np.empty(0, np.uint64), *store.node_ids()]))
             print(f"{sample.output.name}: {len(node_ids)} fragments, {len(thresholds)} thresholds", flush=True)
@@ -52,7 +62,10 @@ def find_segments(cfg: CfgNode, merge_function: str | None, threshold: float | N
                 luts = connected_segments(node_ids, store.edges(merge_function), thresholds)
             except ValueError as error:
                 raise UserError(f"the graph {store} is damaged ({error}): {REMEDY.format('02 and 03')}") from error
-            for value, lut in luts.items():
+            if edits:
+                print(f"{len(edits)} edits of {log.path} are made in every table")
+            for value, unedited in luts.items():
+                lut = _edited(unedited, store.edges(merge_function), log, edits, value)
                 path = lut_path(sample.output, merge_function, value)
                 settings = {"the merge function": merge_function, "the threshold": value}
                 record = Record("04_find_segments_full.py", inputs, settings)
@@ -66,15 +79,31 @@ def find_segments(cfg: CfgNode, merge_function: str | None, threshold: float | N
 
 
 def tables_left(sample: Sample, merge_function: str, thresholds: Sequence[float]) -> list[float]:
-    """Return the thresholds whose look-up table is missing, or was made from other fragments or edges.
+    """Return the thresholds whose look-up table is missing, or was made from other fragments, edges or edits.
 
     Raises:
-        UserError: fragments or edges are missing, or made from something else.
+        UserError: fragments or edges are missing, or made from something else; the log of edits cannot be used.
     """
     fragments = require_fragments(sample)
-    inputs = {FRAGMENTS: fragments, EDGES: require_edges(sample, merge_function, fragments)}
+    inputs = _inputs(sample, merge_function, fragments, active(EditLog(edits_path(sample.output), fragments).read()))
     made = {value: lut_record(lut_path(sample.output, merge_function, value)) for value in thresholds}
     return [value for value, record in made.items() if record is None or record.inputs != inputs]
+
+
+def _inputs(sample: Sample, merge_function: str, fragments: str, edits: Sequence[Edit]) -> dict[str, str]:
+    """Return name -> id of what tables are made from."""
+    inputs = {FRAGMENTS: fragments, EDGES: require_edges(sample, merge_function, fragments)}
+    return inputs | ({EDITS: hashlib.blake2b(repr(edits).encode(), digest_size=16).hexdigest()} if edits else {})
+
+
+def _edited(
+    lut: NDArray[np.uint64], edges: Iterable[Edges], log: EditLog, edits: Sequence[Edit], threshold: float
+) -> NDArray[np.uint64]:
+    """Make the edits of a log in a table."""
+    try:
+        return apply_edits(lut, edges, edits, threshold) if edits else lut
+    except ValueError as error:
+        raise UserError(f"{log.path}: {error}: move the file away, or restore the fragments") from error
 
 
 def tables_name(merge_function: str) -> str:

@@ -1,0 +1,44 @@
+"""How well quality.py finds merges: python benchmarks/quality.py -c CONFIG
+
+Run quality.py first. A segment counts as merged if a second neuron fills more than 1000 of its voxels, without the
+voxels next to a boundary of the ground truth. Segments of up to 1000 voxels are left out.
+"""
+
+import numpy as np
+from scipy.stats import rankdata
+from yacs.config import CfgNode
+
+from lsdseg.cli import run_script
+from lsdseg.data_utils.labels import grow_boundary
+from lsdseg.data_utils.layout import quality_path
+from lsdseg.data_utils.volumes import open_array, read
+from lsdseg.engine.evaluate.metrics import count_overlaps
+from lsdseg.engine.sample import samples_of
+from lsdseg.files import read_json
+
+VOXELS = 1000
+
+
+def main(cfg: CfgNode) -> None:
+    """Print, for each sample and order, the area under the curve and the precision at 10."""
+    for sample in samples_of(cfg):
+        report = read_json(quality_path(sample.output), "run quality.py first")
+        segmentation = read(open_array(sample.output, report["segmentation"]))
+        pairs, counts = count_overlaps([(segmentation, grow_boundary(read(sample.ground_truth), 1))])
+        large = [row for row in report["segments"] if row["voxels"] > VOXELS]
+        merged = np.array([(counts[pairs[:, 0] == row["segment"]] > VOXELS).sum() > 1 for row in large])
+        print(f"{sample.output.name}/{report['segmentation']}: {merged.sum()} of {len(merged)} segments are merged")
+        for column in ("doubt", "worst_nm", "voxels"):
+            values = np.array([row[column] for row in large])
+            ranks = rankdata(values)[merged]
+            area = (ranks.sum() - len(ranks) * (len(ranks) + 1) / 2) / max(1, len(ranks) * (len(merged) - len(ranks)))
+            print(f"  by {column:9} area {area:.2f}, precision at 10 {merged[np.argsort(-values)][:10].mean():.1f}")
+
+
+if __name__ == "__main__":
+    run_script(
+        main,
+        description="Compare the ranking of quality.py with the ground truth.",
+        example="python benchmarks/quality.py -c pretrained/config_fib25.py DATA.HOME /data",
+        default_config="config/config_predict.py",
+    )

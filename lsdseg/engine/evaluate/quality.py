@@ -1,0 +1,292 @@
+"""Where to look first, without ground truth: how much the predicted LSDs contradict a segmentation.
+
+LSDs say, at every voxel, where the center of its neurite lies, as far as a Gaussian window sees. The segmentation says
+that too: its own LSDs are computed from it. Where two neurites are merged, the window sees both in the segmentation,
+but the network saw one, so the two centers lie apart. The distance between them is a length in nm, whatever the
+threshold and wherever blocks end.
+
+Every volume has some distance everywhere. So the volume is cut into small cubes, and only cubes count in which the
+mean distance within a segment is well above that of the whole volume.
+"""
+
+import csv
+import io
+import itertools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
+
+import numpy as np
+from funlib.persistence import Array
+from numpy.typing import NDArray
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from lsdseg.data_utils.checks import check_labels
+from lsdseg.data_utils.labels import grow_boundary
+from lsdseg.data_utils.layout import FRAGMENTS, prediction_name, quality_path
+from lsdseg.data_utils.volumes import open_array, read, require_whole
+from lsdseg.engine.evaluate.evaluate import segmentations_in
+from lsdseg.engine.sample import Sample, best_segmentation, samples_of
+from lsdseg.engine.training.lsd import local_shape_descriptors
+from lsdseg.errors import UserError
+from lsdseg.files import write_whole
+
+LSDS = prediction_name("lsds")
+ABOVE = 1.5  # a cube counts by how far its mean distance is above this times that of the volume
+CUBE = 1.25  # width of a cube in sigma of the LSDs: about the radius of a neurite
+FILLED = 0.1  # a segment that fills less of a cube says nothing there
+BLOCK = 128  # voxels along each axis that are read at a time, about; context comes in addition
+WINDOW = 3  # the window of the LSDs ends at so many sigma
+
+
+@dataclass
+class Doubt:
+    """One segment of the list.
+
+    Attributes:
+        segment: its id.
+        doubt: by how much the distance is too large, summed over the cubes: nm x cubic micrometers.
+        mean_nm: mean distance in the segment.
+        worst_nm: mean distance in its worst cube.
+        z: where that is, in nm.
+        y: the same.
+        x: the same.
+        voxels: of the segment, without those at its boundary.
+    """
+
+    segment: int
+    doubt: float
+    mean_nm: float
+    worst_nm: float
+    z: float
+    y: float
+    x: float
+    voxels: int
+
+
+class Cubes(NamedTuple):
+    """What segments have in cubes; one row for each segment in each cube.
+
+    Attributes:
+        segments: uint64 (n,).
+        voxels: int64 (n,), how many voxels of the cube are the segment's.
+        sums: float64 (n,), sum of the distances at these voxels, in nm.
+        places: float64 (n, 3), mean position of these voxels in nm, z, y, x.
+    """
+
+    segments: NDArray[np.uint64]
+    voxels: NDArray[np.int64]
+    sums: NDArray[np.float64]
+    places: NDArray[np.float64]
+
+
+def quality(cfg: CfgNode, segmentation: str | None = None) -> None:
+    """List the segments of every test volume, the most doubtful first: SAMPLE_quality.json and .csv beside the output.
+
+    Args:
+        cfg: the config that the network was trained with; its LSD_SIGMA and GROWBOUNDARY_STEPS are used.
+        segmentation: a dataset, or its last part. None: the one that scored best, or else the middle one.
+
+    Raises:
+        UserError: there are no LSDs or no such segmentation, or they do not fit together.
+    """
+    for sample in samples_of(cfg):
+        name = _choose(sample, segmentation)
+        array = open_array(sample.output, name)
+        cube = _cube(sample, array)
+        doubts, mean = rank_segments(_cubes_in(sample, array, name, cube), math.prod(cube), array.voxel_size)
+        rows = [asdict(doubt) for doubt in doubts]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, [field.name for field in fields(Doubt)])
+        writer.writeheader()
+        writer.writerows(rows)
+        report = {"segmentation": name, "mean_nm": mean, "segments": rows}
+        for suffix, content in (("json", json.dumps(report, indent=1)), ("csv", text.getvalue())):
+            with write_whole(quality_path(sample.output, suffix)) as partial:
+                partial.write_text(content, encoding="utf-8")
+        print(f"{name} in {sample.output}: centers lie {mean:.0f} nm apart on average; the most doubtful segments:")
+        for doubt in doubts[:10]:
+            place = ", ".join(f"{value:.0f}" for value in (doubt.z, doubt.y, doubt.x))
+            print(f"{doubt.segment:>20}  doubt {doubt.doubt:8.3f}  {doubt.worst_nm:4.0f} nm apart at {place} (z, y, x)")
+        print(f"all {len(doubts)} are in {quality_path(sample.output, 'csv')}, and beside it as .json")
+
+
+def center_distance(
+    segmentation: NDArray[np.unsignedinteger],
+    predicted: NDArray[np.float32],
+    sigma: float,
+    voxel_size: Sequence[float],
+    context: Sequence[int],
+    downsample: int = 1,
+    boundary: int = 0,
+) -> NDArray[np.float32]:
+    """Compute how far the centers that a segmentation has lie from those that LSDs predict.
+
+    Args:
+        segmentation: unsigned (z, y, x), with context on each side; 0 is background.
+        predicted: float32 (10, z, y, x) in 0..1, LSDs without context; or (6, z, y, x) of sections.
+        sigma: of the LSDs, in nm.
+        voxel_size: in nm, z, y, x.
+        context: voxels along each axis; WINDOW * sigma and the boundary, for what does not depend on where the
+            array ends.
+        downsample: as for `local_shape_descriptors`.
+        boundary: voxels that segments are eroded by first, as labels were in training.
+
+    Returns:
+        float32 (z, y, x) without context, in nm; NaN at background and boundary.
+    """
+    sections = len(predicted) == 6
+    inside = tuple(slice(c, size - c) for c, size in zip(context, segmentation.shape, strict=True))
+    labels = grow_boundary(segmentation, boundary, (1, 2) if sections else (0, 1, 2))
+    if sections:
+        own = np.stack([local_shape_descriptors(section, sigma, voxel_size[1:], downsample) for section in labels], 1)
+    else:
+        own = local_shape_descriptors(labels, sigma, voxel_size, downsample)
+    dims = 2 if sections else 3
+    # A channel holds the distance in units of 2 sigma.
+    apart: NDArray[np.float32] = 2 * sigma * np.linalg.norm(own[:dims, *inside] - predicted[:dims], axis=0)
+    return np.where(labels[inside] > 0, apart, np.float32(np.nan))
+
+
+def sum_in_cubes(
+    distance: NDArray[np.float32],
+    segmentation: NDArray[np.unsignedinteger],
+    cube: Sequence[int],
+    voxel_size: Sequence[float],
+    offset: Sequence[float],
+) -> Cubes:
+    """Sum distances over the voxels that each segment has in each cube.
+
+    Args:
+        distance: float32 (z, y, x), NaN where nothing is known.
+        segmentation: unsigned (z, y, x).
+        cube: its width in voxels along each axis. The first cube begins where the array does.
+        voxel_size: in nm.
+        offset: of the array in nm.
+    """
+    known = np.isfinite(distance)
+    at = np.nonzero(known)
+    grid = [-(-size // width) for size, width in zip(distance.shape, cube, strict=True)]
+    number = np.ravel_multi_index([i // width for i, width in zip(at, cube, strict=True)], grid)
+    ids, inverse = np.unique(segmentation[known], return_inverse=True)
+    keys, rows = np.unique(inverse * math.prod(grid) + number, return_inverse=True)
+    voxels = np.bincount(rows, minlength=len(keys))
+    middle = [np.bincount(rows, i, len(keys)) / np.maximum(voxels, 1) + 0.5 for i in at]
+    places = np.stack(middle, axis=1) * np.array(voxel_size) + np.array(offset)
+    sums = np.bincount(rows, distance[known], len(keys)).astype(np.float64)
+    segments = ids[keys // math.prod(grid)].astype(np.uint64)
+    return Cubes(segments, voxels, sums, places)
+
+
+def rank_segments(cubes: Cubes, cube_voxels: int, voxel_size: Sequence[float]) -> tuple[list[Doubt], float]:
+    """Rank segments by how far, and over how large a part of them, the distance is above that of the whole volume.
+
+    Args:
+        cubes: of the whole volume, see `sum_in_cubes`.
+        cube_voxels: voxels of a cube.
+        voxel_size: in nm.
+
+    Returns:
+        The segments, the most doubtful first, and the mean distance in nm.
+    """
+    mean = float(cubes.sums.sum() / max(cubes.voxels.sum(), 1))
+    ids, rows = np.unique(cubes.segments, return_inverse=True)
+    distances = cubes.sums / np.maximum(cubes.voxels, 1)
+    distances[cubes.voxels < FILLED * cube_voxels] = 0
+    excess = np.maximum(distances - ABOVE * mean, 0) * cubes.voxels * math.prod(voxel_size) / 1e9
+    doubt = np.bincount(rows, excess, len(ids))
+    voxels = np.bincount(rows, cubes.voxels, len(ids))
+    means = np.bincount(rows, cubes.sums, len(ids)) / np.maximum(voxels, 1)
+    by_distance = np.lexsort((distances, rows))
+    worst = by_distance[np.searchsorted(rows[by_distance], np.arange(len(ids)), side="right") - 1]
+    order = np.lexsort((-distances[worst], -doubt))
+    rows_in_order = zip(ids[order], doubt[order], means[order], worst[order], voxels[order], strict=True)
+    return [_doubt(cubes, distances, *row) for row in rows_in_order], mean
+
+
+def _doubt(
+    cubes: Cubes, distances: NDArray[np.float64], segment: int, doubt: float, mean: float, worst: int, voxels: float
+) -> Doubt:
+    z, y, x = map(float, cubes.places[worst])
+    return Doubt(int(segment), float(doubt), float(mean), float(distances[worst]), z, y, x, int(voxels))
+
+
+def _choose(sample: Sample, segmentation: str | None) -> str:
+    """The dataset to look at, and a check that the prediction is there."""
+    names = [name for name in segmentations_in(sample.output) if name != FRAGMENTS]
+    if segmentation is None:
+        best = best_segmentation(sample.output)
+        return best if best in names else names[len(names) // 2]
+    found = [name for name in names if segmentation in (name, name.rpartition("/")[2])]
+    if not found:
+        raise UserError(f"there is no {segmentation} in {sample.output}: choose from {', '.join(names)}")
+    return found[0]
+
+
+def _cube(sample: Sample, array: Array) -> list[int]:
+    """Width of a cube in voxels; 1 across sections, if the network saw them one by one."""
+    sections = bool(sample.cfg.DATA.DIM_2D)
+    width = CUBE * sample.cfg.MODEL.LSD_SIGMA
+    return [1 if sections and axis == 0 else max(1, round(width / size)) for axis, size in enumerate(array.voxel_size)]
+
+
+def _cubes_in(sample: Sample, array: Array, name: str, cube: Sequence[int]) -> Cubes:
+    """Read a segmentation and the LSDs block by block, and sum up what each segment has in each cube.
+
+    Raises:
+        UserError: they are missing, or do not lie on the same voxels.
+    """
+    model = sample.cfg.MODEL
+    predicted = open_array(sample.output, LSDS)
+    for dataset in (name, LSDS):
+        require_whole(sample.output, dataset)
+    check_labels(array, f"{name} in {sample.output}")
+    if (array.roi, array.voxel_size) != (predicted.roi, predicted.voxel_size) or predicted.shape[0] not in (6, 10):
+        raise UserError(
+            f"{name} has shape {array.shape} at {tuple(array.offset)} nm, but {LSDS} in {sample.output} has "
+            f"{predicted.shape} at {tuple(predicted.offset)}: predict and segment with the same config"
+        )
+    found = []
+    sections = predicted.shape[0] == 6
+    reach = [math.ceil(WINDOW * model.LSD_SIGMA / size) + model.GROWBOUNDARY_STEPS for size in array.voxel_size]
+    context = [
+        0 if sections and n == 0 else -(-r // model.LSD_DOWNSAMPLE) * model.LSD_DOWNSAMPLE for n, r in enumerate(reach)
+    ]
+    step = [width * max(1, BLOCK // width) for width in cube]
+    for slices in tqdm(list(_boxes(array.shape, step)), name, unit="block", leave=False, delay=2):
+        lsds = read(predicted, (slice(None), *slices))
+        lsds = lsds.astype(np.float32) / np.float32(255 if lsds.dtype == np.uint8 else 1)
+        segmentation = _with_context(array, slices, context)
+        apart = center_distance(
+            segmentation,
+            lsds,
+            model.LSD_SIGMA,
+            array.voxel_size,
+            context,
+            model.LSD_DOWNSAMPLE,
+            model.GROWBOUNDARY_STEPS,
+        )
+        begin = [o + s.start * size for o, s, size in zip(array.offset, slices, array.voxel_size, strict=True)]
+        found.append(sum_in_cubes(apart, read(array, slices), cube, array.voxel_size, begin))
+    return Cubes(*(np.concatenate(column) for column in zip(*found, strict=True)))
+
+
+def _boxes(shape: Sequence[int], step: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """Slices of the blocks of a volume."""
+    starts = [range(0, size, width) for size, width in zip(shape, step, strict=True)]
+    for begin in itertools.product(*starts):
+        yield tuple(slice(b, min(b + width, size)) for b, width, size in zip(begin, step, shape, strict=True))
+
+
+def _with_context(array: Array, slices: Sequence[slice], context: Sequence[int]) -> NDArray[np.unsignedinteger]:
+    """Read a block with context. At the faces of the volume it is mirrored, as raw was for the prediction."""
+    box, missing = [], []
+    for along, width, size in zip(slices, context, array.shape, strict=True):
+        first, last = along.start - width, along.stop + width
+        box.append(slice(max(first, 0), min(last, size)))
+        missing.append((max(-first, 0), max(last - size, 0)))
+    mirrored: NDArray[np.unsignedinteger] = np.pad(read(array, tuple(box)), missing, mode="reflect")
+    return mirrored

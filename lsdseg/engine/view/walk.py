@@ -1,0 +1,68 @@
+"""Walk through the doubtful places of a segmentation with two keys."""
+
+from pathlib import Path
+from typing import Any
+
+import neuroglancer
+import numpy as np
+
+from lsdseg.data_utils.layout import quality_path
+from lsdseg.engine.view.page import nanometers, say
+from lsdseg.errors import UserError
+from lsdseg.files import read_json
+
+KEYS = {"keyw": "next-place", "keyq": "previous-place"}
+ZOOM = 0.5  # voxels per pixel, at most
+
+# Segments, the most doubtful first, as `lsdseg.engine.evaluate.quality` lists them.
+Places = list[dict[str, Any]]
+
+
+def read_places(output: Path) -> Places:
+    """Read what quality.py listed for an output.
+
+    Raises:
+        UserError: it did not run, or the file is damaged.
+    """
+    path = quality_path(output)
+    content = read_json(path, "run quality.py first, with the same config")
+    places = content.get("segments")
+    keys = ("segment", "doubt", "worst_nm", "z", "y", "x")
+    if not isinstance(places, list) or not places:
+        raise UserError(f"{path} lists no segments: run quality.py again")
+    for place in places:
+        if not isinstance(place, dict) or not all(isinstance(place.get(key), int | float) for key in keys):
+            raise UserError(f"{path} is damaged: run quality.py again")
+    return places
+
+
+class Walk:
+    """The keys of a page that go from one doubtful place to the next.
+
+    Args:
+        page: the page.
+        places: see `read_places`.
+    """
+
+    def __init__(self, page: neuroglancer.Viewer, places: Places):
+        self.page, self.places, self.number = page, places, -1
+        for action, step in (("next-place", 1), ("previous-place", -1)):
+            page.actions.add(action, lambda _state, step=step: self.go(step))
+        with page.config_state.txn() as config:
+            for key, action in KEYS.items():
+                config.input_event_bindings.viewer[key] = action
+        say(page, "walk", f"{len(places)} doubtful segments: w goes to the next one, q back")
+
+    def go(self, step: int) -> None:
+        """Show the place that comes so many steps after this one."""
+        self.number = min(max(self.number + step, 0), len(self.places) - 1)
+        place = self.places[self.number]
+        with self.page.txn() as state:
+            state.position = (np.array([place["z"], place["y"], place["x"]]) / nanometers(state))[::-1]
+            state.cross_section_scale = min(state.cross_section_scale, ZOOM)
+        say(
+            self.page,
+            "walk",
+            f"{self.number + 1} of {len(self.places)}: segment {place['segment']}, doubt {place['doubt']:.3f}, centers "
+            f"{place['worst_nm']:.0f} nm apart here",
+        )

@@ -1,0 +1,152 @@
+"""Segments that the predicted LSDs contradict, without ground truth."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from lsdseg.config.loader import load_config
+from lsdseg.data_utils.layout import data_folder, output_path, quality_path
+from lsdseg.data_utils.phantom import make_phantom
+from lsdseg.data_utils.volumes import write_array
+from lsdseg.engine.evaluate import quality as module
+from lsdseg.engine.evaluate.quality import Cubes, center_distance, quality, rank_segments, sum_in_cubes
+from lsdseg.engine.training.lsd import local_shape_descriptors
+from lsdseg.errors import UserError
+
+SHAPE, PLACED = (40, 60, 64), {"voxel_size": (10, 10, 10), "offset": (200, -100, 40)}
+SEGMENTATION = "volumes/segmentation_050"
+
+
+def merge(labels):
+    """Merge the two labels that touch along the most voxels. Returns new labels, the id, and where they touch."""
+    pairs = np.concatenate([np.stack([a.ravel(), b.ravel()]) for a, b in ((labels[1:], labels[:-1]),)], axis=1)
+    pairs = np.sort(pairs[:, pairs[0] != pairs[1]], axis=0)
+    found, counts = np.unique(pairs, axis=1, return_counts=True)
+    low, high = found[:, counts.argmax()]
+    touching = ((labels[1:] == low) & (labels[:-1] == high)) | ((labels[1:] == high) & (labels[:-1] == low))
+    return np.where(labels == high, low, labels), int(low), np.argwhere(touching)
+
+
+@pytest.fixture
+def home(tmp_path):
+    """An output whose LSDs are those of the true labels, and whose segmentation has one merge."""
+    cfg = load_config(overrides=settings(tmp_path))
+    raw, labels, _ = make_phantom(SHAPE, seed=3)
+    volume = data_folder(cfg, "test") / "sample.zarr"
+    output = output_path(cfg, volume)
+    write_array(volume, "volumes/raw", raw, **PLACED)
+    merged, wrong, touching = merge(labels)
+    write_array(output, SEGMENTATION, merged, **PLACED)
+    lsds = np.pad(labels, 25, mode="reflect")
+    lsds = local_shape_descriptors(lsds, cfg.MODEL.LSD_SIGMA, (10, 10, 10))[:, 25:-25, 25:-25, 25:-25]
+    noise = np.random.default_rng(0).normal(0, 0.02, lsds.shape)
+    write_array(output, "volumes/pred_lsds", np.rint(255 * (lsds + noise).clip(0, 1)).astype(np.uint8), **PLACED)
+    return cfg, output, wrong, touching
+
+
+def settings(home):
+    return ["DATA.HOME", str(home), "TRAIN.CHECKPOINT", str(home / "run" / "model_checkpoint_1")]
+
+
+def read_report(output):
+    report = json.loads(quality_path(output).read_text())
+    with open(quality_path(output, "csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["segment"]) for row in rows] == [row["segment"] for row in report["segments"]]
+    return report
+
+
+def test_a_merge_comes_first_and_its_place_is_where_it_is(home, capsys):
+    cfg, output, wrong, touching = home
+    quality(cfg)
+    report = read_report(output)
+    first, second, *_ = report["segments"]
+    assert report["segmentation"] == SEGMENTATION
+    assert first["segment"] == wrong
+    assert first["doubt"] > 2 * second["doubt"]
+    place = (np.array([first["z"], first["y"], first["x"]]) - PLACED["offset"]) / 10
+    assert np.linalg.norm(touching - place, axis=1).min() < 12  # voxels; a cube has 10
+    assert f"{wrong}  doubt" in capsys.readouterr().out
+
+
+def test_blocks_change_nothing(home, monkeypatch):
+    cfg, output, *_ = home
+    quality(cfg)
+    whole = read_report(output)
+    monkeypatch.setattr(module, "BLOCK", 20)
+    quality(cfg, "segmentation_050")
+    blocks = read_report(output)
+    assert blocks["mean_nm"] == pytest.approx(whole["mean_nm"], rel=1e-4)
+    for ours, theirs in zip(blocks["segments"], whole["segments"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-3)
+
+
+def test_lsds_of_the_segmentation_itself_leave_no_distance():
+    _, labels, _ = make_phantom((60, 60, 60), seed=1)
+    own = local_shape_descriptors(labels, 50, (10, 10, 10))
+    inside = (slice(16, -16),) * 3
+    apart = center_distance(labels, own[:, *inside], 50, (10, 10, 10), (16, 16, 16))
+    assert np.abs(apart).max() < 1e-3
+    own[0] -= 0.1
+    apart = center_distance(labels, own[:, *inside], 50, (10, 10, 10), (16, 16, 16))
+    assert apart == pytest.approx(np.full(apart.shape, 10), abs=1e-3)  # 0.1 times 2 sigma
+
+
+def test_sections_are_described_one_by_one():
+    _, labels, _ = make_phantom((3, 60, 60), seed=1)
+    own = np.stack([local_shape_descriptors(section, 50, (10, 10)) for section in labels], axis=1)
+    assert len(own) == 6
+    apart = center_distance(labels, own[:, :, 16:-16, 16:-16], 50, (40, 10, 10), (0, 16, 16), boundary=1)
+    assert np.isnan(apart).any()  # the boundary
+    assert np.nanmax(np.abs(center_distance(labels, own[:, :, 16:-16, 16:-16], 50, (40, 10, 10), (0, 16, 16)))) < 1e-3
+
+
+def test_sums_are_those_of_a_loop():
+    rng = np.random.default_rng(0)
+    segments, distance = rng.integers(0, 4, (5, 6, 7)).astype(np.uint64), rng.uniform(0, 50, (5, 6, 7)).astype("f4")
+    distance[rng.uniform(size=distance.shape) < 0.3] = np.nan
+    cubes = sum_in_cubes(distance, segments, (2, 3, 4), (40, 10, 10), (100, 0, -50))
+    expected = {}
+    for place in np.argwhere(np.isfinite(distance)):
+        key = (int(segments[tuple(place)]), *(place // [2, 3, 4]).tolist())
+        expected.setdefault(key, []).append((*((place + 0.5) * [40, 10, 10] + [100, 0, -50]), distance[tuple(place)]))
+    found = sorted(
+        zip(cubes.segments.tolist(), cubes.voxels.tolist(), cubes.sums, map(tuple, cubes.places), strict=True)
+    )
+    wanted = []
+    for (segment, *_), values in expected.items():
+        *place, _ = np.mean(values, axis=0)
+        wanted.append((segment, len(values), np.sum([value[3] for value in values], dtype=float), tuple(place)))
+    for ours, theirs in zip(found, sorted(wanted), strict=True):
+        assert ours[:2] == theirs[:2]
+        assert ours[2] == pytest.approx(theirs[2])
+        assert ours[3] == pytest.approx(theirs[3])
+
+
+def test_ranking_by_hand():
+    ids = np.array([7, 7, 9, 9, 5], np.uint64)
+    voxels, sums = np.array([100, 100, 100, 100, 1]), np.array([1000.0, 1000, 1000, 5000, 900])
+    places = np.arange(15.0).reshape(5, 3)
+    doubts, mean = rank_segments(Cubes(ids, voxels, sums, places), 100, (10, 10, 10))
+    assert mean == pytest.approx(8900 / 401)
+    assert [doubt.segment for doubt in doubts] == [9, 7, 5]
+    assert doubts[0].doubt == pytest.approx((50 - 1.5 * mean) * 100 * 1e-6)
+    assert (doubts[0].worst_nm, doubts[0].mean_nm, doubts[0].voxels) == (50, 30, 200)
+    assert (doubts[0].z, doubts[0].y, doubts[0].x) == (9, 10, 11)
+    assert doubts[2].doubt == 0  # it fills too little of its cube
+
+
+def test_bad_input(home):
+    cfg, output, *_ = home
+    with pytest.raises(UserError, match=r"there is no segmentation_99 in .*choose from volumes/segmentation_050"):
+        quality(cfg, "segmentation_99")
+    write_array(output, "volumes/segmentation_060", np.ones((8, 8, 8), np.uint64), **PLACED)
+    with pytest.raises(UserError, match=r"segmentation_060 has shape \(8, 8, 8\) .*predict and segment"):
+        quality(cfg, "segmentation_060")
+    shutil.rmtree(output / "volumes" / "pred_lsds")
+    with pytest.raises(UserError, match=r"no dataset volumes/pred_lsds"):
+        quality(cfg)
+    assert not quality_path(output).exists()

@@ -1,0 +1,31 @@
+"""Look at a volume and all that was made of it in a browser: python view.py -c FILE, or python view.py SAMPLE.zarr"""
+
+from pathlib import Path
+
+from lsdseg.cli import add_merge_function, argument, command_parser, run_command
+from lsdseg.config.rules import integer, threshold
+from lsdseg.engine.view.view import view
+
+
+def main() -> None:
+    """Serve a page of Neuroglancer."""
+    parser = command_parser(
+        "Show raw, labels, predictions, fragments and every segmentation in Neuroglancer, in your browser.",
+        "python view.py -c CKPT_FOLDER/config_predict.yaml\n  python view.py SAMPLE.zarr --volume RAW.zarr",
+        "\nlsdseg/config/defaults.py explains every key.",
+    )
+    parser.add_argument("words", nargs="*", metavar="SAMPLE.zarr | KEY VALUE", help="an output zarr; or settings")
+    parser.add_argument("-c", "--config", metavar="FILE", help="show all test volumes of a config, and their outputs")
+    parser.add_argument("--volume", metavar="RAW.zarr", type=Path, help="the volume that SAMPLE.zarr was made from")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), default=(), help="two segmentations, side by side")
+    parser.add_argument("--worst", action="store_true", help="walk through what quality.py listed, with the key w")
+    parser.add_argument("--proofread", type=argument(threshold), metavar="THRESHOLD", help="merge and split segments")
+    add_merge_function(parser)
+    parser.add_argument("--author", default="", metavar="NAME", help="who proofreads (default: the name of the user)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    parser.add_argument("--port", type=argument(integer(0, 65535)), default=0, help="port (default: any that is free)")
+    run_command(parser, lambda arguments: view(**vars(arguments)))
+
+
+if __name__ == "__main__":
+    main()
