@@ -10,7 +10,7 @@ A format is a module with one function and an entry in FORMATS.
 import math
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,14 @@ FORMATS = {
     ".hdf": "lsdseg.data_utils.hdf:open_hdf",
     ".hdf5": "lsdseg.data_utils.hdf:open_hdf",
     ".h5": "lsdseg.data_utils.hdf:open_hdf",
+    ".tif": "lsdseg.data_utils.tiff:open_tiff",
+    ".tiff": "lsdseg.data_utils.tiff:open_tiff",
+}
+# The same for folders, by a file that they hold; a folder without any of these is taken for one of TIFFs.
+FOLDERS = {"info": "Neuroglancer precomputed", "attributes.json": "N5"}
+OF_FOLDERS = {
+    "info": "lsdseg.data_utils.tensorstores:open_precomputed",
+    "attributes.json": "lsdseg.data_utils.tensorstores:open_n5",
 }
 
 
@@ -139,6 +147,58 @@ def convert_files(
             print(f"{target}: {name} {array.dtype} {array.shape}, {tuple(array.offset)} nm")
 
 
+def convert_volume(
+    source: Path,
+    target: Path,
+    *,
+    labels: Path | None,
+    dataset: str | None,
+    sections: str,
+    resolution: Sequence[float] | None,
+    overwrite: bool,
+) -> None:
+    """Convert one volume in any format, and perhaps its labels, to a zarr, and print what was written.
+
+    Args:
+        source: a file or folder of any of the FORMATS or FOLDERS.
+        target: the zarr.
+        labels: another one with the neuron labels.
+        dataset: name of the dataset in `source` that is raw. None: volumes/raw, or its only one.
+        sections: "A:B" for sections A to B - 1 of raw; either number may be missing.
+        resolution: as for `convert`.
+        overwrite: replace a zarr that exists.
+
+    Raises:
+        UserError: the zarr exists; or as for `convert`.
+    """
+    wanted = parse_sections(sections)
+    (checked,) = target_paths([source], target, overwrite)
+    with ExitStack() as files:
+        volumes = [_named(files.enter_context(open_source(source)), RAW, dataset, source)]
+        if labels is not None:
+            volumes.append(_named(files.enter_context(open_source(labels)), LABELS, None, labels))
+        _convert(Source(volumes, []), source, checked, wanted, resolution)
+    for name in list_arrays(checked):
+        array = open_array(checked, name)
+        print(f"{checked}: {name} {array.dtype} {array.shape}, {tuple(array.voxel_size)} nm")
+
+
+def _named(source: Source, name: str, dataset: str | None, path: Path) -> Volume:
+    """Return the only volume of a source, or that of a name, with a new name.
+
+    Raises:
+        UserError: there are several, and none is chosen; or none of that name.
+    """
+    wanted = [volume for volume in source.volumes if volume.name == (dataset or name)]
+    found = wanted or ([] if dataset else source.volumes)
+    if len(found) != 1:
+        raise UserError(
+            f"{path} holds {', '.join(volume.name for volume in source.volumes) or 'no volume'}: name the one to take "
+            "with --dataset"
+        )
+    return found[0]._replace(name=name)
+
+
 def convert(
     path: Path, target: Path, *, sections: Sections = (None, None), resolution: Sequence[float] | None = None
 ) -> None:
@@ -154,18 +214,23 @@ def convert(
         UserError: the file cannot be read; it has no volumes/raw, or not these sections; there is no room on disk.
     """
     with open_source(path) as source:
-        parts, _ = select_parts(source, path, sections, resolution)
-        voxels = sum(math.prod(part.shape) for part in parts)
-        with (
-            room_on_disk(target, sum(part.stored_bytes for part in parts)),
-            write_zarr(target, [path]) as zarr,
-            tqdm(total=voxels, desc=path.name, unit="voxel", unit_scale=True) as bar,
-        ):
-            for part in parts:
-                _copy(part, path, zarr, bar)
-            names = [part.volume.name for part in parts]
-            if LABELS in names and LABELS_MASK not in names:
-                create_labels_mask(zarr)
+        _convert(source, path, target, sections, resolution)
+
+
+def _convert(source: Source, path: Path, target: Path, sections: Sections, resolution: Sequence[float] | None) -> None:
+    """Do what `convert` says with what `open_source` gave."""
+    parts, _ = select_parts(source, path, sections, resolution)
+    voxels = sum(math.prod(part.shape) for part in parts)
+    with (
+        room_on_disk(target, sum(part.stored_bytes for part in parts)),
+        write_zarr(target, [path]) as zarr,
+        tqdm(total=voxels, desc=path.name, unit="voxel", unit_scale=True) as bar,
+    ):
+        for part in parts:
+            _copy(part, path, zarr, bar)
+        names = [part.volume.name for part in parts]
+        if LABELS in names and LABELS_MASK not in names:
+            create_labels_mask(zarr)
 
 
 def _copy(part: Part, path: Path, zarr: Path, bar: tqdm) -> None:
@@ -189,14 +254,24 @@ def _copy(part: Part, path: Path, zarr: Path, bar: tqdm) -> None:
 
 
 def open_source(path: Path) -> AbstractContextManager[Source]:
-    """Open a file of any of the FORMATS, by its suffix.
+    """Open a file of any of the FORMATS, by its suffix, or a folder of any of the FOLDERS.
 
     Raises:
-        UserError: the file does not exist, is damaged, or is of another format.
+        UserError: it does not exist, is damaged, or is of another format.
     """
+    source: AbstractContextManager[Source]
+    if path.is_dir():
+        formats = [OF_FOLDERS[name] for name in OF_FOLDERS if (path / name).is_file()]
+        if not formats and not any(FORMATS.get(file.suffix.lower()) == FORMATS[".tif"] for file in path.iterdir()):
+            raise UserError(
+                f"{path} is a folder of none of the formats: it holds no TIFFs, no info of {FOLDERS['info']}, and no "
+                f"attributes.json of {FOLDERS['attributes.json']}"
+            )
+        source = resolve(formats[0] if formats else FORMATS[".tif"])(path)
+        return source
     if not path.is_file():
         raise UserError(f"{path} does not exist: give the path of a file ({', '.join(FORMATS)})")
-    source: AbstractContextManager[Source] = resolve(FORMATS.get(path.suffix, next(iter(FORMATS.values()))))(path)
+    source = resolve(FORMATS.get(path.suffix.lower(), next(iter(FORMATS.values()))))(path)
     return source
 
 

@@ -1,0 +1,92 @@
+"""TIFF stacks, as volumes to convert: one file of many sections, or a folder with one file for each."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+
+from lsdseg.data_utils.convert import Source, Volume
+from lsdseg.data_utils.layout import RAW
+from lsdseg.errors import UserError
+
+SUFFIXES = (".tif", ".tiff")
+# In ImageJ, "um" may be written with an escaped or a real Greek letter.
+NANOMETERS = {"nm": 1.0, "um": 1e3, "µm": 1e3, "μm": 1e3, "\\u00B5m": 1e3, "micron": 1e3, "mm": 1e6, "cm": 1e7}
+
+
+class Sections:
+    """Sections of a TIFF as an array (z, y, x) that reads what is sliced.
+
+    Args:
+        pages: of tifffile, one for each section.
+        where: names the file, for messages.
+
+    Raises:
+        UserError: the sections are not gray, or differ in shape or type.
+    """
+
+    def __init__(self, pages: list[Any], where: str) -> None:
+        first = pages[0]
+        kinds = {(tuple(page.shape), page.dtype) for page in pages}
+        if len(kinds) > 1:
+            raise UserError(f"the sections of {where} differ in shape or type: use sections that are all alike")
+        if len(first.shape) != 2:
+            raise UserError(
+                f"{where} has {first.shape[-1]} values for each pixel, such as colors: convert it to gray values first"
+            )
+        self.pages = pages
+        self.shape = (len(pages), *first.shape)
+        self.dtype = np.dtype(first.dtype)
+
+    def __getitem__(self, where: tuple[slice, slice, slice]) -> NDArray[Any]:
+        z, y, x = where
+        return np.stack([page.asarray()[y, x] for page in self.pages[z]])
+
+
+@contextmanager
+def open_tiff(path: Path) -> Iterator[Source]:
+    """Open a TIFF stack, or a folder of TIFFs in the order of their names.
+
+    The voxel size is that of the metadata of ImageJ or OME, if there is any.
+
+    Raises:
+        UserError: a file is damaged, or no stack of gray sections.
+    """
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+    with ExitStack() as opened:
+        try:
+            tiffs = [opened.enter_context(tifffile.TiffFile(file)) for file in files]
+            pages = [page for tiff in tiffs for page in tiff.pages]
+            voxel_size = _voxel_size(tiffs[0])
+        except Exception as error:  # tifffile and the parser of XML raise what they like
+            raise UserError(f"{path} is no TIFF or damaged ({str(error)[:100]}): use another copy") from error
+        data = Sections(pages, str(path))
+        attributes = {"resolution": voxel_size, "offset": [0, 0, 0]} if voxel_size else {}
+        stored = sum(file.stat().st_size for file in files)
+        yield Source([Volume(RAW, data, attributes, stored)], [])
+
+
+def _voxel_size(tiff: tifffile.TiffFile) -> list[float]:
+    """Return z, y, x in nm, empty if the file does not say."""
+    if tiff.ome_metadata:
+        pixels = ElementTree.fromstring(tiff.ome_metadata).find(".//{*}Pixels")
+        sizes = [_ome_size(pixels, axis) for axis in "ZYX"] if pixels is not None else []
+        return [size for size in sizes if size] if all(sizes) else []
+    metadata, tags = tiff.imagej_metadata or {}, tiff.pages[0].tags  # type: ignore[union-attr]
+    unit = NANOMETERS.get(str(metadata.get("unit", "")))
+    if unit is None or "spacing" not in metadata or "XResolution" not in tags:
+        return []
+    along = [tags[name].value for name in ("YResolution", "XResolution")]  # pixels in each unit, as a fraction
+    if not all(pixels for pixels, _ in along):
+        return []
+    return [float(metadata["spacing"]) * unit, *(units / pixels * unit for pixels, units in along)]
+
+
+def _ome_size(pixels: ElementTree.Element, axis: str) -> float:
+    unit = NANOMETERS.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"), 0.0)
+    return float(pixels.get(f"PhysicalSize{axis}", 0)) * unit

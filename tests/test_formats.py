@@ -1,0 +1,191 @@
+"""Volumes in other formats, each with one marked voxel, three different extents and three voxel sizes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import tensorstore
+import tifffile
+
+from lsdseg.config.loader import CHECKOUT
+from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW
+from lsdseg.data_utils.volumes import list_arrays, open_array, read
+
+SHAPE, VOXEL_SIZE, OFFSET, MARKED = (10, 14, 18), (40, 8, 4), (400, 80, 8), (7, 3, 11)
+VOXELS = np.random.default_rng(0).integers(0, 200, SHAPE, dtype=np.uint8)
+VOXELS[MARKED] = 255
+IDS = np.random.default_rng(1).integers(1, 9, SHAPE).astype(np.uint64)
+
+
+def to_zarr(*arguments):
+    command = [sys.executable, CHECKOUT / "data_utils" / "to_zarr.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=CHECKOUT)
+
+
+def write_hdf(path, data):
+    with h5py.File(path, "w") as file:
+        file.create_dataset("em", data=data, chunks=(5, 7, 9)).attrs.update(resolution=VOXEL_SIZE, offset=OFFSET)
+
+
+def write_imagej(path, data):
+    z, y, x = VOXEL_SIZE
+    metadata = {"spacing": z / 1000, "unit": "um", "axes": "ZYX"}
+    tifffile.imwrite(path, data, imagej=True, resolution=(1000 / x, 1000 / y), metadata=metadata)
+
+
+def write_ome(path, data):
+    sizes = {f"PhysicalSize{axis}": size for axis, size in zip("ZYX", VOXEL_SIZE, strict=True)}
+    units = {f"PhysicalSize{axis}Unit": "nm" for axis in "ZYX"}
+    tifffile.imwrite(path, data, ome=True, metadata={"axes": "ZYX", **sizes, **units})
+
+
+def write_sections(path, data):
+    path.mkdir()
+    for number, section in enumerate(data):
+        tifffile.imwrite(path / f"section_{number:03d}.tif", section, compression="zlib")
+
+
+def write_n5(path, data, attributes=None):
+    dataset = path / "em" / "s0"
+    spec = {"driver": "n5", "kvstore": {"driver": "file", "path": f"{dataset}/"}}
+    metadata = {"dimensions": data.shape[::-1], "blockSize": [6, 5, 4], "dataType": data.dtype.name}
+    metadata["compression"] = {"type": "gzip"}
+    store = tensorstore.open(spec | {"metadata": metadata}, create=True).result()
+    store.write(data.T).result()
+    placed = {"pixelResolution": {"unit": "nm", "dimensions": VOXEL_SIZE[::-1]}, "offset": OFFSET[::-1]}
+    file = dataset / "attributes.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | (placed if attributes is None else attributes)))
+    (path / "attributes.json").write_text(json.dumps({"n5": "2.5.0"}))
+
+
+def write_precomputed(path, data, sharded=False):
+    scale = {
+        "key": "s0",
+        "size": data.shape[::-1],
+        "resolution": VOXEL_SIZE[::-1],
+        "voxel_offset": [o // v for o, v in zip(OFFSET, VOXEL_SIZE, strict=True)][::-1],
+        "chunk_size": [6, 5, 4],
+        "encoding": "raw",
+    }
+    if sharded:
+        shards = {"preshift_bits": 1, "minishard_bits": 1, "shard_bits": 1}
+        scale["sharding"] = {"@type": "neuroglancer_uint64_sharded_v1", "hash": "identity", **shards}
+    kind = "segmentation" if data.dtype == np.uint64 else "image"
+    spec = {
+        "driver": "neuroglancer_precomputed",
+        "kvstore": {"driver": "file", "path": f"{path}/"},
+        "multiscale_metadata": {"type": kind, "data_type": data.dtype.name, "num_channels": 1},
+        "scale_metadata": {key: value for key, value in scale.items() if key != "key"},
+    }
+    store = tensorstore.open(spec, create=True).result()
+    store[..., 0].write(data.T).result()
+
+
+WRITERS = {
+    "volume.hdf": write_hdf,
+    "imagej.tif": write_imagej,
+    "ome.tif": write_ome,
+    "sections": write_sections,
+    "volume.n5": write_n5,
+    "precomputed": write_precomputed,
+    "sharded": lambda path, data: write_precomputed(path, data, sharded=True),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_marked_voxel_is_at_the_same_nanometer(name, tmp_path):
+    WRITERS[name](tmp_path / name, VOXELS)
+    size = ("--resolution", *VOXEL_SIZE) if name == "sections" else ()
+    run = to_zarr(tmp_path / name, tmp_path / "out.zarr", *size)
+    assert run.returncode == 0, run.stderr
+    raw = open_array(tmp_path / "out.zarr", RAW)
+    np.testing.assert_array_equal(read(raw), VOXELS)
+    placed = name in ("volume.hdf", "volume.n5", "precomputed", "sharded")
+    assert (tuple(raw.voxel_size), tuple(raw.offset)) == (VOXEL_SIZE, OFFSET if placed else (0, 0, 0))
+
+
+def test_labels_of_another_format_come_along_and_sections_are_cut(tmp_path):
+    write_n5(tmp_path / "raw.n5", VOXELS)
+    write_precomputed(tmp_path / "labels", IDS)
+    run = to_zarr(tmp_path / "raw.n5", tmp_path / "out.zarr", "--labels", tmp_path / "labels", "--sections", "2:7")
+    assert run.returncode == 0, run.stderr
+    assert list_arrays(tmp_path / "out.zarr") == [LABELS_MASK, LABELS, RAW]
+    for name, expected in ((RAW, VOXELS), (LABELS, IDS)):
+        array = open_array(tmp_path / "out.zarr", name)
+        np.testing.assert_array_equal(read(array), expected[2:7])
+        assert tuple(array.offset) == (OFFSET[0] + 2 * VOXEL_SIZE[0], *OFFSET[1:])
+    again = to_zarr(tmp_path / "raw.n5", tmp_path / "out.zarr")
+    assert (again.returncode, "exists: add --overwrite" in again.stderr) == (2, True)
+
+
+def _colors(folder: Path):
+    tifffile.imwrite(folder / "in.tif", np.zeros((4, 8, 8, 3), np.uint8), photometric="rgb")
+    return folder / "in.tif"
+
+
+def _truncated(folder: Path):
+    write_imagej(folder / "in.tif", VOXELS)
+    (folder / "in.tif").write_bytes((folder / "in.tif").read_bytes()[:-900])
+    return folder / "in.tif"
+
+
+def _unlike_sections(folder: Path):
+    write_sections(folder / "in", VOXELS)
+    tifffile.imwrite(folder / "in" / "section_900.tif", np.zeros((3, 3), np.uint8))
+    return folder / "in"
+
+
+def _no_size(folder: Path):
+    write_n5(folder / "in.n5", VOXELS, attributes={})
+    return folder / "in.n5"
+
+
+def _two_datasets(folder: Path):
+    write_n5(folder / "in.n5", VOXELS)
+    (folder / "in.n5" / "em").rename(folder / "in.n5" / "first")
+    write_n5(folder / "in.n5", VOXELS)
+    return folder / "in.n5"
+
+
+def _damaged_chunk(folder: Path):
+    write_n5(folder / "in.n5", VOXELS)
+    chunk = folder / "in.n5" / "em" / "s0" / "1" / "1" / "1"
+    chunk.write_bytes(chunk.read_bytes()[:20])
+    return folder / "in.n5"
+
+
+def _unknown(folder: Path):
+    (folder / "in").mkdir()
+    return folder / "in"
+
+
+def _no_tiff(folder: Path):
+    (folder / "in.tif").write_text("hello")
+    return folder / "in.tif"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_colors, "has 3 values for each pixel, such as colors: convert it to gray values first"),
+        (_truncated, "in.tif is no TIFF or damaged"),
+        (_unlike_sections, "differ in shape or type"),
+        (_no_size, "volumes/raw in .* has no voxel size: .*--resolution Z Y X"),
+        (_two_datasets, "holds em, first: name the one to take with --dataset"),
+        (_damaged_chunk, "volumes/raw in .* cannot be read"),
+        (_unknown, "is a folder of none of the formats: it holds no TIFFs, no info of Neuroglancer precomputed"),
+        (_no_tiff, "is no TIFF or damaged"),
+        (lambda folder: folder / "none", "none does not exist"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_one_line(make, message, tmp_path):
+    refused = to_zarr(make(tmp_path), tmp_path / "out.zarr")
+    assert refused.returncode == 2
+    (line,) = [line for line in refused.stderr.splitlines() if "error:" in line]
+    assert re.search(message, line), line
+    assert not (tmp_path / "out.zarr").exists()
