@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 from lsdseg.cli import call_script, run_script
 from lsdseg.config.loader import dump_config, find_config, load_config
 from lsdseg.engine.blocks.lock import run_lock
-from lsdseg.engine.chain import Chain, fits_in_memory, keep_volume
+from lsdseg.engine.chain import Chain, conversion, converted, fits_in_memory, is_other_format, keep_volume
 from lsdseg.engine.evaluate.figure import draw_sample
 from lsdseg.engine.predict.check import check_before_segmenting
 from lsdseg.errors import UserError
@@ -22,6 +22,8 @@ from lsdseg.errors import UserError
 
 def main(_cfg: CfgNode | None, args: Namespace) -> None:
     """Write `volumes/segmentation_050` (uint64) for each threshold on the voxels of raw, and pictures beside the zarr.
+
+    A volume in another format is first copied to a zarr in the work folder.
 
     The config is loaded anew, with a work folder as DATA.HOME. The output keeps the segmentations at other thresholds.
     """
@@ -32,11 +34,17 @@ def main(_cfg: CfgNode | None, args: Namespace) -> None:
     work = out.with_name(f"{out.stem}_work")
     config = ("-c", str(find_config(args.config)), *args.overrides, "DATA.HOME", str(work))
     cfg = load_config(config[1], config[2:])
+    if is_other_format(raw):
+        with run_lock(work / "lock", f"in {work}"):
+            keep_volume(work, raw)
+            for script, *arguments in conversion(raw, work, cfg.DATA.RAW, args.resolution):
+                call_script(script, *arguments)
+        raw = converted(work)
     chain = Chain(cfg, raw, out, config, blockwise=args.blockwise)
     check_before_segmenting(raw, out, cfg, list(chain.results))
     chain = Chain(cfg, raw, out, config, blockwise=args.blockwise or not fits_in_memory(cfg, raw))
     with run_lock(work / "lock", f"in {work}"):
-        keep_volume(work, raw)
+        keep_volume(work, Path(args.raw).absolute())
         folder = None
         if chain.blockwise:  # logs are written to the current folder, so workers get a config without relative paths
             folder, config = work, ("-c", str(work / "config.yaml"))
@@ -57,15 +65,18 @@ def main(_cfg: CfgNode | None, args: Namespace) -> None:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the input and the output."""
-    parser.add_argument("--raw", metavar="ZARR", help="the volume, if it is not the first word")
+    parser.add_argument("--raw", metavar="VOLUME", help="the volume, if it is not the first word")
     parser.add_argument("--out", metavar="ZARR", help="zarr to write (default: NAME_segmentation.zarr beside --raw)")
+    size = "voxel size in nm, of a TIFF that does not say"
+    parser.add_argument("--resolution", nargs=3, metavar=("Z", "Y", "X"), help=size)
     parser.add_argument("--blockwise", action="store_true", help="work block by block even if memory is large enough")
 
 
 if __name__ == "__main__":
     run_script(
         main,
-        description="Segment DATA.RAW of an isotropic volume (VOLUME or --raw), at each of INS_SEGMENT.THRESHOLDS.",
+        description="Segment an isotropic volume (a zarr, or what data_utils/to_zarr.py reads), at each of "
+        "INS_SEGMENT.THRESHOLDS.",
         example="python segment.py volume.zarr DATA.RAW volumes/em INS_SEGMENT.THRESHOLDS 0.6",
         default_config="pretrained/config_fib25.py",
         add_arguments=add_arguments,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_formats
 import torch
 
 import segment
@@ -62,9 +63,9 @@ def write_volume(path, voxel_size=(8, 8, 8), raw=None, dataset="volumes/raw"):
     return path
 
 
-def run(raw, config, *overrides, out=None, blockwise=False):
+def run(raw, config, *overrides, out=None, blockwise=False, resolution=None):
     arguments = {"raw": str(raw), "out": out, "config": str(config), "overrides": list(map(str, overrides))}
-    segment.main(None, argparse.Namespace(**arguments, blockwise=blockwise))
+    segment.main(None, argparse.Namespace(**arguments, blockwise=blockwise, resolution=resolution))
 
 
 def commands(capfd):
@@ -147,6 +148,22 @@ def test_block_by_block_each_change_costs_the_steps_that_depend_on_it(tmp_path, 
     assert run_with() == everything
     with pytest.raises(UserError, match=r"belongs to the segmentation of .*fly.zarr: delete it"):
         run(write_volume(tmp_path / "other.zarr"), config, out=out)
+
+
+@pytest.mark.parametrize("name", ["volume.hdf", "imagej.tif", "sections", "volume.n5", "sharded"])
+def test_a_volume_in_any_format_has_the_same_segmentation(tmp_path, config, capfd, name):
+    raw = np.random.default_rng(0).integers(0, 256, SHAPE, dtype=np.uint8)
+    size = {"voxel_size": (10, 10, 10)}
+    run(write_volume(tmp_path / "fly.zarr", raw=raw, **size), config)
+    expected = read(open_array(tmp_path / "fly_segmentation.zarr", "volumes/segmentation_050"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(test_formats, "VOXEL_SIZE", (10, 10, 10))
+        test_formats.WRITERS[name](tmp_path / name, raw)
+    capfd.readouterr()
+    for scripts in (5, 0):
+        run(tmp_path / name, config, out=tmp_path / "out.zarr", resolution=["10"] * 3 if name == "sections" else None)
+        assert len(commands(capfd)) == scripts
+    np.testing.assert_array_equal(read(open_array(tmp_path / "out.zarr", "volumes/segmentation_050")), expected)
 
 
 def test_a_volume_that_does_not_fit_into_memory_is_segmented_block_by_block(tmp_path, config, capsys, monkeypatch):
