@@ -31,7 +31,6 @@ _C.TRAIN.LR_FAN_IN = 216
 _C.TRAIN.EMA = 0.999
 # With it, even the squared error on patches that were not trained on falls faster.
 _C.TRAIN.AFF_LOSS = "bce"
-_C.TRAIN.PLACEMENT = True
 _C.TRAIN.LR_SCHEDULE = "cosine"
 _C.TRAIN.WARMUP = 100
 _C.TRAIN.MIXED_PRECISION = "auto"

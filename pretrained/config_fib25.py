@@ -15,7 +15,6 @@ HERE = Path(__file__).resolve().parent
 _C = CfgNode(read_config_file(HERE.parent / "config" / "config_fib25.py"))
 # The recipe has changed since these weights were trained.
 _C.TRAIN.AFF_LOSS = "mse"
-_C.TRAIN.PLACEMENT = False
 _C.MODEL_ISO.ACTIVATION = "relu"
 # Absolute, because relative paths in a config start at the current directory.
 _C.TRAIN.CHECKPOINT = str(HERE / "fib25_mtlsd" / "model_checkpoint_6000")
