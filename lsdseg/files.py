@@ -90,7 +90,7 @@ def room_on_disk(path: Path | str, needed_bytes: int = 0) -> Iterator[None]:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise UserError(
-            f"no room on disk for {path}: {_size(needed_bytes)} needed, {_size(free)} free; "
+            f"no room on disk for {path}: {byte_count(needed_bytes)} needed, {byte_count(free)} free; "
             "delete something or write elsewhere"
         )
     try:
@@ -107,7 +107,7 @@ def cannot_write(path: Path | str, error: OSError) -> UserError:
     return UserError(f"cannot write {path}: {error.strerror or error}; {remedy}, then run the same command again")
 
 
-def _size(count: int) -> str:
-    """Bytes in words: 1.5 GB."""
+def byte_count(count: int) -> str:
+    """Return a number of bytes in words: 1.5 GB."""
     units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
     return next((f"{count / unit:.1f} {name}" for unit, name in units if count >= unit), f"{count} bytes")

@@ -32,7 +32,7 @@ from lsdseg.engine.predict.blockwise import begun_prediction
 from lsdseg.engine.predict.predict import is_predicted, prediction_record
 from lsdseg.engine.sample import Sample
 from lsdseg.errors import UserError
-from lsdseg.files import write_whole
+from lsdseg.files import byte_count, write_whole
 
 ANEW = ("DATA.DROP_DS_MONGOTABLE", "True")
 # Most memory for a voxel when a volume is segmented at once, beside the predictions in it, by INS_SEGMENT.METHOD.
@@ -150,7 +150,7 @@ def fits_in_memory(cfg: CfgNode, raw: Path) -> bool:
     needed, free = bytes_in_memory(cfg, raw), available_memory()
     fits = needed < SHARE * free
     print(
-        f"segmenting {raw.name} at once takes about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
+        f"segmenting {raw.name} at once takes about {byte_count(needed)}, and {byte_count(free)} are free: "
         f"{'in memory' if fits else 'block by block'}"
     )
     return fits
