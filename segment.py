@@ -15,6 +15,7 @@ from lsdseg.cli import call_script, run_script
 from lsdseg.config.loader import dump_config, find_config, load_config
 from lsdseg.engine.blocks.lock import run_lock
 from lsdseg.engine.chain import Chain, conversion, converted, fits_in_memory, is_other_format, keep_volume
+from lsdseg.engine.estimate import show_estimates
 from lsdseg.engine.evaluate.figure import draw_sample
 from lsdseg.engine.predict.check import check_before_segmenting
 from lsdseg.errors import UserError
@@ -34,6 +35,8 @@ def main(_cfg: CfgNode | None, args: Namespace) -> None:
     work = out.with_name(f"{out.stem}_work")
     config = ("-c", str(find_config(args.config)), *args.overrides, "DATA.HOME", str(work))
     cfg = load_config(config[1], config[2:])
+    if is_other_format(raw) and args.dry_run:
+        raise UserError(f"--dry-run needs a zarr: convert {raw} with data_utils/to_zarr.py first")
     if is_other_format(raw):
         with run_lock(work / "lock", f"in {work}"):
             keep_volume(work, raw)
@@ -43,6 +46,9 @@ def main(_cfg: CfgNode | None, args: Namespace) -> None:
     chain = Chain(cfg, raw, out, config, blockwise=args.blockwise)
     check_before_segmenting(raw, out, cfg, list(chain.results))
     chain = Chain(cfg, raw, out, config, blockwise=args.blockwise or not fits_in_memory(cfg, raw))
+    if args.dry_run:
+        show_estimates(chain)
+        return
     with run_lock(work / "lock", f"in {work}"):
         keep_volume(work, Path(args.raw).absolute())
         folder = None
@@ -69,6 +75,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", metavar="ZARR", help="zarr to write (default: NAME_segmentation.zarr beside --raw)")
     size = "voxel size in nm, of a TIFF that does not say"
     parser.add_argument("--resolution", nargs=3, metavar=("Z", "Y", "X"), help=size)
+    parser.add_argument("--dry-run", action="store_true", help="say what it would cost, and do nothing")
     parser.add_argument("--blockwise", action="store_true", help="work block by block even if memory is large enough")
 
 

@@ -15,7 +15,8 @@ from lsdseg.config.loader import load_config
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
 from lsdseg.engine import chain
 from lsdseg.engine.blocks.status import statuses
-from lsdseg.engine.chain import bytes_in_memory, fits_in_memory
+from lsdseg.engine.chain import Chain, bytes_in_memory, fits_in_memory
+from lsdseg.engine.estimate import estimates
 from lsdseg.engine.memory import available_memory
 from lsdseg.engine.predict.check import check_before_segmenting
 from lsdseg.errors import UserError
@@ -63,9 +64,9 @@ def write_volume(path, voxel_size=(8, 8, 8), raw=None, dataset="volumes/raw"):
     return path
 
 
-def run(raw, config, *overrides, out=None, blockwise=False, resolution=None):
+def run(raw, config, *overrides, out=None, blockwise=False, resolution=None, dry_run=False):
     arguments = {"raw": str(raw), "out": out, "config": str(config), "overrides": list(map(str, overrides))}
-    segment.main(None, argparse.Namespace(**arguments, blockwise=blockwise, resolution=resolution))
+    segment.main(None, argparse.Namespace(**arguments, blockwise=blockwise, resolution=resolution, dry_run=dry_run))
 
 
 def commands(capfd):
@@ -176,6 +177,24 @@ def test_a_volume_that_does_not_fit_into_memory_is_segmented_block_by_block(tmp_
         assert fits_in_memory(cfg, raw) == fits
         assert ("in memory" if fits else "block by block") in capsys.readouterr().out
     assert 1e6 < available_memory() < 1e15
+
+
+def test_a_dry_run_says_what_it_would_cost_and_does_nothing(tmp_path, config, capsys, small_disk):
+    raw = write_volume(tmp_path / "fly.zarr")
+    blocks = ("INS_SEGMENT.BLOCK_SIZE", "(16, 16, 16)", "SYSTEM.NUM_WORKERS", 4)
+    run(raw, config, *blocks, blockwise=True, dry_run=True)
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert {"prediction", "fragments", "agglomeration", "tables", "relabeling"} <= lines.keys()
+    assert lines["fragments"][1] == "8"  # 24 x 21 x 28 voxels of 10 nm
+    assert "4 worker(s)" in " ".join(lines["in"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fly.zarr", "run", "tiny.py"]
+
+    cfg = load_config(config, ["DATA.HOME", str(tmp_path)])
+    found = estimates(Chain(cfg, raw, tmp_path / "out.zarr", (), blockwise=False))
+    assert [step.measured for step in found] == [True, False, False, False, False]
+    assert all(step.seconds > 0 and step.memory > 1e8 for step in found)
+    with pytest.raises(UserError, match="no room on disk"):
+        estimates(Chain(cfg, raw, small_disk(64) / "out.zarr", (), blockwise=True))
 
 
 def test_a_volume_may_be_the_first_word(tmp_path, config):

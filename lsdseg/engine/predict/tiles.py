@@ -98,7 +98,7 @@ class TilePredictor:
     def read(self, raw: Array, begin: Sequence[int], shape: Sequence[int]) -> NDArray[np.float32]:
         """Read a tile with all that its prediction depends on, in the network's gray values; arguments as above."""
         input_begin = [b - c - low for b, c, (low, _) in zip(begin, self.context, self.widest, strict=True)]
-        return network_intensity(read_mirrored(raw, input_begin, self._input_shape(shape)), self.cfg)
+        return network_intensity(read_mirrored(raw, input_begin, self.input_shape(shape)), self.cfg)
 
     def predict_voxels(self, voxels: NDArray[np.float32], shape: Sequence[int]) -> dict[str, NDArray[np.float32]]:
         """Predict a tile of a shape from what `read` returned; results as above."""
@@ -108,14 +108,15 @@ class TilePredictor:
                 (c + most - low, c + most + s + high)
                 for c, s, (low, high), (most, _) in zip(self.context, shape, ends, self.widest, strict=True)
             ]
-            outputs = self._run(self.model, self.precision, view.of(voxels), view.box(box, self._input_shape(shape)))
+            outputs = self._run(self.model, self.precision, view.of(voxels), view.box(box, self.input_shape(shape)))
             predicted = {task: output.float().cpu().numpy() for task, output in outputs.items()}
             combination.add(
                 {task: turned_back(task, values, view, ends, self.cfg) for task, values in predicted.items()}
             )
         return combination.results()
 
-    def _input_shape(self, shape: Sequence[int]) -> list[int]:
+    def input_shape(self, shape: Sequence[int]) -> list[int]:
+        """Return the voxels along z, y, x of what `read` returns for a tile of a shape."""
         return [s + 2 * c + low + high for s, c, (low, high) in zip(shape, self.context, self.widest, strict=True)]
 
     @torch.inference_mode()

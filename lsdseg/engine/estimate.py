@@ -1,0 +1,130 @@
+"""What segmenting a volume will cost, before it is begun: blocks, disk, memory and time of each step.
+
+The time of prediction is measured, on one tile. The times of the other steps are those of earlier blocks of this
+volume, if there are any, and otherwise what they took in `benchmarks/blockwise.py` on one machine.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from yacs.config import CfgNode
+
+from lsdseg.data_utils.volumes import open_array
+from lsdseg.engine.blocks.markers import record_files, records_in
+from lsdseg.engine.blocks.status import duration
+from lsdseg.engine.chain import BYTES_PER_VOXEL, Chain
+from lsdseg.engine.post.steps.edges import edges_name
+from lsdseg.engine.post.steps.fragments import NAME as FRAGMENTS_STEP
+from lsdseg.engine.predict.predict import prediction_channels
+from lsdseg.engine.predict.tiles import TilePredictor, tile_voxels
+from lsdseg.errors import UserError
+from lsdseg.files import byte_count, room_on_disk
+
+# CPU seconds for a million voxels; docs/results.md, "Large volumes".
+SECONDS = {"fragments": 0.386, "agglomeration": 0.189, "tables": 0.009, "relabeling": 0.019}
+# What a process takes for its libraries, and for those of the network.
+LIBRARIES, WITH_NETWORK = 3 * 10**8, 5 * 10**8
+# Compressed, predictions and labels take about these shares of their size.
+PREDICTION_SHARE, LABEL_SHARE = 0.6, 0.03
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one step will cost.
+
+    Attributes:
+        step: its name.
+        blocks: how many.
+        seconds: of one core, for all blocks; of the device, for prediction.
+        disk: bytes, compressed.
+        memory: bytes of each worker.
+        measured: whether the time was measured on this volume.
+    """
+
+    step: str
+    blocks: int
+    seconds: float
+    disk: int
+    memory: int
+    measured: bool
+
+
+def estimates(chain: Chain) -> list[Estimate]:
+    """Estimate the steps of a chain.
+
+    Raises:
+        UserError: the network or its device cannot be used, or there is no room on disk.
+    """
+    cfg, raw = chain.cfg, open_array(chain.raw, chain.cfg.DATA.RAW)
+    shape = [-(-size // voxel) for size, voxel in zip(raw.roi.shape, cfg.MODEL.VOXEL_SIZE, strict=True)]
+    voxels = math.prod(shape)
+    tile = tile_voxels(cfg, shape)
+    tiles = math.prod(-(-size // t) for size, t in zip(shape, tile, strict=True))
+    seconds, network_bytes = _time_tile(cfg, tile)
+    bytes_per_value = np.dtype(cfg.DATA.AFFS_DTYPE).itemsize
+    predictions = voxels * sum(prediction_channels(cfg).values()) * bytes_per_value
+    found = [Estimate("prediction", tiles, seconds * tiles, int(predictions * PREDICTION_SHARE), network_bytes, True)]
+
+    settings = cfg.INS_SEGMENT
+    block = settings.BLOCK_SIZE if chain.blockwise else shape
+    blocks = math.prod(-(-size // b) for size, b in zip(shape, block, strict=True))
+    read = [min(size, b + 2 * c) for size, b, c in zip(shape, block, settings.CONTEXT, strict=True)]
+    memory = LIBRARIES + math.prod(read) * (BYTES_PER_VOXEL[settings.METHOD] + 12)
+    labels, thresholds = int(voxels * 8 * LABEL_SHARE), len(chain.results)
+    markers = {"fragments": FRAGMENTS_STEP, "agglomeration": edges_name(chain.merge_function)}
+    for step, disk in (("fragments", labels), ("agglomeration", 0)):
+        before = _mean_seconds(chain.sample.markers(markers[step])) if chain.blockwise else 0.0
+        needed = before * blocks or SECONDS[step] * voxels / 1e6
+        found.append(Estimate(step, blocks, needed, disk, memory, bool(before)))
+    found.append(Estimate("tables", thresholds, SECONDS["tables"] * voxels / 1e6, 0, LIBRARIES, False))
+    relabeling = SECONDS["relabeling"] * voxels / 1e6 * thresholds
+    found.append(Estimate("relabeling", blocks * thresholds, relabeling, labels * thresholds, LIBRARIES, False))
+    with room_on_disk(chain.out, sum(estimate.disk for estimate in found)):
+        return found
+
+
+def show_estimates(chain: Chain) -> None:
+    """Print what each step of a chain will cost, and all of them together.
+
+    Raises:
+        UserError: as for `estimates`.
+    """
+    found = estimates(chain)
+    workers = max(1, chain.cfg.SYSTEM.NUM_WORKERS) if chain.blockwise else 1
+    print(f"{'step':>14} {'blocks':>9} {'CPU time':>12} {'disk':>10} {'memory of a worker':>19}")
+    for step in found:
+        known = "" if step.measured else "  (typical, not measured here)"
+        print(
+            f"{step.step:>14} {step.blocks:9} {duration(step.seconds):>12} {byte_count(step.disk):>10} "
+            f"{byte_count(step.memory):>19}{known}"
+        )
+    total = sum(step.seconds for step in found)
+    print(
+        f"in all {duration(total)} of work, about {duration(total / workers)} with {workers} worker(s), and "
+        f"{byte_count(sum(step.disk for step in found))} on disk"
+    )
+
+
+def _time_tile(cfg: CfgNode, tile: tuple[int, ...]) -> tuple[float, int]:
+    """Return the seconds of one tile, and about how much memory it takes."""
+    predictor = TilePredictor(cfg)
+    shape = predictor.input_shape(tile)
+    voxels = np.random.default_rng(0).random(shape, np.float32) * 2 - 1
+    began = time.monotonic()
+    predictor.predict_voxels(voxels, tile)
+    # The finest level: what comes from its way down, from below, both together, and what is computed of them.
+    return time.monotonic() - began, WITH_NETWORK + math.prod(shape) * 4 * 5 * cfg.MODEL.NUM_FMAPS
+
+
+def _mean_seconds(markers: Path) -> float:
+    """Return the mean seconds of a block in earlier runs, 0 without any."""
+    try:
+        records = records_in(record_files(markers))
+    except (OSError, UserError):
+        return 0.0
+    return float(records["seconds"].mean()) if len(records) else 0.0
