@@ -9,8 +9,9 @@ from lsdseg.data_utils.convert import FOLDERS, FORMATS, convert_volume
 
 def main() -> None:
     """Convert one volume, and perhaps its labels."""
+    folders = ", ".join(name for name, _ in FOLDERS.values())
     parser = command_parser(
-        f"Copy a volume to a zarr: a file ({', '.join(FORMATS)}), a folder of TIFFs, or {', '.join(FOLDERS.values())}.",
+        f"Copy a volume to a zarr: a file ({', '.join(FORMATS)}), or a folder of TIFFs, {folders}.",
         "python data_utils/to_zarr.py raw.tif train/sample.zarr --labels labels.tif --resolution 40 4 4",
     )
     parser.add_argument("source", metavar="IN", type=Path)

@@ -41,11 +41,11 @@ FORMATS = {
     ".tif": "lsdseg.data_utils.tiff:open_tiff",
     ".tiff": "lsdseg.data_utils.tiff:open_tiff",
 }
-# The same for folders, by a file that they hold; a folder without any of these is taken for one of TIFFs.
-FOLDERS = {"info": "Neuroglancer precomputed", "attributes.json": "N5"}
-OF_FOLDERS = {
-    "info": "lsdseg.data_utils.tensorstores:open_precomputed",
-    "attributes.json": "lsdseg.data_utils.tensorstores:open_n5",
+# The same for folders, by a file that they hold: what the format is called, and its function. A folder without any of
+# these files may be one of TIFFs.
+FOLDERS = {
+    "info": ("Neuroglancer precomputed", "lsdseg.data_utils.tensorstores:open_precomputed"),
+    "attributes.json": ("N5", "lsdseg.data_utils.tensorstores:open_n5"),
 }
 
 
@@ -261,12 +261,10 @@ def open_source(path: Path) -> AbstractContextManager[Source]:
     """
     source: AbstractContextManager[Source]
     if path.is_dir():
-        formats = [OF_FOLDERS[name] for name in OF_FOLDERS if (path / name).is_file()]
+        formats = [function for name, (_, function) in FOLDERS.items() if (path / name).is_file()]
         if not formats and not any(FORMATS.get(file.suffix.lower()) == FORMATS[".tif"] for file in path.iterdir()):
-            raise UserError(
-                f"{path} is a folder of none of the formats: it holds no TIFFs, no info of {FOLDERS['info']}, and no "
-                f"attributes.json of {FOLDERS['attributes.json']}"
-            )
+            others = ", ".join(f"no {name} of {format_name}" for name, (format_name, _) in FOLDERS.items())
+            raise UserError(f"{path} is a folder of none of the formats: it holds no TIFFs, {others}")
         source = resolve(formats[0] if formats else FORMATS[".tif"])(path)
         return source
     if not path.is_file():
