@@ -350,14 +350,15 @@ def test_unknown_segmentation_to_compare(layers):
         find_layer(layers, "segmentation_99")
 
 
-def test_command_prints_link_and_tunnel(sample):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_command_prints_link_and_tunnel(sample, number):
     command = [sys.executable, str(CHECKOUT / "view.py"), str(sample[1]), "--volume", str(sample[0])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             lines = [process.stdout.readline() for _ in range(4)]
         finally:
-            process.send_signal(signal.SIGINT)
-    assert process.returncode == 0
+            process.send_signal(number)
+        assert process.wait(60) == 0
     assert lines[0].startswith("sample: http://127.0.0.1:")
     assert len(lines[0].split("/v/")[1].strip(" /\n")) == 40  # the token
     port = lines[0].split(":")[3].split("/")[0]

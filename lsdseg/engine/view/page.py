@@ -7,6 +7,7 @@ reach it.
 
 import errno
 import getpass
+import signal
 import socket
 import sys
 import threading
@@ -20,6 +21,7 @@ from funlib.persistence import Array
 from numpy.typing import NDArray
 
 from lsdseg.data_utils.volumes import read
+from lsdseg.engine.signals import signal_handlers
 from lsdseg.engine.view.layers import Layer
 from lsdseg.engine.view.shaders import line_shader
 from lsdseg.errors import UserError
@@ -178,13 +180,11 @@ def links(pages: Sequence[tuple[str, neuroglancer.Viewer]], host: str) -> str:
 
 
 def serve(text: str) -> None:
-    """Print a text, and serve until Ctrl-C."""
-    try:
+    """Print a text, and serve until Ctrl-C or SIGTERM, also in the background of a shell, which ignores Ctrl-C."""
+    ended = threading.Event()
+    with signal_handlers(lambda *_: ended.set(), signal.SIGINT, signal.SIGTERM):
         print(text, flush=True)
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        pass
-    finally:
+        ended.wait()
         neuroglancer.server.stop()
 
 
