@@ -120,9 +120,9 @@ def test_folders_below_the_home_of_a_file_move_with_it(tmp_path):
     file.write_text("""
 from yacs.config import CfgNode
 _C = CfgNode(dict(
-    DATA=dict(HOME="/old/root", OUTFILE="/old/root/lsd_outputs"),
-    TRAIN=dict(CHECKPOINT="/old/root/lsd_checkpoints/run/model_checkpoint_1"),
-    MODEL_ISO=dict(LOG_DIR="/old/root/logs/x", CKPT_FOLDER="/old/root/ckpt/x", OUTPUT_DIR="/elsewhere/snapshots"),
+    DATA=dict(HOME="/old/lab", OUTFILE="/old/lab/lsd_outputs"),
+    TRAIN=dict(CHECKPOINT="/old/lab/lsd_checkpoints/run/model_checkpoint_1"),
+    MODEL_ISO=dict(LOG_DIR="/old/lab/logs/x", CKPT_FOLDER="/old/lab/ckpt/x", OUTPUT_DIR="/elsewhere/snapshots"),
 ))
 """)
     cfg = load_config(file, ["DATA.HOME", "/new"])
@@ -132,10 +132,10 @@ _C = CfgNode(dict(
         "/new/ckpt/x",
     )
     assert cfg.MODEL.OUTPUT_DIR == "/elsewhere/snapshots"  # lies elsewhere
-    assert cfg.TRAIN.CHECKPOINT.startswith("/old/root")  # a file to read, which does not move
+    assert cfg.TRAIN.CHECKPOINT.startswith("/old/lab")  # a file to read, which does not move
     named = load_config(file, ["DATA.HOME", "/new", "DATA.OUTFILE", "/out"])
     assert named.DATA.OUTFILE == "/out"
-    assert load_config(file).DATA.OUTFILE == "/old/root/lsd_outputs"
+    assert load_config(file).DATA.OUTFILE == "/old/lab/lsd_outputs"
 
 
 def test_in_memory_a_config_without_a_merge_function_takes_the_mean_without_a_merge_in_advance(home):
