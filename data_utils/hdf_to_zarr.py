@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from lsdseg.cli import argument, command_parser, run_command
-from lsdseg.config.rules import number
+from lsdseg.cli import add_conversion, command_parser, run_command
 from lsdseg.data_utils.convert import FORMATS, convert_files
 
 
@@ -15,12 +14,7 @@ def main() -> None:
     )
     parser.add_argument("sources", metavar="IN", nargs="+", type=Path)
     parser.add_argument("output", metavar="OUT", type=Path, help="OUT.zarr, or a folder for one zarr per input")
-    parser.add_argument("--sections", metavar="A:B", default=":", help="sections A to B - 1 only")
-    resolution_help = "z y x in nm, for datasets without the attribute resolution"
-    parser.add_argument(
-        "--resolution", type=argument(number(0, above=True)), nargs=3, metavar=("Z", "Y", "X"), help=resolution_help
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace zarrs that exist")
+    add_conversion(parser)
     run_command(parser, lambda arguments: convert_files(**vars(arguments)))
 
 

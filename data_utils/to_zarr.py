@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from lsdseg.cli import argument, command_parser, run_command
-from lsdseg.config.rules import number
+from lsdseg.cli import add_conversion, command_parser, run_command
 from lsdseg.data_utils.convert import FOLDERS, FORMATS, convert_volume
 
 
@@ -18,12 +17,7 @@ def main() -> None:
     parser.add_argument("target", metavar="OUT.zarr", type=Path)
     parser.add_argument("--labels", metavar="IN", type=Path, help="neuron labels on the same voxels, in any format")
     parser.add_argument("--dataset", metavar="NAME", help="the dataset of IN that is raw, if it holds several")
-    parser.add_argument("--sections", metavar="A:B", default=":", help="sections A to B - 1 only")
-    resolution_help = "z y x in nm, where the file says nothing"
-    parser.add_argument(
-        "--resolution", type=argument(number(0, above=True)), nargs=3, metavar=("Z", "Y", "X"), help=resolution_help
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a zarr that exists")
+    add_conversion(parser)
     run_command(parser, lambda arguments: convert_volume(**vars(arguments)))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lsdseg.config.loader import CHECKOUT, CONFIG_SUFFIXES, EXPERIMENT, load_config
-from lsdseg.config.rules import Rule, pattern, read_value
+from lsdseg.config.rules import Rule, number, pattern, read_value
 from lsdseg.errors import DeviceError, UserError, quoted, without_secrets
 
 
@@ -153,6 +153,19 @@ def add_merge_function(parser: argparse.ArgumentParser, default: str | None = No
         default=default,
         help=f"merge function that 03 was run with (default: {default or 'that of the config'})",
     )
+
+
+def add_conversion(parser: argparse.ArgumentParser) -> None:
+    """Add what all conversions to zarr have: --sections, --resolution and --overwrite."""
+    parser.add_argument("--sections", metavar="A:B", default=":", help="sections A to B - 1 only")
+    parser.add_argument(
+        "--resolution",
+        metavar=("Z", "Y", "X"),
+        type=argument(number(0, above=True)),
+        nargs=3,
+        help="voxel size in nm, z y x, where the input says nothing",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace zarrs that exist")
 
 
 @contextmanager

@@ -23,7 +23,7 @@ import numpy as np
 from funlib.persistence import Array
 
 from lsdseg.config.defaults import get_cfg_defaults
-from lsdseg.data_utils.volumes import read
+from lsdseg.data_utils.volumes import has_array, open_array, read, require_whole
 from lsdseg.errors import UserError
 
 ATTRIBUTE = "made_from"
@@ -80,7 +80,8 @@ class Record:
                 found.append(f"{name} {what}")
         # A key that one does not have is younger than that one. The default of such a key is what was done before.
         keys = self.settings.keys() | other.settings.keys()
-        settings, theirs = (json.loads(json.dumps(_defaults(keys) | one.settings)) for one in (self, other))
+        defaults = _defaults(keys)
+        settings, theirs = (json.loads(json.dumps(defaults | one.settings)) for one in (self, other))
         for key in sorted(keys):
             before, now = settings[key], theirs[key]
             if before != now:
@@ -104,6 +105,21 @@ class Record:
 def record_of(array: Array) -> Record | None:
     """Return the record of an array, None if it has none: others made it, or a version before records."""
     return Record.from_json(array.attrs.get(ATTRIBUTE))
+
+
+def is_made(path: Path, dataset: str, record: Record) -> bool:
+    """Return whether a dataset is there, and made from what a record says.
+
+    Raises:
+        UserError: it is, but has lost chunks.
+    """
+    if not has_array(path, dataset):
+        return False
+    made_from = record_of(open_array(path, dataset))
+    if made_from is None or made_from.differences(record):
+        return False
+    require_whole(path, dataset)
+    return True
 
 
 def identity(array: Array) -> str:

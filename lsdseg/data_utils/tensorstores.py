@@ -3,7 +3,6 @@
 Both store x, y, z; everything here is z, y, x.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,9 @@ from numpy.typing import NDArray
 from lsdseg.data_utils.convert import Source, Volume
 from lsdseg.data_utils.layout import LABELS, RAW
 from lsdseg.errors import UserError
+from lsdseg.files import read_json
+
+ANOTHER = "use another copy"
 
 
 class _Lazy:
@@ -44,15 +46,12 @@ def open_precomputed(path: Path) -> Iterator[Source]:
     Raises:
         UserError: it is damaged, or has several channels.
     """
-    info = _read_json(path / "info")
+    info = read_json(path / "info", ANOTHER)
     try:
         scale, channels = info["scales"][0], info["num_channels"]
-        attributes = {
-            "resolution": [float(size) for size in scale["resolution"][::-1]],
-            "offset": [n * s for n, s in zip(scale.get("voxel_offset", [0] * 3), scale["resolution"], strict=True)][
-                ::-1
-            ],
-        }
+        sizes, begin = scale["resolution"][::-1], scale.get("voxel_offset", [0] * 3)[::-1]
+        offset = [first * size for first, size in zip(begin, sizes, strict=True)]
+        attributes = {"resolution": [float(size) for size in sizes], "offset": offset}
         name = LABELS if info["type"] == "segmentation" else RAW
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"{path / 'info'} describes no precomputed volume ({error}): use another folder") from None
@@ -72,7 +71,7 @@ def open_n5(path: Path) -> Iterator[Source]:
     """
     volumes, others = [], []
     for file in sorted(path.rglob("attributes.json")):
-        attributes, name = _read_json(file), str(file.parent.relative_to(path))
+        attributes, name = read_json(file, ANOTHER), str(file.parent.relative_to(path))
         if "dimensions" not in attributes:
             continue
         if len(attributes["dimensions"]) == 3 and not (file.parent.name[1:].isdigit() and file.parent.name != "s0"):
@@ -100,14 +99,6 @@ def _volume(path: Path, name: str, driver: str, attributes: dict[str, Any]) -> V
         spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{path.absolute()}/"}}
         data = _Lazy(tensorstore.open(spec, read=True, open=True).result())
     except Exception as error:  # ValueError or RuntimeError, whatever is wrong
-        raise UserError(f"{path} cannot be read ({str(error)[:150]}): use another copy") from error
+        raise UserError(f"{path} cannot be read ({str(error)[:150]}): {ANOTHER}") from error
     stored = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return Volume(name, data, attributes, stored)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}): use another copy") from None
-    return content if isinstance(content, dict) else {}

@@ -10,13 +10,14 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
+from lsdseg.data_utils import placement
 from lsdseg.data_utils.convert import Source, Volume
 from lsdseg.data_utils.layout import RAW
 from lsdseg.errors import UserError
 
 SUFFIXES = (".tif", ".tiff")
-# In ImageJ, "um" may be written with an escaped or a real Greek letter.
-NANOMETERS = {"nm": 1.0, "um": 1e3, "µm": 1e3, "μm": 1e3, "\\u00B5m": 1e3, "micron": 1e3, "mm": 1e6, "cm": 1e7}
+# In ImageJ, "um" may be written with an escaped or another Greek letter.
+NANOMETERS = placement.NANOMETERS | {"μm": 1000, "\\u00B5m": 1000, "cm": 10**7}
 
 
 class Sections:
@@ -78,7 +79,7 @@ def _voxel_size(tiff: tifffile.TiffFile) -> list[float]:
         sizes = [_ome_size(pixels, axis) for axis in "ZYX"] if pixels is not None else []
         return [size for size in sizes if size] if all(sizes) else []
     metadata, tags = tiff.imagej_metadata or {}, tiff.pages[0].tags  # type: ignore[union-attr]
-    unit = NANOMETERS.get(str(metadata.get("unit", "")))
+    unit = NANOMETERS.get(metadata.get("unit") or "unknown")
     if unit is None or "spacing" not in metadata or "XResolution" not in tags:
         return []
     along = [tags[name].value for name in ("YResolution", "XResolution")]  # pixels in each unit, as a fraction

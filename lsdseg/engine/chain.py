@@ -17,10 +17,10 @@ from yacs.config import CfgNode
 
 from lsdseg.config.model_types import task_channels
 from lsdseg.data_utils.layout import RAW, data_folder, final_segmentation_name
-from lsdseg.data_utils.records import Record, record_of
+from lsdseg.data_utils.records import Record, is_made
 from lsdseg.data_utils.replace import HEADERS
 from lsdseg.data_utils.rescale import rescale_record
-from lsdseg.data_utils.volumes import has_array, open_array, require_whole
+from lsdseg.data_utils.volumes import open_array
 from lsdseg.engine.memory import available_memory
 from lsdseg.engine.post.methods import method_of
 from lsdseg.engine.post.steps.edges import require_edges
@@ -158,12 +158,7 @@ def fits_in_memory(cfg: CfgNode, raw: Path) -> bool:
 
 def _is_made(path: Path, dataset: str, record: Record) -> bool:
     """Return whether a dataset is there, whole, and made from what the record says."""
-    if not has_array(path, dataset):
-        return False
-    made_from = record_of(open_array(path, dataset))
-    if made_from is None or made_from.differences(record):
-        return False
-    return not _state(lambda: require_whole(path, dataset))[1]
+    return _state(lambda: is_made(path, dataset, record))[0]
 
 
 def _state(check: Callable[[], object]) -> tuple[bool, Command]:

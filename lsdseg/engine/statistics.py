@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import correlate1d, gaussian_filter
 from yacs.config import CfgNode
 
-from lsdseg.data_utils.labels import is_labeled
+from lsdseg.data_utils.labels import grow_boundary, is_labeled
 from lsdseg.data_utils.volumes import has_array, open_array, read, source_defaults
 from lsdseg.engine.intensity import unit_factor
 from lsdseg.engine.sample import Sample
@@ -295,11 +295,4 @@ def _line_strengths(raw: NDArray[np.float32]) -> NDArray[np.float64]:
 
 def _boundaries(labels: NDArray[Any]) -> NDArray[np.bool_]:
     """Return the voxels of neurons that touch another neuron, or none, in y or x."""
-    found = np.zeros(labels.shape, bool)
-    for axis in (1, 2):
-        before = tuple(slice(None, -1) if a == axis else slice(None) for a in range(3))
-        after = tuple(slice(1, None) if a == axis else slice(None) for a in range(3))
-        differ = labels[before] != labels[after]
-        found[before] |= differ
-        found[after] |= differ
-    return found & (labels > 0)
+    return (grow_boundary(labels, 1, axes=(1, 2)) == 0) & (labels > 0)

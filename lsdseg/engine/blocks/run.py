@@ -31,7 +31,7 @@ from lsdseg.engine.blocks.life import Listener
 from lsdseg.engine.blocks.lock import run_lock, step_lock
 from lsdseg.engine.blocks.markers import blocks_left, check_settings, finished, record_files, records_in
 from lsdseg.engine.blocks.reports import clear_reports
-from lsdseg.engine.blocks.step import BlockStep, Summary
+from lsdseg.engine.blocks.step import SKIPPED, STEP, BlockStep, Summary
 from lsdseg.engine.blocks.supervisor import ALIVE, STOPPED, supervise
 from lsdseg.engine.blocks.workers import workers_class
 from lsdseg.engine.signals import signal_handlers
@@ -40,9 +40,6 @@ from lsdseg.files import room_on_disk, write_whole
 
 RETRIES = 3  # of a block that fails, and of starting over when nothing gets done
 SECONDS_BETWEEN_LINES = 30  # in a log
-# Files in the folder of a run, for its workers and for `status.py`:
-STEP = "step.json"  # what is done with which blocks
-SKIPPED = "skipped"  # a bit for each block that need not be done; missing if there is none
 SECONDS_OF_SILENCE = 30  # after which the supervisor is replaced
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lsdseg.engine.blocks.lock import is_locked
 from lsdseg.engine.blocks.markers import record_files, records_in
 from lsdseg.engine.blocks.reports import Report, current_blocks, failures
-from lsdseg.engine.blocks.run import SKIPPED, STEP
+from lsdseg.engine.blocks.step import SKIPPED, STEP
 from lsdseg.engine.blocks.supervisor import STOPPED
 from lsdseg.errors import UserError
 from lsdseg.files import read_json, write_whole

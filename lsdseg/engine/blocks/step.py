@@ -10,6 +10,10 @@ from numpy.typing import NDArray
 
 from lsdseg.data_utils.layout import log_folder
 
+# Files in the folder of a run, for its workers and for `status.py`:
+STEP = "step.json"  # what is done with which blocks
+SKIPPED = "skipped"  # a bit for each block that need not be done; missing if there is none
+
 
 @dataclass
 class BlockStep:

@@ -23,6 +23,7 @@ from lsdseg.engine.blocks.life import Listener, end_with_parent, show_life
 from lsdseg.engine.blocks.lock import workers_lock
 from lsdseg.engine.blocks.markers import new_record_file, record_files
 from lsdseg.engine.blocks.reports import failures, same_error
+from lsdseg.engine.blocks.step import STEP
 from lsdseg.engine.blocks.workers import Workers, workers_class
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk, write_whole
@@ -111,7 +112,7 @@ class _Crew:
     def _start(self, number: int) -> None:
         folder, records = self.workers.folder, new_record_file(self.markers)
         self._log(number, time.strftime("%Y-%m-%d %H:%M:%S"))
-        files = [folder / "config_0.yaml", folder / "step.json", records, self.logs[number]]
+        files = [folder / "config_0.yaml", folder / STEP, records, self.logs[number]]
         command = [sys.executable, "-m", "lsdseg.engine.blocks.worker", *map(str, files)]
         self.listeners[number] = Listener(records)
         self.running[number] = self.workers.start(number, command, self.logs[number])

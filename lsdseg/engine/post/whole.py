@@ -13,8 +13,8 @@ from yacs.config import CfgNode
 from lsdseg.config.rules import SEGMENTATION, settings_of
 from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.data_utils.masks import open_mask, read_mask
-from lsdseg.data_utils.records import Record, record_of
-from lsdseg.data_utils.volumes import list_arrays, open_array, read, rename_array, require_whole, write_array
+from lsdseg.data_utils.records import Record, is_made, record_of
+from lsdseg.data_utils.volumes import list_arrays, open_array, read, rename_array, write_array
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.offsets import Offset, spans_sections
 from lsdseg.engine.post.affinities import float_affinities
@@ -97,18 +97,13 @@ def is_segmented(sample: Sample) -> bool:
         UserError: the affinities or a setting cannot be used.
     """
     settings = settings_in_memory(sample.cfg.INS_SEGMENT)
-    record, existing = _record(sample), list_arrays(sample.output)
-    method = method_of(settings)
+    record, method = _record(sample), method_of(settings)
+    merge_function = method.merge_function(settings)
     for name in method.segmentation_names(settings).values():
-        if name not in existing:
+        if not is_made(sample.output, name, record):
             return False
-        array = open_array(sample.output, name)
-        made_from = record_of(array)
-        if made_from is None or made_from.differences(record):
+        if open_array(sample.output, name).attrs.get("merge_function", merge_function) != merge_function:
             return False
-        if array.attrs.get("merge_function", method.merge_function(settings)) != method.merge_function(settings):
-            return False
-        require_whole(sample.output, name)
     return True
 
 

@@ -154,9 +154,7 @@ class TilePredictor:
         """
         with ThreadPoolExecutor(max_workers=1) as reader:
 
-            def read_tile(
-                first: tuple[int, ...], tile: tuple[int, ...]
-            ) -> tuple[tuple[int, ...], tuple[int, ...], Any]:
+            def read_tile(first: Shape, tile: Shape) -> tuple[Shape, Shape, NDArray[np.float32]]:
                 return first, tile, self.read(raw, [b + f for b, f in zip(begin, first, strict=True)], tile)
 
             for first, tile, voxels in one_ahead(reader.submit(read_tile, *place) for place in self.tiles(shape)):
