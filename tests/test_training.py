@@ -565,7 +565,8 @@ def test_a_full_disk_ends_training_without_a_partial_checkpoint(home, small_disk
     folder = small_disk(16)
     with pytest.raises(UserError, match=r"cannot write .*model_checkpoint_2.*free some space"):
         train(config(home, MODEL_ISO__CKPT_FOLDER=folder))
-    assert list(folder.iterdir()) == []
+    assert [path.name for path in folder.iterdir()] == ["train.log"]
+    assert "cannot write" in (folder / "train.log").read_text().splitlines()[-1]
 
 
 def test_old_checkpoints_are_deleted_and_only_a_share_of_the_volumes_is_used(home, volume, capsys):

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import os
 import random
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from lsdseg.engine.network import first_network_config
 from lsdseg.engine.statistics import training_statistics
 from lsdseg.engine.training.pipeline import TrainingBatch, training_batches
 from lsdseg.engine.training.ranks import Ranks
+from lsdseg.engine.training.runlog import TRAIN_LOG, keep_log, log, log_start, say_on_screen
 from lsdseg.engine.training.snapshot import preview_images, write_snapshot
 from lsdseg.engine.training.stopping import stop_on_signal
 from lsdseg.engine.training.trainer import Trainer, learning_rate, training_precision
@@ -45,7 +47,8 @@ from lsdseg.models.checkpoint import checkpoint_path, checkpoints_in, latest_che
 def train(cfg: CfgNode) -> None:
     """Train the configured model type on the first zarrs in the train folder, a share DATA.TRAIN_TEST_SPLIT of them.
 
-    Writes checkpoints `model_checkpoint_N`, a config for `predicter.py` beside them, TensorBoard logs and snapshots.
+    Writes checkpoints `model_checkpoint_N`, a config for `predicter.py` and `train.log` beside them, TensorBoard logs
+    and snapshots.
     After SIGINT or SIGTERM, it saves the current iteration and exits with the shell's status for that signal.
 
     Raises:
@@ -61,14 +64,13 @@ def train(cfg: CfgNode) -> None:
     validation = Validation(cfg, left_out) if cfg.TRAIN.VALIDATE_EVERY else None
     if cfg.PREPROCESS.USE_WANDB and ranks.is_first:
         _start_wandb(cfg)
-    with ranks.connected(device):
+    with say_on_screen() if ranks.is_first else nullcontext(), ranks.connected(device):
         if MODEL_TYPES[cfg.TRAIN.MODEL_TYPE].first and not cfg.TRAIN.CHECKPOINT_AC:
             first = first_network_config(cfg)
-            if ranks.is_first:
-                print(
-                    f"training the first network, {first.TRAIN.MODEL_TYPE}, for {first.TRAIN.EPOCHS} iterations; "
-                    "the second one follows"
-                )
+            log.info(
+                f"training the first network, {first.TRAIN.MODEL_TYPE}, for {first.TRAIN.EPOCHS} iterations; "
+                "the second one follows"
+            )
             weights = _train_network(first, volumes, device, ranks, None)
             cfg = derived_config(cfg, {"TRAIN.CHECKPOINT_AC": str(weights)})
         _train_network(cfg, volumes, device, ranks, validation)
@@ -105,35 +107,42 @@ def _train_network(
     folder = Path(cfg.MODEL.CKPT_FOLDER)
     latest = latest_checkpoint(folder)
     start = trainer.load(latest) if latest else 0
-    report: Callable[[str], None] = print if ranks.is_first else _discard
     if start >= cfg.TRAIN.EPOCHS:
-        report(f"{latest} already has all TRAIN.EPOCHS {cfg.TRAIN.EPOCHS} iterations: nothing to do")
+        log.info(f"{latest} already has all TRAIN.EPOCHS {cfg.TRAIN.EPOCHS} iterations: nothing to do")
         return latest
     trainer.prepare()
-    report(f"{f'resuming from {latest}' if latest else 'starting a new run'}: {len(volumes)} volume(s), {device}")
+    with keep_log(folder) if ranks.is_first else nullcontext():
+        log.info(f"{f'resuming from {latest}' if latest else 'starting a new run'}: {len(volumes)} volume(s), {device}")
+        if ranks.is_first:
+            log_start(cfg, volumes, trainer.precision)
+            for path in volumes:
+                for labels, mask in label_datasets(cfg):
+                    create_labels_mask(path, labels, mask, **source_defaults(cfg))
+            trainer.training_data = training_statistics(volumes, cfg)
+        return _run(cfg, trainer, volumes, start, validation)
 
-    if ranks.is_first:
-        for path in volumes:
-            for labels, mask in label_datasets(cfg):
-                create_labels_mask(path, labels, mask, **source_defaults(cfg))
-        trainer.training_data = training_statistics(volumes, cfg)
-        folder.mkdir(parents=True, exist_ok=True)
+
+def _run(cfg: CfgNode, trainer: Trainer, volumes: list[Path], start: int, validation: Validation | None) -> Path | None:
+    """Make batches, train on them from the iteration `start`, and return the last checkpoint."""
+    ranks, folder = trainer.ranks, Path(cfg.MODEL.CKPT_FOLDER)
     ranks.wait()
     patches = start * cfg.TRAIN.ACCUMULATE * cfg.TRAIN.BATCH_SIZE * ranks.size
     with (
         room_on_disk(folder),
-        SummaryWriter(cfg.MODEL.LOG_DIR, purge_step=start) if ranks.is_first else nullcontext() as log,
+        SummaryWriter(cfg.MODEL.LOG_DIR, purge_step=start) if ranks.is_first else nullcontext() as board,
         training_batches(cfg, volumes, trainer.tasks, patches + ranks.rank, ranks.size) as batches,
     ):
-        outputs = RunOutputs(cfg, trainer, folder, log, validation) if log else None
+        outputs = RunOutputs(cfg, trainer, folder, board, validation) if board else None
         reached, signal_number = _run_iterations(cfg, trainer, batches, start, outputs)
     ranks.wait()  # until the first rank has saved its last checkpoint
 
     last = latest_checkpoint(folder)
-    report(f"{'stopped' if signal_number else 'trained'} at iteration {reached} of {cfg.TRAIN.EPOCHS}")
+    how = f"{signal.Signals(signal_number).name}: stopped" if signal_number else "trained"
+    log.info(f"{how} at iteration {reached} of {cfg.TRAIN.EPOCHS}")
     if last:
-        report(
+        log.info(
             f"checkpoint   {last}\n"
+            f"log          {folder / TRAIN_LOG}\n"
             f"TensorBoard  tensorboard --logdir {cfg.MODEL.LOG_DIR}\n"
             f"snapshots    {cfg.MODEL.OUTPUT_DIR}\n"
             f"predict with python predicter.py -c {folder / PREDICT_CONFIG}"
@@ -141,10 +150,6 @@ def _train_network(
     if signal_number:
         sys.exit(128 + signal_number)
     return last
-
-
-def _discard(_message: str) -> None:
-    """Print nothing: only the first rank reports."""
 
 
 def _run_iterations(
@@ -163,8 +168,7 @@ def _run_iterations(
         The number of iterations, and the number of the signal or 0.
     """
     ranks, iteration, pace = trainer.ranks, start, Pace()
-    if ranks.is_first:
-        print("waiting for the first batch ...", flush=True)
+    log.info("waiting for the first batch ...")
     bar = tqdm(total=cfg.TRAIN.EPOCHS, initial=start, unit="it", disable=not ranks.is_first)
     with stop_on_signal() as stop, bar:
         while iteration < cfg.TRAIN.EPOCHS:
@@ -199,7 +203,7 @@ class RunOutputs:
         cfg: the config.
         trainer: the network in training.
         folder: the checkpoint folder.
-        log: the TensorBoard log.
+        board: the TensorBoard log.
         validation: scores the network every TRAIN.VALIDATE_EVERY iterations. None: it is not scored.
 
     Attributes:
@@ -207,9 +211,9 @@ class RunOutputs:
     """
 
     def __init__(
-        self, cfg: CfgNode, trainer: Trainer, folder: Path, log: SummaryWriter, validation: Validation | None
+        self, cfg: CfgNode, trainer: Trainer, folder: Path, board: SummaryWriter, validation: Validation | None
     ) -> None:
-        self.cfg, self.trainer, self.folder, self.log, self.validation = cfg, trainer, folder, log, validation
+        self.cfg, self.trainer, self.folder, self.board, self.validation = cfg, trainer, folder, board, validation
         latest = latest_checkpoint(folder)
         self.saved = int(latest.name.rpartition("_")[2]) if latest else 0
 
@@ -234,15 +238,17 @@ class RunOutputs:
         if iteration % every.LOG_EVERY == 0:
             scalars = {f"loss/{task}": loss for task, loss in losses.items()}
             scalars["learning_rate"] = learning_rate(self.cfg, iteration - 1)
+            scalars |= pace.read_and_reset()
             dead = {f"dead_channels/{level}": count for level, count in self.trainer.channels.dead().items()}
-            self._log(scalars | pace.read_and_reset() | dead, iteration)
+            self._log(scalars | dead, iteration)
+            log.debug(f"iteration {iteration}: {', '.join(f'{name} {value:.4g}' for name, value in scalars.items())}")
             if warning := self.trainer.channels.warning():
-                tqdm.write(warning)
+                log.warning(warning)
         if iteration % every.SAVE_EVERY == 0 or iteration == every.EPOCHS:
             self.save(iteration)
             write_snapshot(self.cfg, iteration, batch, predictions)
             for name, image in preview_images(batch, predictions).items():
-                self.log.add_image(name, image, iteration)
+                self.board.add_image(name, image, iteration)
         if self.validation and iteration % every.VALIDATE_EVERY == 0:
             self._log(self.validation.run(self.trainer, iteration), iteration)
 
@@ -253,13 +259,14 @@ class RunOutputs:
         self.saved = iteration
         settings = {"TRAIN.CHECKPOINT": str(path.resolve()), "DATA.HOME": str(Path(cfg.DATA.HOME).resolve())}
         dump_config(derived_config(cfg, settings), self.folder / PREDICT_CONFIG)
+        log.debug(f"checkpoint: {path}")
         if cfg.TRAIN.KEEP_CHECKPOINTS:
             for old in checkpoints_in(self.folder)[: -cfg.TRAIN.KEEP_CHECKPOINTS]:
                 old.unlink()
 
     def _log(self, scalars: dict[str, float], iteration: int) -> None:
         for name, value in scalars.items():
-            self.log.add_scalar(name, value, iteration)
+            self.board.add_scalar(name, value, iteration)
 
 
 class Pace:

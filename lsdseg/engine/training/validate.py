@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from funlib.persistence import Array
 from numpy.typing import NDArray
-from tqdm import tqdm
 from yacs.config import CfgNode
 
 from lsdseg.config.model_types import affinity_offsets, placement_offsets, task_channels
@@ -25,6 +24,7 @@ from lsdseg.engine.post.methods import method_of
 from lsdseg.engine.post.whole import check_settings, segmentations
 from lsdseg.engine.predict.tiles import TilePredictor
 from lsdseg.engine.sections import ids_by_section, scored_by_section
+from lsdseg.engine.training.runlog import log
 from lsdseg.engine.training.trainer import Trainer
 from lsdseg.errors import UserError
 from lsdseg.models.checkpoint import read_checkpoint
@@ -81,7 +81,7 @@ class Validation:
             self.best = best["voi_sum"]
             trainer.save(path, iteration, validation_voi=best["voi_sum"])
             text += f", the best so far: {path}"
-        tqdm.write(text)
+        log.info(text)
         return {f"validation/{name}": value for name, value in best.items()}
 
     def _score(self, trainer: Trainer) -> dict[str, float]:

@@ -1,0 +1,68 @@
+"""What a training run leaves to read: its log, and the report of its logs."""
+
+import re
+from pathlib import Path
+
+import pytest
+from test_training import config
+from test_training import home as home
+from test_training import volume as volume
+
+from lsdseg.engine.training.channels import ChannelWatch
+from lsdseg.engine.training.train import train
+from lsdseg.errors import UserError
+
+
+def log_of(cfg):
+    return (Path(cfg.MODEL.CKPT_FOLDER) / "train.log").read_text()
+
+
+def test_a_log_tells_of_a_run_and_of_its_continuation(home, volume, capsys, monkeypatch):
+    monkeypatch.setattr(ChannelWatch, "warning", lambda _watch: "warning: channels are dead")
+    validation = {"TRAIN__VALIDATE_EVERY": 2, "TRAIN__VALIDATION_VOLUME": volume}
+    cfg = config(home, TRAIN__EPOCHS=2, TRAIN__VALIDATION_SHAPE=(16, 24, 24), **validation)
+    train(cfg)
+    first = log_of(cfg)
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  \S", line) for line in first.splitlines()[:5])
+    for part in (
+        "starting a new run: 1 volume(s), cpu",
+        "TRAIN.INITIAL_LR 0.001, ",
+        "device: cpu (1 thread(s)), precision torch.float32",
+        "phantom.zarr, (48, 52, 56) voxels of (8, 8, 8) nm, uint8",
+        "warning: channels are dead",
+        "model_checkpoint_2",
+        "iteration 2: VOI sum ",
+        "trained at iteration 2 of 2",
+    ):
+        assert part in first
+    points = re.findall(r"iteration (\d): loss/(.*)", first)
+    assert [number for number, _ in points] == ["1", "2"]
+    for name in ("lsds ", "loss/affs ", "loss/total ", "learning_rate 0.001", "iterations_per_second ", "waiting"):
+        assert name in points[0][1]
+    on_screen = capsys.readouterr().out
+    assert "warning: channels are dead" in on_screen
+    assert "loss/lsds" not in on_screen
+
+    train(config(home, TRAIN__EPOCHS=3, **validation))
+    again = log_of(cfg)
+    assert again.startswith(first)
+    assert re.search(r"resuming from .*model_checkpoint_2: 1 volume", again[len(first) :])
+    assert "trained at iteration 3 of 3" in again[len(first) :]
+
+
+def test_a_log_says_why_a_run_ended(home):
+    cfg = config(home, TRAIN__INITIAL_LR=1e9, TRAIN__SAVE_EVERY=100, TRAIN__EPOCHS=20)
+    with pytest.raises(UserError):
+        train(cfg)
+    assert re.search(r"  ended: error: the loss is (nan|inf) at iteration", log_of(cfg).splitlines()[-1])
+
+
+def test_a_log_that_cannot_be_written_any_more_ends_no_run(home, monkeypatch, capsys):
+    cfg = config(home)
+    folder = Path(cfg.MODEL.CKPT_FOLDER)
+    folder.mkdir(parents=True)
+    (folder / "train.log").symlink_to("/dev/full")
+    train(cfg)
+    said = capsys.readouterr().out
+    assert said.count("train.log cannot be written any more") == 1
+    assert "trained at iteration 4 of 4" in said
