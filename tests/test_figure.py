@@ -8,9 +8,10 @@ from skimage.color import rgb2xyz, xyz2lab
 from lsdseg.config.loader import load_config
 from lsdseg.data_utils.phantom import make_phantom
 from lsdseg.data_utils.volumes import write_array
-from lsdseg.engine.evaluate.figure import draw_sample, draw_segmentation_figure, label_palette, match_labels
+from lsdseg.engine.evaluate.figure import draw_sample, draw_segmentation_figure, match_labels
 from lsdseg.engine.sample import Sample
 from lsdseg.errors import UserError
+from lsdseg.pictures import label_palette
 
 CFG = load_config()
 

@@ -1,14 +1,19 @@
 """What a training run leaves to read: its log, and the report of its logs."""
 
+import io
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
-from test_training import config
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_training import batches_of, config
 from test_training import home as home
 from test_training import volume as volume
 
 from lsdseg.engine.training.channels import ChannelWatch
+from lsdseg.engine.training.snapshot import is_preview_due
 from lsdseg.engine.training.train import train
 from lsdseg.errors import UserError
 
@@ -66,3 +71,21 @@ def test_a_log_that_cannot_be_written_any_more_ends_no_run(home, monkeypatch, ca
     said = capsys.readouterr().out
     assert said.count("train.log cannot be written any more") == 1
     assert "trained at iteration 4 of 4" in said
+
+
+def test_pictures_of_the_first_hundred_iterations_are_large_enough_to_judge(home):
+    due = [iteration for iteration in range(1, 3001) if is_preview_due(iteration, save_every=1000)]
+    assert due == [100, 200, 400, 800, 1000, 2000, 3000]
+    cfg = config(home, TRAIN__EPOCHS=1)
+    train(cfg)
+    events = EventAccumulator(cfg.MODEL.LOG_DIR).Reload()
+    assert events.Tags()["images"] == ["preview/labels", "preview/lsds", "preview/affs"]
+    batch = batches_of(cfg, 1)[0]
+    width = batch.labels.shape[-1]
+    zoom = 400 // width
+    for task in ("lsds", "affs"):
+        image = np.asarray(Image.open(io.BytesIO(events.Images(f"preview/{task}")[0].encoded_image_string)))
+        assert min(image.shape[0], image.shape[1] // 3) > 300
+        target = batch.targets[task][0, :3, width // 2].transpose(1, 2, 0).repeat(zoom, 0).repeat(zoom, 1)
+        middle = image[:, width * zoom + 8 :][:, : width * zoom]
+        np.testing.assert_allclose(middle, 255 * target.astype(np.float32), atol=1)

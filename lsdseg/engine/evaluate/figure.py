@@ -10,27 +10,22 @@ from typing import Any
 import numpy as np
 from funlib.geometry import Coordinate, Roi
 from funlib.persistence import Array
-from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
-from skimage.segmentation import find_boundaries
 
 from lsdseg.data_utils.layout import FRAGMENTS, prediction_name
 from lsdseg.data_utils.records import record_of
 from lsdseg.data_utils.volumes import has_array, open_array
 from lsdseg.engine.offsets import DIRECT_NEIGHBORS
 from lsdseg.engine.sample import Sample
+from lsdseg.pictures import RGBImage, gray_image, intensity_image, label_image
 
-OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 WIDTH = 1200  # pixels, the width of a README
 MAX_CROP = 512  # voxels; in wider sections, neurites would be too small to see
-
-RGBImage = NDArray[np.uint8]  # RGB, (y, x, 3)
 
 
 def draw_segmentation_figure(
@@ -63,17 +58,17 @@ def draw_segmentation_figure(
     if ground_truth is not None:
         labels, truth = match_labels(segmentation[z], ground_truth[z])
     panels = {
-        "raw": _intensity_image(_stretch_contrast(raw[z]), "gray"),
-        "affinities (mean)": _intensity_image(_to_unit_range(affinities[:, z]).mean(axis=0), "gray"),
+        "raw": gray_image(raw[z]),
+        "affinities (mean)": intensity_image(_to_unit_range(affinities[:, z]).mean(axis=0), "gray"),
     }
     if lsds is not None:
         offsets = 2 * _to_unit_range(lsds[: 3 if len(lsds) == 10 else 2, z]) - 1
-        panels["LSDs (distance to local center)"] = _intensity_image(np.linalg.norm(offsets, axis=0), "cividis")
+        panels["LSDs (distance to local center)"] = intensity_image(np.linalg.norm(offsets, axis=0), "cividis")
     if fragments is not None:
-        panels["fragments"] = _label_image(fragments[z])
-    panels["segmentation"] = _label_image(labels)
+        panels["fragments"] = label_image(fragments[z], WIDTH // 2)
+    panels["segmentation"] = label_image(labels, WIDTH // 2)
     if truth is not None:
-        panels["ground truth"] = _label_image(truth)
+        panels["ground truth"] = label_image(truth, WIDTH // 2)
     _write_panels(path_png, panels, title)
 
 
@@ -141,38 +136,6 @@ def match_labels(segmentation: NDArray[Any], ground_truth: NDArray[Any]) -> tupl
     number[1:][rows[touching]] = columns[touching] + 1
     number[0] = 0
     return number[segment_of].reshape(np.shape(segmentation)), neuron_of.reshape(np.shape(ground_truth))
-
-
-def label_palette() -> NDArray[np.float64]:
-    """Return RGB colors for labels, (14, 3) in 0..1: seven hues for color-blind eyes, each plain and lighter.
-
-    The hues are those of Okabe and Ito, Color Universal Design, 2008 (https://jfly.uni-koeln.de/color/).
-    """
-    hues = np.array([to_rgb(hue) for hue in OKABE_ITO])
-    # If they were any lighter, two of them would look alike to red-blind or green-blind eyes.
-    return np.concatenate([hues, hues + 0.3 * (1 - hues)])
-
-
-def _label_image(labels: NDArray[Any]) -> RGBImage:
-    """Color a section of labels (y, x), enlarged so that its black outlines are thin."""
-    zoom = max(1, WIDTH // 2 // max(labels.shape))
-    labels = labels.repeat(zoom, axis=0).repeat(zoom, axis=1)
-    palette = label_palette()
-    image = palette[np.random.default_rng(0).permutation(len(palette))][labels % len(palette)]
-    image[labels == 0] = 0.9
-    image[find_boundaries(labels, mode="inner")] = 0
-    return (255 * image).astype(np.uint8)
-
-
-def _intensity_image(section: NDArray[Any], colormap: str) -> RGBImage:
-    """Color a section (y, x) of values in 0..1 with a color map."""
-    return colormaps[colormap](section, bytes=True)[..., :3]
-
-
-def _stretch_contrast(section: NDArray[Any]) -> NDArray[np.floating[Any]]:
-    """Spread the gray values of a raw section over 0..1, clipping the outermost 0.5 % at either end."""
-    low, high = np.percentile(section, (0.5, 99.5))
-    return np.clip((section - low) / max(high - low, 1e-6), 0, 1)
 
 
 def _to_unit_range(values: NDArray[Any]) -> NDArray[np.floating[Any]]:

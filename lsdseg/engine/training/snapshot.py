@@ -13,6 +13,10 @@ from yacs.config import CfgNode
 from lsdseg.data_utils.volumes import write_array
 from lsdseg.engine.intensity import display_intensity
 from lsdseg.engine.training.pipeline import TrainingBatch
+from lsdseg.pictures import RGBImage, enlarged, gray_image, label_image
+
+PANEL, GAP = 400, 8  # pixels: the width that a panel of a picture is enlarged to, and between two of them
+FIRST_PREVIEW = 100  # iterations until the first picture
 
 
 def write_snapshot(cfg: CfgNode, iteration: int, batch: TrainingBatch, predictions: dict[str, torch.Tensor]) -> Path:
@@ -44,22 +48,42 @@ def write_snapshot(cfg: CfgNode, iteration: int, batch: TrainingBatch, predictio
     return path
 
 
-def preview_images(batch: TrainingBatch, predictions: dict[str, torch.Tensor]) -> dict[str, NDArray[np.float32]]:
-    """Return the middle sections of the first element of a batch.
+def preview_images(batch: TrainingBatch, predictions: dict[str, torch.Tensor]) -> dict[str, RGBImage]:
+    """Return pictures of the middle section of the first element of a batch, on the voxels of the output.
 
     Returns:
-        Name -> float32 (3, y, x) in 0..1. Raw is gray. Of each task, the first three channels are shown (affinities z,
-        y, x; LSD offsets z, y, x).
+        Name -> panels side by side: raw and labels, and for each task raw, target and prediction. Of a task, the first
+        three channels are red, green and blue (affinities z, y, x; LSD offsets z, y, x).
     """
-    raw = _section(batch.raw)
-    images = {"raw": (raw - raw.min()) / max(np.ptp(raw), 1e-6)}
+    output = batch.labels.shape[1:]
+    margin = [(i - o) // 2 for i, o in zip(batch.raw.shape[2:], output, strict=True)]
+    inside = tuple(slice(m, m + o) for m, o in zip(margin, output, strict=True))
+    raw = enlarged(gray_image(_section(batch.raw[0, 0][inside])), PANEL)
+    images = {"labels": [raw, label_image(_section(batch.labels[0]), PANEL)]}
     for task, prediction in predictions.items():
-        images[f"{task}/predicted"] = _section(prediction.cpu().numpy())
-        images[f"{task}/target"] = _section(batch.targets[task].astype(np.float32))
-    return images
+        pair = batch.targets[task][0].astype(np.float32), prediction[0].float().cpu().numpy()
+        images[task] = [raw, *(enlarged(_channels_image(array), PANEL) for array in pair)]
+    return {f"preview/{name}": _side_by_side(panels) for name, panels in images.items()}
 
 
-def _section(array: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the middle section of the first element of a batch: its first three channels, (3, y, x)."""
-    element = array[0] if array.ndim == 4 else array[0, :, array.shape[2] // 2]
-    return element[np.minimum([0, 1, 2], len(element) - 1)]
+def is_preview_due(iteration: int, save_every: int) -> bool:
+    """Return whether to show pictures: with every checkpoint and, until the first one, at 100, 200, 400, 800 ..."""
+    hundreds, rest = divmod(iteration, FIRST_PREVIEW)
+    return iteration % save_every == 0 or (iteration < save_every and rest == 0 and hundreds.bit_count() == 1)
+
+
+def _channels_image(array: NDArray[np.float32]) -> RGBImage:
+    """Show the middle section of the first three channels of an array (channels, z, y, x) in 0..1."""
+    section = np.stack([_section(array[min(channel, len(array) - 1)]) for channel in range(3)], axis=-1)
+    return (255 * section.clip(0, 1)).astype(np.uint8)
+
+
+def _section(array: NDArray[Any]) -> NDArray[Any]:
+    """Return the middle section (y, x) of an array (z, y, x), or the array if it is (y, x)."""
+    return array if array.ndim == 2 else array[len(array) // 2]
+
+
+def _side_by_side(panels: list[RGBImage]) -> RGBImage:
+    """Put pictures of one height next to each other, with a gap in white."""
+    gap = np.full((len(panels[0]), GAP, 3), 255, np.uint8)
+    return np.concatenate([part for panel in panels for part in (gap, panel)][1:], axis=1)

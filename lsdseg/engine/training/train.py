@@ -35,7 +35,7 @@ from lsdseg.engine.statistics import training_statistics
 from lsdseg.engine.training.pipeline import TrainingBatch, training_batches
 from lsdseg.engine.training.ranks import Ranks
 from lsdseg.engine.training.runlog import TRAIN_LOG, keep_log, log, log_start, say_on_screen
-from lsdseg.engine.training.snapshot import preview_images, write_snapshot
+from lsdseg.engine.training.snapshot import is_preview_due, preview_images, write_snapshot
 from lsdseg.engine.training.stopping import stop_on_signal
 from lsdseg.engine.training.trainer import Trainer, learning_rate, training_precision
 from lsdseg.engine.training.validate import Validation
@@ -247,8 +247,9 @@ class RunOutputs:
         if iteration % every.SAVE_EVERY == 0 or iteration == every.EPOCHS:
             self.save(iteration)
             write_snapshot(self.cfg, iteration, batch, predictions)
+        if is_preview_due(iteration, every.SAVE_EVERY) or iteration == every.EPOCHS:
             for name, image in preview_images(batch, predictions).items():
-                self.board.add_image(name, image, iteration)
+                self.board.add_image(name, image, iteration, dataformats="HWC")
         if self.validation and iteration % every.VALIDATE_EVERY == 0:
             self._log(self.validation.run(self.trainer, iteration), iteration)
 
