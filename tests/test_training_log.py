@@ -13,9 +13,11 @@ from test_training import home as home
 from test_training import volume as volume
 
 from lsdseg.engine.training.channels import ChannelWatch
+from lsdseg.engine.training.report import report_training
 from lsdseg.engine.training.snapshot import is_preview_due
 from lsdseg.engine.training.train import train
 from lsdseg.errors import UserError
+from lsdseg.html import chart
 
 
 def log_of(cfg):
@@ -89,3 +91,55 @@ def test_pictures_of_the_first_hundred_iterations_are_large_enough_to_judge(home
         target = batch.targets[task][0, :3, width // 2].transpose(1, 2, 0).repeat(zoom, 0).repeat(zoom, 1)
         middle = image[:, width * zoom + 8 :][:, : width * zoom]
         np.testing.assert_allclose(middle, 255 * target.astype(np.float32), atol=1)
+
+
+def test_a_report_shows_what_training_logged(home, volume, capsys):
+    validation = {"TRAIN__VALIDATE_EVERY": 2, "TRAIN__VALIDATION_VOLUME": volume}
+    cfg = config(home, TRAIN__EPOCHS=2, TRAIN__VALIDATION_SHAPE=(16, 24, 24), **validation)
+    train(cfg)
+    report_training([str(home / "lsd_logs")], None, None)
+    path = home / "lsd_logs/training_report.html"
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["report", str(path)]
+    page = path.read_text()
+    assert not re.search(r"https?://|<script|src=\"(?!data:)", page)
+    events = EventAccumulator(cfg.MODEL.LOG_DIR).Reload()
+    for tag in ("loss/lsds", "loss/affs", "validation/voi_sum"):
+        assert f"<td>{tag}</td><td>{events.Scalars(tag)[-1].value:.4g}</td><td>2</td>" in page
+    for title in ("Loss", "Learning rate", "Iterations per second", "Share of the time", "Validation: VOI"):
+        assert f"<strong>{title}" in page
+    assert page.count('src="data:image/png') == 3
+    assert "Dead channels" not in page  # known after ten watched iterations
+    assert "<td>volume 1</td><td>8 x 8 x 8</td>" in page
+    assert "trained at iteration 2 of 2" in page
+
+
+def test_a_chart_draws_points_where_they_are():
+    drawn = chart("t", {"a<b": ([0, 10], [0, 1]), "c": ([5], [0.5]), "none": ([], [])}, "x")
+    (x0, y0), (x1, y1) = [map(float, point.split(",")) for point in re.search(r'points="(\S+ \S+)"', drawn)[1].split()]
+    x, y = map(float, re.search(r'cx="(\S+)" cy="(\S+)"', drawn).groups())
+    assert x0 < x1
+    assert y0 > y1
+    assert (x, y) == pytest.approx(((x0 + x1) / 2, (y0 + y1) / 2), abs=0.11)
+    assert "a&lt;b" in drawn
+    assert "none" not in drawn
+    assert chart("t", {"none": ([1], [float("nan")])}, "x") == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "given", "message"),
+    [
+        (["nowhere"], None, "there are no TensorBoard logs in nowhere"),
+        ([], None, "name a config or a folder of logs"),
+        (["a", "b"], None, "'b' is one word too many"),
+        (["TRAIN.EPOCHZ", "1"], "config_fib25.py", "unknown key TRAIN.EPOCHZ"),
+    ],
+)
+def test_a_report_of_nothing_is_refused(words, given, message):
+    with pytest.raises(UserError, match=message):
+        report_training(words, given, None)
+
+
+def test_damaged_logs_are_reported_as_far_as_they_can_be_read(tmp_path):
+    (tmp_path / "events.out.tfevents.1").write_bytes(b"not a log " * 100)
+    report_training([str(tmp_path)], None, tmp_path / "page.html")
+    assert "has logged nothing yet" in (tmp_path / "page.html").read_text()

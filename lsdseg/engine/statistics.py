@@ -151,6 +151,17 @@ def training_statistics(paths: Sequence[Path], cfg: CfgNode) -> list[dict[str, A
     return [asdict(statistics) for statistics in found if statistics]
 
 
+def statistics_in(checkpoint: Path | str) -> list[Statistics]:
+    """Return the statistics of the training data that a checkpoint keeps; published checkpoints have none.
+
+    Raises:
+        UserError: the checkpoint cannot be read.
+    """
+    names = [field.name for field in fields(Statistics)]
+    entries = read_checkpoint(checkpoint).get(TRAINING_DATA, [])
+    return [Statistics(**{name: entry[name] for name in names}) for entry in entries]
+
+
 def warn_if_unlike(samples: Sequence[Sample]) -> None:
     """Print a line on stderr for each volume that does not look like the training data of TRAIN.CHECKPOINT.
 
@@ -164,9 +175,8 @@ def warn_if_unlike(samples: Sequence[Sample]) -> None:
     """
     if not samples:
         return
-    cfg, names = samples[0].cfg, [field.name for field in fields(Statistics)]
-    entries = read_checkpoint(cfg.TRAIN.CHECKPOINT).get(TRAINING_DATA, [])
-    trained = [Statistics(**{name: entry[name] for name in names}) for entry in entries]
+    cfg = samples[0].cfg
+    trained = statistics_in(cfg.TRAIN.CHECKPOINT)
     for sample in samples if trained else []:
         own = sample_statistics(sample.raw, cfg)
         if own and (reasons := differences(own, trained)):
