@@ -38,7 +38,7 @@ font:15px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
 h1{font-size:1.5rem;line-height:1.25}
 h2{font-size:1.2rem;margin-top:2rem;border-top:1px solid var(--line);padding-top:1rem}
 .faint,figcaption{color:var(--faint);font-size:.9rem}.bad{color:var(--bad)}
-.grid{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%%,24rem),1fr))}
+.grid{display:grid;gap:1rem;margin-bottom:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%%,24rem),1fr))}
 figure{margin:0 0 1rem;padding:.75rem;background:var(--card);border:1px solid var(--line);border-radius:6px;min-width:0}
 .grid figure{margin:0}figure img,figure svg{display:block;max-width:100%%;height:auto}
 figure svg{width:100%%;max-width:44rem}

@@ -95,7 +95,7 @@ def statistics_of(
         counts += np.bincount(bins.ravel(), minlength=HISTOGRAM_BINS)
         lines += _line_strengths(raw)
         if labels is not None:
-            boundary = _boundaries(labels)
+            boundary = boundaries(labels)
             for part, chosen in enumerate(((labels > 0) & ~boundary, boundary)):
                 sums[part] += raw[chosen].sum(dtype=float)
                 voxels[part] += np.count_nonzero(chosen)
@@ -124,7 +124,7 @@ def sample_statistics(raw: Array, cfg: CfgNode, labels: Array | None = None, box
         The statistics, None if no box holds an image.
     """
     voxel_size = tuple(raw.voxel_size)[-len(cfg.MODEL.VOXEL_SIZE) :]
-    return statistics_of(_read_boxes(raw, labels, boxes), voxel_size)
+    return statistics_of(read_boxes(raw, labels, boxes), voxel_size)
 
 
 def training_statistics(paths: Sequence[Path], cfg: CfgNode) -> list[dict[str, Any]]:
@@ -242,15 +242,25 @@ def _scale(own: Statistics, other: Statistics) -> float:
     return max(max(a / b, b / a) for a, b in pairs)
 
 
-def _read_boxes(
-    raw: Array, labels: Array | None, boxes: int
+def read_boxes(
+    raw: Array, labels: Array | None, boxes: int, box: Sequence[int] = BOX
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[Any] | None]]:
-    """Read boxes with an image from all over a volume, raw in 0..1 and labels with 0 where they are not known."""
+    """Read boxes with an image from all over a volume, the same ones each time.
+
+    Args:
+        raw: (z, y, x).
+        labels: (z, y, x), on the voxels of raw. Only boxes with known labels are taken. None: boxes are anywhere.
+        boxes: how many to read, at most.
+        box: their size in voxels; they are smaller where chunks are.
+
+    Yields:
+        Raw, float32 in 0..1, and labels with 0 where they are not known, or None.
+    """
     where = raw if labels is None else labels
     shift = (where.offset - raw.offset) / raw.voxel_size
     seen, taken = set(), 0
     for number in range(4 * boxes):
-        begin, shape = _place_box(number, where.shape[-3:], where.chunk_shape[-3:])
+        begin, shape = _place_box(number, where.shape[-3:], where.chunk_shape[-3:], box)
         if taken == boxes or begin in seen:
             continue
         seen.add(begin)
@@ -268,10 +278,12 @@ def _read_boxes(
         yield values.astype(np.float32) * np.float32(unit_factor(values.dtype)), known
 
 
-def _place_box(number: int, shape: Sequence[int], chunks: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _place_box(
+    number: int, shape: Sequence[int], chunks: Sequence[int], largest: Sequence[int] = BOX
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return begin and shape of a box that needs few chunks: one along an axis where they are long enough."""
     begins, sizes = [], []
-    for axis, (size, chunk, wanted, step) in enumerate(zip(shape, chunks, BOX, SPREAD, strict=True)):
+    for axis, (size, chunk, wanted, step) in enumerate(zip(shape, chunks, largest, SPREAD, strict=True)):
         # A section may be one chunk of any size.
         box = min(size, wanted, chunk if axis == 0 else 8 * chunk)
         begin = int((0.5 + number * step) % 1 * (size - box + 1))
@@ -303,6 +315,6 @@ def _line_strengths(raw: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.array([(strength**3).sum(dtype=float) for strength in strengths])
 
 
-def _boundaries(labels: NDArray[Any]) -> NDArray[np.bool_]:
+def boundaries(labels: NDArray[Any]) -> NDArray[np.bool_]:
     """Return the voxels of neurons that touch another neuron, or none, in y or x."""
     return (grow_boundary(labels, 1, axes=(1, 2)) == 0) & (labels > 0)

@@ -31,12 +31,13 @@ from lsdseg.data_utils.layout import PREDICT_CONFIG, volumes_in
 from lsdseg.data_utils.volumes import source_defaults
 from lsdseg.engine.device import resolve_device
 from lsdseg.engine.network import first_network_config
-from lsdseg.engine.statistics import training_statistics
+from lsdseg.engine.statistics import Statistics, training_statistics
 from lsdseg.engine.training.pipeline import TrainingBatch, training_batches
 from lsdseg.engine.training.ranks import Ranks
 from lsdseg.engine.training.runlog import TRAIN_LOG, keep_log, log, log_start, say_on_screen
 from lsdseg.engine.training.snapshot import is_preview_due, preview_images, write_snapshot
 from lsdseg.engine.training.stopping import stop_on_signal
+from lsdseg.engine.training.suspicious import training_warnings
 from lsdseg.engine.training.trainer import Trainer, learning_rate, training_precision
 from lsdseg.engine.training.validate import Validation
 from lsdseg.errors import UserError
@@ -119,6 +120,8 @@ def _train_network(
                 for labels, mask in label_datasets(cfg):
                     create_labels_mask(path, labels, mask, **source_defaults(cfg))
             trainer.training_data = training_statistics(volumes, cfg)
+            for warning in training_warnings(volumes, [Statistics(**found) for found in trainer.training_data], cfg):
+                log.warning(f"warning: {warning}; data_utils/report.py shows all volumes")
         return _run(cfg, trainer, volumes, start, validation)
 
 
