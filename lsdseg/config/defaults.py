@@ -87,7 +87,8 @@ _C.PREPROCESS.SOURCE_DATA_OFFSET = None
 _C.PREPROCESS.SOURCE_DATA_RESOLUTION = None
 # Two data sets, e.g. ["HEMI", "OCTO"]: give the first the gray value histogram of the second. None: off.
 _C.PREPROCESS.HISTOGRAM_MATCH = None
-# Log images and losses to Weights & Biases.
+# Also send what trainer.py writes to TensorBoard to Weights & Biases (pip install wandb). The environment variable
+# WANDB_MODE=offline keeps it in LOG_DIR until "wandb sync"; WANDB_PROJECT names the project, otherwise it is lsd.
 _C.PREPROCESS.USE_WANDB = False
 # Datasets to copy along unchanged, e.g. ["volumes/labels/neuron_ids"]. None: only raw.
 _C.PREPROCESS.DATASETS_TO_COPY = None

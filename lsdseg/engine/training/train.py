@@ -40,6 +40,7 @@ from lsdseg.engine.training.stopping import stop_on_signal
 from lsdseg.engine.training.suspicious import training_warnings
 from lsdseg.engine.training.trainer import Trainer, learning_rate, training_precision
 from lsdseg.engine.training.validate import Validation
+from lsdseg.engine.training.weights_and_biases import Copy, import_wandb, wandb_copy
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk
 from lsdseg.models.checkpoint import checkpoint_path, checkpoints_in, latest_checkpoint
@@ -64,7 +65,7 @@ def train(cfg: CfgNode) -> None:
     device = resolve_device(cfg, cfg.SYSTEM.NUM_WORKERS, ranks.local_rank, ranks.local_size)
     validation = Validation(cfg, left_out) if cfg.TRAIN.VALIDATE_EVERY else None
     if cfg.PREPROCESS.USE_WANDB and ranks.is_first:
-        _start_wandb(cfg)
+        import_wandb()
     with say_on_screen() if ranks.is_first else nullcontext(), ranks.connected(device):
         if MODEL_TYPES[cfg.TRAIN.MODEL_TYPE].first and not cfg.TRAIN.CHECKPOINT_AC:
             first = first_network_config(cfg)
@@ -134,8 +135,9 @@ def _run(cfg: CfgNode, trainer: Trainer, volumes: list[Path], start: int, valida
         room_on_disk(folder),
         SummaryWriter(cfg.MODEL.LOG_DIR, purge_step=start) if ranks.is_first else nullcontext() as board,
         training_batches(cfg, volumes, trainer.tasks, patches + ranks.rank, ranks.size) as batches,
+        wandb_copy(cfg) if ranks.is_first else nullcontext(Copy()) as copy,
     ):
-        outputs = RunOutputs(cfg, trainer, folder, board, validation) if board else None
+        outputs = RunOutputs(cfg, trainer, folder, board, copy, validation) if board else None
         reached, signal_number = _run_iterations(cfg, trainer, batches, start, outputs)
     ranks.wait()  # until the first rank has saved its last checkpoint
 
@@ -207,6 +209,7 @@ class RunOutputs:
         trainer: the network in training.
         folder: the checkpoint folder.
         board: the TensorBoard log.
+        copy: gets what the TensorBoard log gets.
         validation: scores the network every TRAIN.VALIDATE_EVERY iterations. None: it is not scored.
 
     Attributes:
@@ -214,9 +217,16 @@ class RunOutputs:
     """
 
     def __init__(
-        self, cfg: CfgNode, trainer: Trainer, folder: Path, board: SummaryWriter, validation: Validation | None
+        self,
+        cfg: CfgNode,
+        trainer: Trainer,
+        folder: Path,
+        board: SummaryWriter,
+        copy: Copy,
+        validation: Validation | None,
     ) -> None:
-        self.cfg, self.trainer, self.folder, self.board, self.validation = cfg, trainer, folder, board, validation
+        self.cfg, self.trainer, self.folder = cfg, trainer, folder
+        self.board, self.copy, self.validation = board, copy, validation
         latest = latest_checkpoint(folder)
         self.saved = int(latest.name.rpartition("_")[2]) if latest else 0
 
@@ -251,8 +261,10 @@ class RunOutputs:
             self.save(iteration)
             write_snapshot(self.cfg, iteration, batch, predictions)
         if is_preview_due(iteration, every.SAVE_EVERY) or iteration == every.EPOCHS:
-            for name, image in preview_images(batch, predictions).items():
+            images = preview_images(batch, predictions)
+            for name, image in images.items():
                 self.board.add_image(name, image, iteration, dataformats="HWC")
+            self.copy.add_pictures(images, iteration)
         if self.validation and iteration % every.VALIDATE_EVERY == 0:
             self._log(self.validation.run(self.trainer, iteration), iteration)
 
@@ -271,6 +283,7 @@ class RunOutputs:
     def _log(self, scalars: dict[str, float], iteration: int) -> None:
         for name, value in scalars.items():
             self.board.add_scalar(name, value, iteration)
+        self.copy.add(scalars, iteration)
 
 
 class Pace:
@@ -309,18 +322,3 @@ class Pace:
         scalars = {"pace/iterations_per_second": speed, "pace/share_waiting_for_batches": self.share_waiting}
         self.last_reset, self.iterations, self.waited, self.elapsed = now, 0, 0.0, 0.0
         return scalars
-
-
-def _start_wandb(cfg: CfgNode) -> None:
-    """Let Weights & Biases copy everything that goes to TensorBoard.
-
-    Raises:
-        UserError: wandb is not installed.
-    """
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            "PREPROCESS.USE_WANDB is True but wandb is not installed: pip install wandb, or set it to False"
-        ) from None
-    wandb.init(project="lsd", config=dict(cfg.TRAIN), sync_tensorboard=True)
