@@ -105,6 +105,42 @@ def test_labels_may_cover_a_part_of_raw(tmp_path, tissue):
     assert "Nothing was found" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda raw, labels: (np.stack([raw] * 3), labels), r"raw in .* has shape \(3, 48, 96, 96\)"),
+        (lambda raw, labels: (raw.astype(np.float32), labels), r"outside 0..1"),
+        (lambda raw, labels: (np.where(raw > 200, np.nan, 0.5), labels), r"holds NaN"),
+        (lambda raw, labels: (raw, labels.astype(np.int64)), r"is int64: store labels as unsigned"),
+        (lambda raw, labels: (raw[:20], labels), r"which is not inside volumes/raw"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_listed_and_the_rest_is_shown(tmp_path, tissue, spoil, message):
+    good, bad = store(tmp_path / "good.zarr", *tissue), store(tmp_path / "bad.zarr", *spoil(*tissue))
+    report_volumes([str(good), str(bad)], None, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert re.search(rf"<li>[^<]*bad.zarr[^<]*{message}|<li>[^<]*{message}", page)
+    assert "<h2>good.zarr</h2>" in page
+    assert page.count('src="data:image/png') >= 3
+
+
+def test_of_large_labels_the_middle_sections_are_looked_at(tmp_path, tissue, monkeypatch):
+    raw, labels = tissue
+    monkeypatch.setattr("lsdseg.engine.training.volumes_report.MOST_VOXELS", 10 * 96 * 96 + 5)
+    report_volumes([str(store(tmp_path / "a.zarr", raw, labels))], None, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert f"<td>a.zarr</td><td>{len(np.unique(labels[19:29]))}</td>" in page
+    assert "<td>the middle sections</td>" in page
+
+
+def test_sections_are_shown_as_a_stack(tmp_path, tissue):
+    for name, array in ((RAW, tissue[0]), (LABELS, tissue[1])):
+        for z in range(6):
+            write_array(tmp_path / "a.zarr", f"{name}/{z}", array[8 * z], voxel_size=(8, 8), offset=(0, 0))
+    report_volumes([str(tmp_path / "a.zarr")], None, tmp_path / "page.html")
+    assert "<td>6 x 96 x 96</td>" in (tmp_path / "page.html").read_text()
+
+
 def test_training_warns_of_shifted_labels_and_of_a_volume_given_twice(tmp_path, tissue, capsys):
     raw, labels = tissue
     folder = data_folder(config(tmp_path), "train")

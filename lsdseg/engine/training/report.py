@@ -20,6 +20,7 @@ from lsdseg.models.checkpoint import HISTOGRAM_BINS, latest_checkpoint
 EVENTS = "events.out.tfevents.*"
 REPORT = "training_report.html"
 MOST_WARNINGS = 20  # that are shown, the last ones
+LAST_LINES = 4  # of the log
 # Title of a chart -> prefix of the scalars that it shows.
 CHARTS = {
     "Loss": "loss/",
@@ -177,5 +178,5 @@ def _log_lines(run: Run) -> list[str]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     warnings = [line for line in lines if "  warning: " in line]
     shown = [bullets(warnings[-MOST_WARNINGS:], "bad")] if warnings else [text("No warnings.", "faint")]
-    ends = [line for line in lines if "  ended" in line or (" at iteration " in line and " of " in line)][-1:]
-    return [*shown, *(text(line) for line in ends), text(f"All of it: {path}", "faint")]
+    said = [line for line in lines if line[:1].isdigit() and "  warning: " not in line]
+    return [*shown, text("The last lines:"), bullets(said[-LAST_LINES:]), text(f"All of it: {path}", "faint")]

@@ -174,7 +174,7 @@ def _inspect(path: Path, cfg: CfgNode) -> Volume:
         path,
         raw,
         labels,
-        sample_statistics(raw, cfg, labels if readable else None),
+        sample_statistics(raw, cfg, labels if readable else None) if raw.dims == 3 else None,
         _content(path, labels, cfg) if readable and labels is not None else None,
         alignment_of(raw, labels, BOXES) if readable and labels is not None else None,
         problem,
@@ -297,6 +297,8 @@ def _volume_pieces(volume: Volume) -> list[str]:
 
 def _pictures(volume: Volume) -> list[str]:
     """Show the middle section of the labels, or of raw if there are none that can be shown: raw, labels, both."""
+    if volume.raw.dims != 3:
+        return [text(f"raw has shape {volume.raw.shape}, which cannot be shown", "faint")]
     shown = volume.labels if volume.content and volume.labels is not None else volume.raw
     first = [(int(size) - min(int(size), CROP)) // 2 for size in shown.shape]
     where = (shown.shape[0] // 2, *(slice(b, b + CROP) for b in first[1:]))
