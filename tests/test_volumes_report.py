@@ -1,5 +1,7 @@
 """What a report of labeled volumes sees, and what training warns of at its start."""
 
+import base64
+import io
 import re
 import subprocess
 import sys
@@ -7,6 +9,7 @@ import sys
 import h5py
 import numpy as np
 import pytest
+from PIL import Image
 from test_training import CHECKOUT, config
 
 from lsdseg.data_utils.layout import data_folder
@@ -131,6 +134,23 @@ def test_of_large_labels_the_middle_sections_are_looked_at(tmp_path, tissue, mon
     page = (tmp_path / "page.html").read_text()
     assert f"<td>a.zarr</td><td>{len(np.unique(labels[19:29]))}</td>" in page
     assert "<td>the middle sections</td>" in page
+
+
+def test_what_the_mask_leaves_out_does_not_count(tmp_path, tissue):
+    raw, labels = tissue
+    path = store(tmp_path / "a.zarr", raw, labels)
+    mask = np.zeros(labels.shape, np.uint8)
+    mask[:, :, :24] = 1
+    write_array(path, "volumes/labels/labels_mask", mask, voxel_size=(8, 8, 8), offset=(0, 0, 0))
+    report_volumes([str(path)], None, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert f"<td>a.zarr</td><td>{len(np.unique(labels[:, :, :24]))}</td>" in page
+    assert "<td>25.0%</td>" in page
+    pictures = re.findall(r"base64,([^\"]+)", page)
+    outlined = np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures[2])))).astype(int)
+    zoom = outlined.shape[0] // 96
+    known, unknown = (outlined[:, part, 0].mean() for part in (slice(23 * zoom), slice(25 * zoom, None)))
+    assert known > 2 * unknown
 
 
 def test_sections_are_shown_as_a_stack(tmp_path, tissue):

@@ -34,6 +34,7 @@ MOST_LISTED = 10
 BOXES = 24  # that alignment is computed from
 CROP = 400  # voxels along y and x that are shown, from the middle
 PANEL = 600  # pixels
+DIMMED = 3  # how many times darker raw is where labels are not known
 OUTLINE = (0.902, 0.624, 0.0)  # RGB in 0..1, of the boundaries of labels on raw
 
 
@@ -66,6 +67,7 @@ class Volume:
         path: the zarr.
         raw: its raw data.
         labels: its labels.
+        mask: of the labels, on the same voxels.
         statistics: of the gray values.
         content: of the labels.
         alignment: of raw and labels.
@@ -75,6 +77,7 @@ class Volume:
     path: Path
     raw: Array
     labels: Array | None
+    mask: Array | None
     statistics: Statistics | None
     content: Labels | None
     alignment: Alignment | None
@@ -168,28 +171,28 @@ def _inspect(path: Path, cfg: CfgNode) -> Volume:
         check_training_volume(path, cfg)
     except UserError as error:
         problem = str(error)
-    labels = open_array(path, cfg.DATA.NEURON_LABELS, **defaults) if has_array(path, cfg.DATA.NEURON_LABELS) else None
+    labels, mask = (
+        open_array(path, name, **defaults) if has_array(path, name) else None
+        for name in (cfg.DATA.NEURON_LABELS, cfg.DATA.NEURON_LABELS_MASK)
+    )
     readable = labels is not None and not problem
     return Volume(
         path,
         raw,
         labels,
+        mask,
         sample_statistics(raw, cfg, labels if readable else None) if raw.dims == 3 else None,
-        _content(path, labels, cfg) if readable and labels is not None else None,
+        _content(labels, mask) if readable and labels is not None else None,
         alignment_of(raw, labels, BOXES) if readable and labels is not None else None,
         problem,
     )
 
 
-def _content(path: Path, labels: Array, cfg: CfgNode) -> Labels:
+def _content(labels: Array, mask: Array | None) -> Labels:
     """Read labels and their mask, or their middle sections if there are too many."""
     sections = max(1, min(labels.shape[0], MOST_VOXELS // int(np.prod(labels.shape[1:]))))
     begin = (labels.shape[0] - sections) // 2
-    ids = read(labels, slice(begin, begin + sections)).astype(np.uint64)
-    known = is_labeled(ids)
-    if has_array(path, cfg.DATA.NEURON_LABELS_MASK):
-        mask = open_array(path, cfg.DATA.NEURON_LABELS_MASK, **source_defaults(cfg))
-        known &= read(mask, slice(begin, begin + sections)) > 0
+    ids, known = _read_known(labels, mask, slice(begin, begin + sections))
     ids[~known] = 0
     found, counts = fastremap.unique(ids, return_counts=True)
     return Labels(
@@ -200,6 +203,13 @@ def _content(path: Path, labels: Array, cfg: CfgNode) -> Labels:
         background=float((ids[known] == 0).mean()) if known.any() else 0.0,
         whole=sections == labels.shape[0],
     )
+
+
+def _read_known(labels: Array, mask: Array | None, where: Any) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+    """Return labels, and where they are known: neither the mask is 0 nor the id is that of unlabeled voxels."""
+    ids = read(labels, where).astype(np.uint64)
+    known = is_labeled(ids)
+    return ids, known if mask is None else known & (read(mask, where) > 0)
 
 
 def _pieces(volumes: Sequence[Volume], cfg: CfgNode) -> list[str]:
@@ -311,16 +321,17 @@ def _pictures(volume: Volume) -> list[str]:
     caption = f"section {where[0]}"
     if shown is volume.raw:
         return [picture(enlarged(raw, PANEL), f"{caption} of raw")]
-    ids = read(shown, where)
-    labels = np.where(is_labeled(ids), ids, 0)
+    ids, known = _read_known(shown, volume.mask, where)
+    labels = np.where(known, ids, 0)
     raw = raw[: labels.shape[0], : labels.shape[1]]
-    outlined = enlarged(raw, PANEL).copy()
+    dimmed = np.where(known[..., None], raw, raw // DIMMED)
+    outlined = enlarged(dimmed, PANEL).copy()
     black = (label_image(labels, PANEL) == 0).all(axis=-1)
     outlined[black] = np.multiply(OUTLINE, 255).astype(np.uint8)
     return [
         grid(
             picture(enlarged(raw, PANEL), f"{caption}: raw"),
             picture(label_image(labels, PANEL), f"{caption}: labels"),
-            picture(outlined, f"{caption}: boundaries of labels on raw"),
+            picture(outlined, f"{caption}: boundaries of labels on raw, dark where labels are not known"),
         )
     ]
