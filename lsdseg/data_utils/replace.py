@@ -7,8 +7,9 @@ plain folder, an array of other software, an input. It is never replaced, and th
 import os
 import re
 import shutil
+import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path, PurePosixPath
@@ -72,13 +73,7 @@ def check_replaceable_zarr(path: Path, inputs: Sequence[Path | str] = ()) -> Non
     Raises:
         UserError: it is an input, lies in one or contains one; or it holds anything else.
     """
-    target = path.resolve()
-    for source in map(Path, inputs):
-        real = source.resolve()
-        if target == real or target in real.parents or real in target.parents:
-            raise UserError(f"{path} is an input, lies in one or contains one ({source}): write elsewhere")
-    if path.is_symlink():
-        raise UserError(f"{path} is a link, so it is not replaced: write elsewhere, or remove the link")
+    check_apart(path, inputs)
     if not path.exists():
         return
     if not path.is_dir():
@@ -95,6 +90,21 @@ def check_replaceable_zarr(path: Path, inputs: Sequence[Path | str] = ()) -> Non
                 )
 
 
+def check_apart(path: Path, inputs: Sequence[Path | str]) -> None:
+    """Check that what is written is no link, and neither an input nor in one nor around one.
+
+    Raises:
+        UserError: it is.
+    """
+    target = path.resolve()
+    for source in map(Path, inputs):
+        real = source.resolve()
+        if target == real or target in real.parents or real in target.parents:
+            raise UserError(f"{path} is an input, lies in one or contains one ({source}): write elsewhere")
+    if path.is_symlink():
+        raise UserError(f"{path} is a link, so it is not replaced: write elsewhere, or remove the link")
+
+
 def replace_folder(new: Path, old: Path) -> None:
     """Give a complete folder its final name. What had that name is moved aside before it is deleted.
 
@@ -109,9 +119,7 @@ def replace_folder(new: Path, old: Path) -> None:
 
 @contextmanager
 def write_zarr(path: Path | str, inputs: Sequence[Path | str] = ()) -> Iterator[Path]:
-    """Let the body write a zarr under a temporary name, and give it its name if the body succeeds.
-
-    What killed runs left is deleted. A lock on the temporary folder tells them from runs that still work.
+    """Let the body write a zarr under a temporary name, as `write_folder` does.
 
     Args:
         path: the zarr. An existing one is replaced.
@@ -124,7 +132,27 @@ def write_zarr(path: Path | str, inputs: Sequence[Path | str] = ()) -> Iterator[
         UserError: as for `check_replaceable_zarr`, before the body runs; or the folder cannot be created.
     """
     path = Path(path)
-    check_replaceable_zarr(path, inputs)
+    with write_folder(path, lambda: check_replaceable_zarr(path, inputs)) as partial:
+        yield partial
+
+
+@contextmanager
+def write_folder(path: Path, check: Callable[[], None]) -> Iterator[Path]:
+    """Let the body write a folder under a temporary name, and give it its name if the body succeeds.
+
+    What killed runs left is deleted. A lock on the temporary folder tells them from runs that still work.
+
+    Args:
+        path: the folder. An existing one is replaced.
+        check: raises UserError if the folder must not be replaced. Called before and after the body.
+
+    Yields:
+        The temporary name.
+
+    Raises:
+        UserError: as `check` does, or the folder cannot be created.
+    """
+    check()
     for left in _hidden_ones(path, PARTIAL):
         with _locked(left) as free:
             if free:
@@ -135,10 +163,10 @@ def write_zarr(path: Path | str, inputs: Sequence[Path | str] = ()) -> Iterator[
     try:
         with _locked(partial):
             yield partial
-            check_replaceable_zarr(path, inputs)
+            check()
             replace_folder(partial, path)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _delete(partial)
 
 
 @contextmanager
@@ -181,6 +209,15 @@ def _read(file: Path) -> dict[str, Any]:
         return read_json(file)
     except UserError:
         return {}
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder, even if threads of a library go on writing into it for a moment after one of them failed."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
 
 
 def _hidden(path: Path, suffix: str) -> Path:

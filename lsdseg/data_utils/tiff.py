@@ -53,7 +53,8 @@ class Sections:
 def open_tiff(path: Path) -> Iterator[Source]:
     """Open a TIFF stack, or a folder of TIFFs in the order of their names.
 
-    The voxel size is that of the metadata of ImageJ or OME, if there is any.
+    The voxel size is that of the metadata of ImageJ or OME, if there is any. The offset is where OME says that
+    the first section is, if it says so in a unit of length.
 
     Raises:
         UserError: a file is damaged, or no stack of gray sections.
@@ -63,11 +64,11 @@ def open_tiff(path: Path) -> Iterator[Source]:
         try:
             tiffs = [opened.enter_context(tifffile.TiffFile(file)) for file in files]
             pages = [page for tiff in tiffs for page in tiff.pages]
-            voxel_size = _voxel_size(tiffs[0])
+            voxel_size, offset = _voxel_size(tiffs[0]), _offset(tiffs[0])
         except Exception as error:  # tifffile and the parser of XML raise what they like
             raise UserError(f"{path} is no TIFF or damaged ({str(error)[:100]}): use another copy") from error
         data = Sections(pages, str(path))
-        attributes = {"resolution": voxel_size, "offset": [0, 0, 0]} if voxel_size else {}
+        attributes = {"resolution": voxel_size, "offset": offset} if voxel_size else {}
         stored = sum(file.stat().st_size for file in files)
         yield Source([Volume(RAW, data, attributes, stored)], [])
 
@@ -86,6 +87,16 @@ def _voxel_size(tiff: tifffile.TiffFile) -> list[float]:
     if not all(pixels for pixels, _ in along):
         return []
     return [float(metadata["spacing"]) * unit, *(units / pixels * unit for pixels, units in along)]
+
+
+def _offset(tiff: tifffile.TiffFile) -> list[float]:
+    """Return z, y, x in nm, 0 if the file does not say."""
+    plane = ElementTree.fromstring(tiff.ome_metadata).find(".//{*}Plane") if tiff.ome_metadata else None
+    if plane is None:
+        return [0, 0, 0]
+    # Without a unit, positions are in one of the microscope.
+    units = [NANOMETERS.get(plane.get(f"Position{axis}Unit") or "unknown", 0) for axis in "ZYX"]
+    return [float(plane.get(f"Position{axis}", 0)) * unit for axis, unit in zip("ZYX", units, strict=True)]
 
 
 def _ome_size(pixels: ElementTree.Element, axis: str) -> float:

@@ -1,0 +1,27 @@
+"""Export a dataset to another format: python data_utils/export.py SAMPLE.zarr --to precomputed OUT"""
+
+from pathlib import Path
+
+from lsdseg.cli import command_parser, run_command
+from lsdseg.data_utils.export import FORMATS, export_dataset
+
+
+def main() -> None:
+    """Export one dataset."""
+    formats = "\n".join(f"  {name}: {written_as.title}" for name, written_as in FORMATS.items())
+    parser = command_parser(
+        "Write one dataset of a zarr in another format: a segmentation, labels, raw, affinities.",
+        "python data_utils/export.py SAMPLE.zarr --dataset volumes/segmentation_055 --to precomputed OUT",
+        f"formats:\n{formats}",
+    )
+    parser.add_argument("source", metavar="SAMPLE.zarr", type=Path)
+    parser.add_argument("target", metavar="OUT", type=Path)
+    parser.add_argument("--to", metavar="FORMAT", choices=FORMATS, required=True, help="one of the formats below")
+    parser.add_argument("--dataset", metavar="NAME", help="dataset to export (default: the only segmentation)")
+    parser.add_argument("--mesh", action="store_true", help="write meshes of the segments, too (precomputed)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an export that exists")
+    run_command(parser, lambda arguments: export_dataset(**vars(arguments)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""Exports are read with other programs' readers: the marked voxel must be at the same nanometer."""
+
+import json
+import re
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+import tensorstore
+import tifffile
+
+from lsdseg.config.loader import CHECKOUT
+from lsdseg.data_utils import export as export_module
+from lsdseg.data_utils import export_precomputed, pyramid
+from lsdseg.data_utils.export import FORMATS, export_dataset
+from lsdseg.data_utils.layout import LABELS, RAW
+from lsdseg.data_utils.pyramid import Level, mean, mode
+from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
+from lsdseg.errors import UserError
+
+# An odd first voxel along x, and a negative one along y: windows of coarser levels begin before the volume.
+SHAPE, VOXEL_SIZE, OFFSET, MARKED = (40, 70, 150), (40, 8, 4), (400, -24, 12), (7, 3, 11)
+SEGMENTATION, AFFINITIES = "volumes/segmentation_050", "volumes/pred_affs"
+RNG = np.random.default_rng(0)
+IDS = np.kron(RNG.integers(0, 9, (8, 10, 15)), np.ones((5, 7, 10))).astype(np.uint64)
+IDS[MARKED] = 2**32 - 1
+GRAY = RNG.integers(0, 200, SHAPE, dtype=np.uint8)
+GRAY[MARKED] = 255
+AFFS = RNG.random((3, *SHAPE), np.float32)
+DATA = {SEGMENTATION: IDS, RAW: GRAY, AFFINITIES: AFFS}
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "sample.zarr"
+    for name, data in DATA.items():
+        write_array(path, name, data, voxel_size=VOXEL_SIZE, offset=OFFSET)
+    return path
+
+
+def script(name, *arguments):
+    command = [sys.executable, CHECKOUT / "data_utils" / name, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=CHECKOUT)
+
+
+def open_store(driver, path, **options):
+    spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{path}/"}, **options}
+    return tensorstore.open(spec, read=True).result()
+
+
+def read_precomputed(path, level=0):
+    """Voxels ([channel,] z, y, x), voxel size and offset in nm, as tensorstore reads them."""
+    store = open_store("neuroglancer_precomputed", path, scale_index=level)
+    units = [float(unit.multiplier) for unit in store.dimension_units[:3]]
+    offset = [o * u for o, u in zip(store.domain.inclusive_min[:3], units, strict=True)]
+    data = store.read().result().T
+    return data[0] if len(data) == 1 else data, units[::-1], offset[::-1]
+
+
+def ome_metadata(path):
+    if (path / ".zattrs").exists():
+        return json.loads((path / ".zattrs").read_text())
+    return json.loads((path / "zarr.json").read_text())["attributes"]["ome"]
+
+
+def read_ome(path, level=0):
+    (multiscale,) = ome_metadata(path)["multiscales"]
+    assert [axis["name"] for axis in multiscale["axes"]][-3:] == ["z", "y", "x"]
+    assert {axis["unit"] for axis in multiscale["axes"][-3:]} == {"nanometer"}
+    scale, translation = multiscale["datasets"][level]["coordinateTransformations"]
+    driver = "zarr" if (path / ".zattrs").exists() else "zarr3"
+    data = open_store(driver, path / multiscale["datasets"][level]["path"]).read().result()
+    return data, scale["scale"][-3:], translation["translation"][-3:]
+
+
+def read_tiff(path):
+    with tifffile.TiffFile(path) as tiff:
+        (pixels,) = re.findall(r"<Pixels [^>]*>", tiff.ome_metadata)
+        plane = re.search(r"<Plane [^>]*>", tiff.ome_metadata)[0]
+        values = dict(re.findall(r'(\w+)="([^"]*)"', pixels + plane))
+        assert {values[f"{what}{axis}Unit"] for what in ("PhysicalSize", "Position") for axis in "XYZ"} == {"nm"}
+        size, offset = ([float(values[f"{what}{axis}"]) for axis in "ZYX"] for what in ("PhysicalSize", "Position"))
+        x = tiff.pages[0].tags["XResolution"].value
+        assert size[2] == pytest.approx(1e7 * x[1] / x[0])
+        return tiff.asarray(), size, offset
+
+
+def read_hdf(path):
+    with h5py.File(path) as file:
+        names = []
+        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+        (name,) = names
+        assert name in (LABELS, RAW, AFFINITIES)
+        return file[name][:], file[name].attrs["resolution"], file[name].attrs["offset"]
+
+
+READERS = {
+    "precomputed": read_precomputed,
+    "ome-zarr": read_ome,
+    "ome-zarr-0.5": read_ome,
+    "tiff": read_tiff,
+    "hdf5": read_hdf,
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("to", FORMATS)
+def test_every_voxel_is_at_the_same_nanometer(sample, tmp_path, to, name):
+    export_dataset(sample, tmp_path / "out", to=to, dataset=name, overwrite=False)
+    data, voxel_size, offset = READERS[to](tmp_path / "out")
+    np.testing.assert_array_equal(data, DATA[name])
+    assert (tuple(voxel_size), tuple(offset)) == (VOXEL_SIZE, OFFSET)
+
+
+@pytest.mark.parametrize("to", ["precomputed", "tiff", "hdf5"])
+def test_an_export_is_converted_back(sample, tmp_path, to):
+    out = tmp_path / {"tiff": "out.tif", "hdf5": "out.hdf"}.get(to, "out")
+    done = script("export.py", sample, "--to", to, out)
+    assert done.returncode == 0, done.stderr
+    assert f"{out}: {FORMATS[to].title} of {SEGMENTATION}" in done.stdout
+    back = script("to_zarr.py", out, tmp_path / "back.zarr")
+    assert back.returncode == 0, back.stderr
+    array = open_array(tmp_path / "back.zarr", RAW)
+    np.testing.assert_array_equal(read(array), IDS)
+    assert (tuple(array.voxel_size), tuple(array.offset)) == (VOXEL_SIZE, OFFSET)
+
+
+def test_zarr_opens_ome_zarr_where_it_was(sample, tmp_path):
+    export_dataset(sample, tmp_path / "out", to="ome-zarr", dataset=RAW, overwrite=False)
+    array = open_array(tmp_path / "out", "0")
+    np.testing.assert_array_equal(read(array), GRAY)
+    assert (tuple(array.voxel_size), tuple(array.offset)) == (VOXEL_SIZE, OFFSET)
+    assert list_arrays(tmp_path / "out") == ["0", "1", "2"]
+    (channel,) = ome_metadata(tmp_path / "out")["omero"]["channels"]
+    assert (channel["window"]["end"], channel["color"]) == (255, "FFFFFF")
+
+
+def voxels_of_level(data, begin, factor, choose):
+    """Brute force: for every coarse voxel, `choose` of the fine ones that lie in it."""
+    groups = {}
+    for index in np.ndindex(data.shape):
+        coarse = tuple((i + b) // f for i, b, f in zip(index, begin, factor, strict=True))
+        groups.setdefault(coarse, []).append(data[index])
+    first = np.min(list(groups), axis=0)
+    result = np.zeros(np.max(list(groups), axis=0) - first + 1, data.dtype)
+    for coarse, values in groups.items():
+        result[tuple(coarse - first)] = choose(values)
+    return result, first
+
+
+def most_frequent(values):
+    ids, counts = np.unique(values, return_counts=True)
+    return ids[counts == counts.max()].max()
+
+
+@pytest.mark.parametrize(("name", "choose"), [(SEGMENTATION, most_frequent), (RAW, lambda v: np.rint(np.mean(v)))])
+def test_levels_of_precomputed_lie_on_each_other(sample, tmp_path, name, choose):
+    export_dataset(sample, tmp_path / "out", to="precomputed", dataset=name, overwrite=False)
+    # x is narrowest, then x and y are.
+    for level, factor in ((1, (1, 1, 2)), (2, (1, 2, 2))):
+        fine, size, offset = read_precomputed(tmp_path / "out", level - 1)
+        begin = [int(o // s) for o, s in zip(offset, size, strict=True)]
+        expected, first = voxels_of_level(fine, begin, factor, choose)
+        data, coarse_size, coarse_offset = read_precomputed(tmp_path / "out", level)
+        np.testing.assert_array_equal(data, expected)
+        assert coarse_size == [s * f for s, f in zip(size, factor, strict=True)]
+        assert coarse_offset == [b * s for b, s in zip(first, coarse_size, strict=True)]
+    scales = json.loads((tmp_path / "out" / "info").read_text())["scales"]
+    assert [scale["resolution"] for scale in scales] == [[4, 8, 40], [8, 8, 40], [16, 16, 40]]  # x y z
+    assert scales[0]["size"] == [150, 70, 40]
+    assert scales[0]["voxel_offset"] == [3, -3, 10]
+
+
+def test_levels_of_ome_zarr_have_their_centers_where_they_belong(sample, tmp_path):
+    export_dataset(sample, tmp_path / "out", to="ome-zarr-0.5", dataset=None, overwrite=False)
+    metadata = ome_metadata(tmp_path / "out")
+    assert "image-label" in metadata
+    assert "omero" not in metadata
+    data, size, translation = read_ome(tmp_path / "out", 2)
+    expected, _ = voxels_of_level(IDS, (0, 0, 0), (1, 1, 2), most_frequent)
+    expected, _ = voxels_of_level(expected, (0, 0, 0), (1, 2, 2), most_frequent)
+    np.testing.assert_array_equal(data, expected)
+    # The first voxel covers 1 x 2 x 4 of the finest, the center of the first of which is at OFFSET.
+    assert size == [40, 16, 16]
+    assert translation == [400, -24 + 8 / 2, 12 + 3 * 4 / 2]
+
+
+def test_mode_and_mean_of_windows():
+    values = RNG.integers(0, 3, (5, 6, 8)).astype(np.uint8)
+    for function, choose in ((mode, most_frequent), (mean, lambda v: np.rint(np.mean(v)))):
+        expected, _ = voxels_of_level(values, (0, 0, 0), (1, 2, 2), choose)
+        np.testing.assert_array_equal(function(values, (1, 2, 2)), expected)
+    assert mode(np.array([[[0, 0, 7, 7]]], np.uint64), (1, 1, 4)) == 7
+    assert Level((1, 1, 1), (0, 0, 0), (9, 9, 9), (8, 8, 15)).coarser().voxel_size == (16, 16, 30)
+    assert Level((1, 1, 1), (0, 0, 0), (9, 9, 9), (8, 8, 16)).coarser().voxel_size == (16, 16, 16)
+
+
+@pytest.mark.parametrize("name", [SEGMENTATION, AFFINITIES])
+def test_large_levels_are_sharded(sample, tmp_path, monkeypatch, name):
+    for module in (pyramid, export_precomputed):
+        monkeypatch.setattr(module, "EDGE", 8)
+    monkeypatch.setattr(export_precomputed, "MANY_CHUNKS", 100)
+    export_dataset(sample, tmp_path / "out", to="precomputed", dataset=name, overwrite=False)
+    scales = json.loads((tmp_path / "out" / "info").read_text())["scales"]
+    assert ["sharding" in scale for scale in scales][:4] == [True, True, True, False]
+    files = list((tmp_path / "out" / scales[0]["key"]).iterdir())
+    assert len(files) == 2 * 3 * 5  # shards of 4 x 4 x 4 chunks; there are 5 x 9 x 19
+    data, _, offset = read_precomputed(tmp_path / "out")
+    np.testing.assert_array_equal(data, DATA[name])
+    assert tuple(offset) == OFFSET
+    monkeypatch.setattr(export_precomputed, "MANY_CHUNKS", 10**6)
+    export_dataset(sample, tmp_path / "plain", to="precomputed", dataset=name, overwrite=False)
+    for level in range(len(scales)):
+        sharded, plain = (read_precomputed(tmp_path / folder, level)[0] for folder in ("out", "plain"))
+        np.testing.assert_array_equal(sharded, plain)
+
+
+def test_overwriting_replaces_exports_only(sample, tmp_path):
+    for to, written_as in FORMATS.items():
+        out = tmp_path / to
+        for _ in range(2):
+            export_dataset(sample, out, to=to, dataset=None, overwrite=True)
+        with pytest.raises(UserError, match="exists: add --overwrite"):
+            export_dataset(sample, out, to=to, dataset=None, overwrite=False)
+        if written_as.folder:
+            (out / "notes.txt").touch()
+        else:
+            out.write_text("mine")
+        with pytest.raises(UserError, match="is not replaced, because it is no"):
+            export_dataset(sample, out, to=to, dataset=None, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FORMATS)
+    for target in (sample, sample / "volumes"):
+        with pytest.raises(UserError, match="is an input"):
+            export_dataset(sample, target, to="ome-zarr", dataset=None, overwrite=True)
+
+
+def test_an_interrupted_export_leaves_what_was_there(sample, tmp_path, monkeypatch):
+    for to in FORMATS:
+        export_dataset(sample, tmp_path / to, to=to, dataset=RAW, overwrite=False)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_module, "read", interrupt)
+    for to in FORMATS:
+        for target, overwrite in ((tmp_path / to, True), (tmp_path / "new", False)):
+            with pytest.raises(KeyboardInterrupt):
+                export_dataset(sample, target, to=to, dataset=None, overwrite=overwrite)
+        np.testing.assert_array_equal(READERS[to](tmp_path / to)[0], GRAY)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FORMATS)
+
+
+def test_a_full_disk_is_explained(sample, small_disk):
+    disk = small_disk(100)
+    for to in FORMATS:
+        refused = script("export.py", sample, "--dataset", AFFINITIES, "--to", to, disk / "out")
+        (line,) = [line for line in refused.stderr.splitlines() if "error" in line.lower()]
+        assert refused.returncode == 2, refused.stderr
+        assert re.search("cannot write .*out: .*; free some space", line), line
+        assert not list(disk.iterdir())
+
+
+def test_what_cannot_be_exported_is_refused(sample, tmp_path):
+    def volume(name, data, offset=OFFSET, path=tmp_path / "in.zarr"):
+        write_array(path, name, data, voxel_size=VOXEL_SIZE[-len(offset) :], offset=offset)
+
+    volume("volumes/segmentation_040", np.array([[[7, 2**32]]], np.uint64))
+    volume("volumes/segmentation_060", np.array([[[7, -3]]], np.int64))
+    volume("shifted", GRAY, offset=(400, -24, 13))
+    volume("doubles", np.ones((2, 2, 2)))
+    volume("section", GRAY[0], offset=(0, 0))
+    volume("labels/ids", IDS, path=tmp_path / "none.zarr")
+    for source, dataset, to, message in [
+        ("in.zarr", None, "hdf5", "holds volumes/segmentation_040, volumes/segmentation_060: name the one"),
+        ("none.zarr", None, "hdf5", "holds labels/ids: name the one to export with --dataset"),
+        ("in.zarr", "volumes/segmentation_040", "tiff", "holds the id 4294967296, which is no uint32 .*--to hdf5"),
+        ("in.zarr", "volumes/segmentation_060", "precomputed", "holds the id -3, which is no uint64 .*--to hdf5"),
+        ("in.zarr", "shifted", "precomputed", "no whole number of voxels .*--to ome-zarr"),
+        ("in.zarr", "doubles", "precomputed", "is float64, which Neuroglancer precomputed cannot hold: .*--to hdf5"),
+        ("in.zarr", "section", "tiff", "only .* can be exported"),
+        ("in.zarr", "other", "tiff", "no dataset other in"),
+        ("no.zarr", None, "tiff", "no.zarr"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            export_dataset(tmp_path / source, tmp_path / "out", to=to, dataset=dataset, overwrite=False)
+        assert not list(tmp_path.glob("*out*"))
+    refused = script("export.py", tmp_path / "in.zarr", "--to", "tiff", tmp_path / "out")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: ")
+    assert refused.stderr.count("\n") == 1
+
+
+def test_the_way_out_that_an_error_names_works(tmp_path):
+    """Ids that TIFF and precomputed refuse, offsets that precomputed refuses."""
+    ids = np.array([[[-3, 2**40]]], np.int64)
+    write_array(tmp_path / "in.zarr", SEGMENTATION, ids, voxel_size=VOXEL_SIZE, offset=(1, 2, 3))
+    for to in ("hdf5", "ome-zarr"):
+        export_dataset(tmp_path / "in.zarr", tmp_path / to, to=to, dataset=None, overwrite=False)
+        data, _, offset = READERS[to](tmp_path / to)
+        assert data.tolist() == ids.tolist()
+        assert tuple(offset) == (1, 2, 3)
