@@ -13,7 +13,7 @@ import tifffile
 
 from lsdseg.config.loader import CHECKOUT
 from lsdseg.data_utils import export as export_module
-from lsdseg.data_utils import export_precomputed, pyramid
+from lsdseg.data_utils import export_mesh, export_precomputed, pyramid
 from lsdseg.data_utils.export import FORMATS, export_dataset
 from lsdseg.data_utils.layout import LABELS, RAW
 from lsdseg.data_utils.pyramid import Level, mean, mode
@@ -215,6 +215,62 @@ def test_large_levels_are_sharded(sample, tmp_path, monkeypatch, name):
     for level in range(len(scales)):
         sharded, plain = (read_precomputed(tmp_path / folder, level)[0] for folder in ("out", "plain"))
         np.testing.assert_array_equal(sharded, plain)
+
+
+def ball(shape, center, radius):
+    """Voxels whose centers are less than a radius (nm) from a center (nm)."""
+    centers = [o + (np.arange(n) + 0.5) * v for o, n, v in zip(OFFSET, shape, VOXEL_SIZE, strict=True)]
+    z, y, x = (along - c for along, c in zip(centers, center, strict=True))
+    return z[:, None, None] ** 2 + y[:, None] ** 2 + x**2 < radius**2
+
+
+def read_mesh(folder, segment):
+    """All pieces of a segment as one: vertices x, y, z in nm, and triangles; vertices at the same place are one."""
+    vertices, faces, count = [], [], 0
+    for name in json.loads((folder / f"{segment}:0").read_text())["fragments"]:
+        content = (folder / name).read_bytes()
+        (size,) = np.frombuffer(content, "<u4", 1)
+        vertices.append(np.frombuffer(content, "<f4", 3 * size, 4).reshape(-1, 3))
+        faces.append(np.frombuffer(content, "<u4", -1, 4 + 12 * size).reshape(-1, 3) + count)
+        count += size
+    together, numbers = np.unique(np.concatenate(vertices), axis=0, return_inverse=True)
+    return together, numbers.ravel()[np.concatenate(faces)]
+
+
+def test_a_mesh_is_closed_across_blocks_and_in_place(tmp_path, monkeypatch):
+    shape, center = (40, 70, 150), (1000, 200, 250)
+    ids = np.where(ball(shape, center, 180), 2**40, 0).astype(np.uint64)
+    ids[:, 60:, :] = 5  # touches the border of the volume on five sides
+    write_array(tmp_path / "in.zarr", SEGMENTATION, ids, voxel_size=VOXEL_SIZE, offset=OFFSET)
+    monkeypatch.setattr(export_mesh, "BLOCK", 16)
+    export_dataset(tmp_path / "in.zarr", tmp_path / "out", to="precomputed", dataset=None, overwrite=False, mesh=True)
+    np.testing.assert_array_equal(read_precomputed(tmp_path / "out")[0], ids)
+    folder = tmp_path / "out" / json.loads((tmp_path / "out" / "info").read_text())["mesh"]
+    assert json.loads((folder / "info").read_text()) == {"@type": "neuroglancer_legacy_mesh"}
+    assert sorted(file.name for file in folder.glob("*:0")) == ["1099511627776:0", "5:0"]
+    for segment, low in (
+        (2**40, None),
+        (5, [o + v * b for o, v, b in zip(OFFSET, VOXEL_SIZE, (0, 60, 0), strict=True)]),
+    ):
+        vertices, faces = read_mesh(folder, segment)
+        edges = np.concatenate([faces[:, pair] for pair in ([0, 1], [1, 2], [2, 0])])
+        counts = np.unique(edges, axis=0, return_counts=True)[1]
+        assert counts.tolist() == [1] * len(counts)  # no edge in one direction twice
+        assert {tuple(edge) for edge in edges} == {tuple(edge[::-1]) for edge in edges}  # each has its other side
+        a, b, c = (vertices[faces[:, corner]].astype(float) - vertices.mean(axis=0) for corner in range(3))
+        volume = np.abs(np.einsum("ij,ij->i", a, np.cross(b, c)).sum() / 6)
+        assert volume == pytest.approx((ids == segment).sum() * np.prod(VOXEL_SIZE), rel=0.04)
+        if low is None:
+            middle = (vertices.min(axis=0) + vertices.max(axis=0)) / 2
+            np.testing.assert_allclose(middle[::-1], center, atol=20)
+        else:
+            np.testing.assert_allclose(vertices.min(axis=0)[::-1], low, atol=1e-3)
+
+
+def test_meshes_need_a_segmentation_and_precomputed(sample, tmp_path):
+    for to, name in (("tiff", SEGMENTATION), ("precomputed", RAW)):
+        with pytest.raises(UserError, match="meshes are made of a segmentation and written --to precomputed"):
+            export_dataset(sample, tmp_path / "out", to=to, dataset=name, overwrite=False, mesh=True)
 
 
 def test_overwriting_replaces_exports_only(sample, tmp_path):

@@ -195,8 +195,8 @@ def export_dataset(
     record = Record(STEP, {"the dataset": identity(array)}, {"dataset": name, "format": to})
     with ExitStack() as opened:
         opened.enter_context(room_on_disk(target))
-        opened.enter_context(_explain_library_errors(target))
         path = opened.enter_context(write_folder(target, check) if written_as.folder else write_whole(target))
+        opened.enter_context(_explain_library_errors(target))
         resolve(written_as.write)(Export(name, array, labels, record, mesh), path)
     print(f"{target}: {written_as.title} of {name}, {array.shape}, {tuple(array.voxel_size)} nm")
 

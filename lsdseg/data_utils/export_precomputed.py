@@ -14,6 +14,7 @@ import tensorstore
 from tqdm import tqdm
 
 from lsdseg.data_utils.export import STEP, Export
+from lsdseg.data_utils.export_mesh import write_meshes
 from lsdseg.data_utils.pyramid import EDGE, Level, plan_levels, voxel_count, write_pyramid
 from lsdseg.data_utils.stored import read_json
 from lsdseg.errors import UserError
@@ -54,6 +55,10 @@ def write_precomputed(export: Export, path: Path) -> None:
         write_pyramid(
             lambda voxels: export.read_as(dtype, voxels), levels, stores, blocks, labels=export.labels, bar=bar
         )
+    if export.mesh:
+        write_meshes(export, path / MESH)
+        info = read_json(path / "info")
+        (path / "info").write_text(json.dumps(info | {"mesh": MESH}), encoding="utf-8")
     made = {"by": STEP, "method": export.record.to_json()}
     provenance = {"description": export.dataset, "owners": [], "sources": [], "processing": [made]}
     (path / PROVENANCE).write_text(json.dumps(provenance), encoding="utf-8")

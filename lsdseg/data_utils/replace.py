@@ -22,6 +22,8 @@ from lsdseg.files import PARTIAL, explain_os_errors
 # Attributes that `create_array` writes. Other software writes some of them, but not all.
 OWN = {"resolution", "offset", "voxel_size", "axis_names", "units"}
 HEADERS = {".zgroup", ".zattrs", ".zarray", ".zmetadata", "zarr.json"}
+# A folder is deleted when it was gone so many times in a row, or after so many seconds.
+QUIET, PATIENCE = 3, 5
 DISCARDED = ".discarded"  # suffix of what was replaced and is being deleted
 
 
@@ -212,12 +214,13 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a folder, even if threads of a library go on writing into it for a moment after one of them failed."""
-    for _ in range(20):
+    """Delete a folder for good: threads of tensorstore go on for a moment after one failed, and make it anew."""
+    end = time.monotonic() + PATIENCE
+    gone = 0 if folder.exists() else QUIET
+    while gone < QUIET and time.monotonic() < end:
         shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            return
         time.sleep(0.05)
+        gone = 0 if folder.exists() else gone + 1
 
 
 def _hidden(path: Path, suffix: str) -> Path:
