@@ -44,6 +44,16 @@ def write_ome(path, data):
     tifffile.imwrite(path, data, ome=True, metadata={"axes": "ZYX", **sizes, **units})
 
 
+def write_stage_position(path, data):
+    """An OME-TIFF as microscopes write it: the position is that of the stage."""
+    planes = {f"Position{axis}": [1234.5] * len(data) for axis in "ZYX"}
+    units = {f"Position{axis}Unit": ["µm"] * len(data) for axis in "ZYX"}
+    sizes = {f"PhysicalSize{axis}": size for axis, size in zip("ZYX", VOXEL_SIZE, strict=True)}
+    nanometers = {f"PhysicalSize{axis}Unit": "nm" for axis in "ZYX"}
+    metadata = {"axes": "ZYX", **sizes, **nanometers, "Plane": planes | units}
+    tifffile.imwrite(path, data, ome=True, metadata=metadata)
+
+
 def write_sections(path, data):
     path.mkdir()
     for number, section in enumerate(data):
@@ -90,6 +100,7 @@ WRITERS = {
     "volume.hdf": write_hdf,
     "imagej.tif": write_imagej,
     "ome.tif": write_ome,
+    "stage.tif": write_stage_position,
     "sections": write_sections,
     "volume.n5": write_n5,
     "precomputed": write_precomputed,

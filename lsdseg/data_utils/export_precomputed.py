@@ -57,8 +57,8 @@ def write_precomputed(export: Export, path: Path) -> None:
         )
     if export.mesh:
         write_meshes(export, path / MESH)
-        info = read_json(path / "info")
-        (path / "info").write_text(json.dumps(info | {"mesh": MESH}), encoding="utf-8")
+        info = read_json(path / "info") | {"mesh": MESH}
+        (path / "info").write_text(json.dumps(info), encoding="utf-8")
     made = {"by": STEP, "method": export.record.to_json()}
     provenance = {"description": export.dataset, "owners": [], "sources": [], "processing": [made]}
     (path / PROVENANCE).write_text(json.dumps(provenance), encoding="utf-8")

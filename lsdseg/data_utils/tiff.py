@@ -54,7 +54,7 @@ def open_tiff(path: Path) -> Iterator[Source]:
     """Open a TIFF stack, or a folder of TIFFs in the order of their names.
 
     The voxel size is that of the metadata of ImageJ or OME, if there is any. The offset is where OME says that
-    the first section is, if it says so in a unit of length.
+    the first section is, if it says so in nm.
 
     Raises:
         UserError: a file is damaged, or no stack of gray sections.
@@ -90,13 +90,11 @@ def _voxel_size(tiff: tifffile.TiffFile) -> list[float]:
 
 
 def _offset(tiff: tifffile.TiffFile) -> list[float]:
-    """Return z, y, x in nm, 0 if the file does not say."""
+    """Return z, y, x in whole nm, 0 if the file does not say. Positions in other units are those of a stage."""
     plane = ElementTree.fromstring(tiff.ome_metadata).find(".//{*}Plane") if tiff.ome_metadata else None
-    if plane is None:
+    if plane is None or any(plane.get(f"Position{axis}Unit") != "nm" for axis in "ZYX"):
         return [0, 0, 0]
-    # Without a unit, positions are in one of the microscope.
-    units = [NANOMETERS.get(plane.get(f"Position{axis}Unit") or "unknown", 0) for axis in "ZYX"]
-    return [float(plane.get(f"Position{axis}", 0)) * unit for axis, unit in zip("ZYX", units, strict=True)]
+    return [round(float(plane.get(f"Position{axis}", 0))) for axis in "ZYX"]
 
 
 def _ome_size(pixels: ElementTree.Element, axis: str) -> float:
