@@ -14,6 +14,7 @@ import tifffile
 from lsdseg.config.loader import CHECKOUT
 from lsdseg.data_utils import export as export_module
 from lsdseg.data_utils import export_mesh, export_precomputed, pyramid
+from lsdseg.data_utils.convert import convert_volume
 from lsdseg.data_utils.export import FORMATS, export_dataset
 from lsdseg.data_utils.layout import LABELS, RAW
 from lsdseg.data_utils.pyramid import Level, mean, mode
@@ -116,15 +117,24 @@ def test_every_voxel_is_at_the_same_nanometer(sample, tmp_path, to, name):
 
 @pytest.mark.parametrize("to", ["precomputed", "tiff", "hdf5"])
 def test_an_export_is_converted_back(sample, tmp_path, to):
-    out = tmp_path / {"tiff": "out.tif", "hdf5": "out.hdf"}.get(to, "out")
-    done = script("export.py", sample, "--to", to, out)
-    assert done.returncode == 0, done.stderr
-    assert f"{out}: {FORMATS[to].title} of {SEGMENTATION}" in done.stdout
-    back = script("to_zarr.py", out, tmp_path / "back.zarr")
-    assert back.returncode == 0, back.stderr
-    array = open_array(tmp_path / "back.zarr", RAW)
+    out, back = tmp_path / {"tiff": "out.tif", "hdf5": "out.hdf"}.get(to, "out"), tmp_path / "back.zarr"
+    export_dataset(sample, out, to=to, dataset=None, overwrite=False)
+    convert_volume(out, back, labels=None, dataset=None, sections=":", resolution=None, overwrite=False)
+    array = open_array(back, RAW)
     np.testing.assert_array_equal(read(array), IDS)
     assert (tuple(array.voxel_size), tuple(array.offset)) == (VOXEL_SIZE, OFFSET)
+
+
+def test_command_line(sample, tmp_path):
+    out, back = tmp_path / "out", tmp_path / "back.zarr"
+    done = script("export.py", sample, "--to", "precomputed", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{out}: Neuroglancer precomputed of {SEGMENTATION}")
+    done = script("to_zarr.py", out, back)
+    assert done.returncode == 0, done.stderr
+    assert tuple(open_array(back, RAW).offset) == OFFSET
+    refused = script("export.py", sample, "--to", "precomputed", out)
+    assert (refused.returncode, refused.stderr) == (2, f"error: {out} exists: add --overwrite, or write elsewhere\n")
 
 
 def test_zarr_opens_ome_zarr_where_it_was(sample, tmp_path):
@@ -162,9 +172,9 @@ def test_levels_of_precomputed_lie_on_each_other(sample, tmp_path, name, choose)
     for level, factor in ((1, (1, 1, 2)), (2, (1, 2, 2))):
         fine, size, offset = read_precomputed(tmp_path / "out", level - 1)
         begin = [int(o // s) for o, s in zip(offset, size, strict=True)]
-        expected, first = voxels_of_level(fine, begin, factor, choose)
+        expected, first = voxels_of_level(fine[:8], begin, factor, choose)
         data, coarse_size, coarse_offset = read_precomputed(tmp_path / "out", level)
-        np.testing.assert_array_equal(data, expected)
+        np.testing.assert_array_equal(data[:8], expected)
         assert coarse_size == [s * f for s, f in zip(size, factor, strict=True)]
         assert coarse_offset == [b * s for b, s in zip(first, coarse_size, strict=True)]
     scales = json.loads((tmp_path / "out" / "info").read_text())["scales"]
@@ -179,9 +189,9 @@ def test_levels_of_ome_zarr_have_their_centers_where_they_belong(sample, tmp_pat
     assert "image-label" in metadata
     assert "omero" not in metadata
     data, size, translation = read_ome(tmp_path / "out", 2)
-    expected, _ = voxels_of_level(IDS, (0, 0, 0), (1, 1, 2), most_frequent)
+    expected, _ = voxels_of_level(IDS[:8], (0, 0, 0), (1, 1, 2), most_frequent)
     expected, _ = voxels_of_level(expected, (0, 0, 0), (1, 2, 2), most_frequent)
-    np.testing.assert_array_equal(data, expected)
+    np.testing.assert_array_equal(data[:8], expected)
     # The first voxel covers 1 x 2 x 4 of the finest, the center of the first of which is at OFFSET.
     assert size == [40, 16, 16]
     assert translation == [400, -24 + 8 / 2, 12 + 3 * 4 / 2]
@@ -310,12 +320,15 @@ def test_an_interrupted_export_leaves_what_was_there(sample, tmp_path, monkeypat
 
 def test_a_full_disk_is_explained(sample, small_disk):
     disk = small_disk(100)
-    for to in FORMATS:
-        refused = script("export.py", sample, "--dataset", AFFINITIES, "--to", to, disk / "out")
-        (line,) = [line for line in refused.stderr.splitlines() if "error" in line.lower()]
-        assert refused.returncode == 2, refused.stderr
-        assert re.search("cannot write .*out: .*; free some space", line), line
+    message = f"cannot write {disk}/out: No space left on device; free some space, then run the same command again"
+    for to in ("precomputed", "ome-zarr-0.5", "tiff"):
+        with pytest.raises(UserError, match=message):
+            export_dataset(sample, disk / "out", to=to, dataset=AFFINITIES, overwrite=False)
         assert not list(disk.iterdir())
+    # HDF5 may crash when the process ends.
+    refused = script("export.py", sample, "--dataset", AFFINITIES, "--to", "hdf5", disk / "out")
+    assert (refused.returncode, refused.stderr.splitlines()[-1]) == (2, f"error: {message}")
+    assert not list(disk.iterdir())
 
 
 def test_what_cannot_be_exported_is_refused(sample, tmp_path):
@@ -342,10 +355,6 @@ def test_what_cannot_be_exported_is_refused(sample, tmp_path):
         with pytest.raises(UserError, match=message):
             export_dataset(tmp_path / source, tmp_path / "out", to=to, dataset=dataset, overwrite=False)
         assert not list(tmp_path.glob("*out*"))
-    refused = script("export.py", tmp_path / "in.zarr", "--to", "tiff", tmp_path / "out")
-    assert refused.returncode == 2
-    assert refused.stderr.startswith("error: ")
-    assert refused.stderr.count("\n") == 1
 
 
 def test_the_way_out_that_an_error_names_works(tmp_path):
