@@ -1,8 +1,13 @@
 """Write masks of labeled voxels: python data_utils/create_labels_mask.py train/*.zarr"""
 
-from lsdseg.cli import command_parser, run_command
+import argparse
+from pathlib import Path
+
+from lsdseg.cli import argument, command_parser, run_command
+from lsdseg.config.rules import integer
 from lsdseg.data_utils.labels import create_labels_masks
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK
+from lsdseg.errors import UserError
 
 
 def main() -> None:
@@ -11,10 +16,22 @@ def main() -> None:
         "Write the labels mask of every zarr that has none.",
         "python data_utils/create_labels_mask.py CREMI/data_3d/train/*.zarr",
     )
-    parser.add_argument("paths", metavar="ZARR", nargs="+")
-    parser.add_argument("--labels", default=LABELS, help="dataset of the labels (default: %(default)s)")
+    parser.add_argument("paths", metavar="ZARR", nargs="*", type=Path)
+    parser.add_argument("-dir", metavar="FOLDER", type=Path, help="or: every zarr in this folder")
+    parser.add_argument(
+        "-labels_ds", "--labels", dest="labels", default=LABELS, help="dataset of the labels (default: %(default)s)"
+    )
     parser.add_argument("--mask", default=LABELS_MASK, help="dataset to write (default: %(default)s)")
-    run_command(parser, lambda arguments: create_labels_masks(arguments.paths, arguments.labels, arguments.mask))
+    parser.add_argument("-bg_val", type=argument(integer()), help="id of voxels that nobody has labeled, such as 0")
+    run_command(parser, create)
+
+
+def create(arguments: argparse.Namespace) -> None:
+    """Write the masks of the zarrs that are named and of those in the folder."""
+    paths = [*arguments.paths, *(sorted(arguments.dir.glob("*.zarr")) if arguments.dir else ())]
+    if not paths:
+        raise UserError(f"no zarr in {arguments.dir}: name a folder with zarrs" if arguments.dir else "name a zarr")
+    create_labels_masks(paths, arguments.labels, arguments.mask, arguments.bg_val)
 
 
 if __name__ == "__main__":

@@ -61,8 +61,10 @@ def grow_boundary(
     return grown
 
 
-def create_labels_masks(paths: Sequence[Path | str], labels_dataset: str, mask_dataset: str) -> None:
-    """Write the mask of the labels of each zarr that has none, and print what was done.
+def create_labels_masks(
+    paths: Sequence[Path | str], labels_dataset: str, mask_dataset: str, unlabeled: int | None = None
+) -> None:
+    """Write the mask of the labels of each zarr that has none, and print what was done; see `create_labels_mask`.
 
     Raises:
         UserError: as for `create_labels_mask`. If a zarr has no labels, nothing is written.
@@ -70,7 +72,7 @@ def create_labels_masks(paths: Sequence[Path | str], labels_dataset: str, mask_d
     for path in paths:
         open_array(path, labels_dataset)
     for path in paths:
-        created = create_labels_mask(path, labels_dataset, mask_dataset)
+        created = create_labels_mask(path, labels_dataset, mask_dataset, unlabeled)
         print(f"{path}: {mask_dataset} {'written' if created else 'exists already'}")
 
 
@@ -78,6 +80,7 @@ def create_labels_mask(
     path: Path | str,
     labels_dataset: str = LABELS,
     mask_dataset: str = LABELS_MASK,
+    unlabeled: int | None = None,
     **defaults: Unpack[SourceDefaults],
 ) -> bool:
     """Write the mask of a zarr's labels, unless it has one.
@@ -89,6 +92,7 @@ def create_labels_mask(
         path: the zarr.
         labels_dataset: dataset of the labels.
         mask_dataset: dataset to write.
+        unlabeled: another id of voxels that nobody has labeled. None: only CREMI's.
         defaults: as for `open_array`.
 
     Returns:
@@ -112,6 +116,8 @@ def create_labels_mask(
             chunk_shape=labels.chunk_shape,
         )
         for slab in tqdm(slabs(labels), desc="labels mask", unit="slab", delay=2):
-            mask[slab] = is_labeled(read(labels, slab)).astype(np.uint8)
+            ids = read(labels, slab)
+            known = is_labeled(ids) if unlabeled is None else is_labeled(ids) & (ids != unlabeled)
+            mask[slab] = known.astype(np.uint8)
         rename_array(path, partial, mask_dataset)
     return True
