@@ -11,7 +11,7 @@ from lsdseg.data_utils.layout import output_path, scores_path
 from lsdseg.data_utils.stored import read_header
 from lsdseg.data_utils.volumes import seal_array, write_array
 from lsdseg.engine.evaluate.evaluate import evaluate, overlaps
-from lsdseg.engine.evaluate.metrics import count_overlaps, scores
+from lsdseg.engine.evaluate.metrics import connected_parts, count_overlaps, scores, without_boundary
 from lsdseg.errors import UserError
 
 PLACE = {"voxel_size": (10, 10, 10), "offset": (0, 0, 0)}
@@ -230,3 +230,35 @@ def test_without_ground_truth_or_segmentation_nothing_is_scored(config, real, ca
     with pytest.raises(UserError, match=r"instance_segmenter\.py"):
         evaluate(cfg)
     assert not output.exists()
+
+
+def test_boundary_is_one_voxel_on_either_side_of_where_objects_touch():
+    truth = np.array([[[0, 1, 1, 1, 2, 2, 2, 0, 3]]], np.uint64)
+    assert without_boundary(truth).tolist() == [[[0, 1, 1, 0, 0, 2, 2, 0, 3]]]
+    stack = np.array([[[1, 1]], [[2, 2]]], np.uint64)
+    assert not without_boundary(stack).any()
+    assert (without_boundary(stack, by_section=True) == stack).all()
+
+
+def test_parts_that_do_not_hang_together_become_objects():
+    truth = np.array([[[5, 5, 0, 5, 7, 7, 5]]], np.uint64)
+    assert len(np.unique(connected_parts(truth))) == 5  # background, three parts of 5, and 7
+    column = np.full((3, 1, 2), 2**63, np.uint64)
+    assert len(np.unique(connected_parts(column))) == 1
+    assert len(np.unique(connected_parts(column, by_section=True))) == 3
+
+
+def test_variants_forgive_boundaries_and_what_the_crop_cannot_show(config):
+    cfg, sample, output = config
+    truth = np.ones((4, 6, 12), np.uint64)
+    truth[:, :, 4:8] = 2  # object 1 lies in the crop in two parts
+    segmentation = np.repeat([1, 2, 3], 4).astype(np.uint64) * np.ones_like(truth)
+    segmentation[:, :, 4] = 1  # a voxel off
+    write_array(sample, cfg.DATA.NEURON_LABELS, truth, **PLACE)
+    write_array(output, "volumes/segmentation_050", segmentation, **PLACE)
+    evaluate(cfg)
+    (row,) = json.loads(scores_path(output).read_text())["scores"]
+    assert row["voi_merge"] > 0
+    assert row["voi_merge_without_boundary"] == 0
+    assert 0 < row["voi_split_connected"] < row["voi_split"]
+    assert (row["segments_without_boundary"], row["voi_split_without_boundary"] > 0) == (3, True)

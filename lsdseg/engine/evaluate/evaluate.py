@@ -8,6 +8,7 @@ import csv
 import io
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,17 @@ from lsdseg.data_utils.labels import is_labeled
 from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, scores_path
 from lsdseg.data_utils.records import Record, record_of
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, require_whole, slabs, voxels_of
-from lsdseg.engine.evaluate.metrics import count_overlaps, scores
+from lsdseg.engine.evaluate.metrics import VARIANTS, count_overlaps, scores
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.engine.sections import ids_by_section, scored_by_section
 from lsdseg.errors import UserError
 from lsdseg.files import write_whole
 
 SCORES = ("voi_split", "voi_merge", "voi_sum", "adapted_rand_error", "segments")
-COLUMNS = ("dataset", "method", "merge_function", "threshold", *SCORES)
+VARIANT_SCORES = tuple(f"{score}_{variant}" for variant in VARIANTS for score in SCORES)
+COLUMNS = ("dataset", "method", "merge_function", "threshold", *SCORES, *VARIANT_SCORES)
+# Ground truth with more voxels is scored slab by slab only, without what needs all of it in memory.
+MAX_VOXELS = 2**28
 # Colors of Okabe and Ito, which color-blind readers can tell apart.
 COLORS = {"voi_split": "#0072B2", "voi_merge": "#D55E00", "voi_sum": "#000000"}
 LINE_STYLES = ("-", "--", ":", "-.")
@@ -96,7 +100,8 @@ def score_sample(sample: Sample, names: Sequence[str]) -> Report:
         objects: number of objects in the ground truth that was compared.
         voxels: number of voxels in the ground truth that was compared.
         best: the segmentation with the lowest VOI sum.
-        scores: a list of dicts with the keys COLUMNS, one per dataset.
+        scores: a list of dicts with the keys COLUMNS, one per dataset. Scores with the name of a variant (`VARIANTS`)
+            at their end are None if the ground truth has more than MAX_VOXELS voxels, or the variant has none left.
 
     Raises:
         UserError: there is no ground truth; it or a dataset is not (z, y, x) of unsigned integers; they share no
@@ -121,7 +126,7 @@ def score_sample(sample: Sample, names: Sequence[str]) -> Report:
         except ValueError as error:
             raise UserError(f"{name} in {sample.output} and {truth_name} in {sample.volume}: {error}") from error
         made_with = {key: segmentation.attrs.get(key) for key in ("method", "merge_function", "threshold")}
-        rows.append({"dataset": name, **made_with, **row})
+        rows.append({"dataset": name, **made_with, **row, **_score_variants(sample, segmentation, by_section)})
         if record := record_of(segmentation):
             made_from[name] = record.to_json()
     best = min((row for row in rows if row["dataset"] != FRAGMENTS), key=lambda row: row["voi_sum"])
@@ -135,6 +140,69 @@ def score_sample(sample: Sample, names: Sequence[str]) -> Report:
         "scores": [{key: row[key] for key in COLUMNS} for row in rows],
         "made_from": made_from,
     }
+
+
+def _score_variants(sample: Sample, segmentation: Array, by_section: bool) -> dict[str, float | None]:
+    """Score a segmentation against each variant of the ground truth."""
+    found: dict[str, float | None] = dict.fromkeys(VARIANT_SCORES)
+    whole = shared_labels(sample, segmentation)
+    if whole is None:
+        return found
+    labels, truth = whole
+    for variant, make in VARIANTS.items():
+        parts = make(truth, by_section)
+        if by_section:
+            pair = (ids_by_section(labels, 0, {}), np.where(parts > 0, ids_by_section(parts, 0, {}), 0))
+        else:
+            pair = (labels, parts)
+        if parts.any():
+            row = scores(*count_overlaps([pair]))
+            found |= {f"{score}_{variant}": row[score] for score in SCORES}
+    return found
+
+
+def shared_labels(sample: Sample, segmentation: Array) -> tuple[NDArray[Any], NDArray[Any]] | None:
+    """Read a segmentation and the ground truth in the ROI that they share (`shared_roi`).
+
+    Returns:
+        Both (z, y, x); the ground truth is 0 where nothing is known. None if they have more than MAX_VOXELS voxels.
+    """
+    truth, mask = sample.ground_truth, sample.ground_truth_mask
+    if truth is None:
+        return None
+    roi = shared_roi(segmentation, truth, mask)
+    if math.prod(roi.shape / segmentation.voxel_size) > MAX_VOXELS:
+        return None
+    return _read_pair(segmentation, truth, mask, roi)
+
+
+def shared_roi(segmentation: Array, ground_truth: Array, mask: Array | None = None) -> Roi:
+    """Return the ROI (nm) in which label volumes lie on the same voxels.
+
+    Raises:
+        ValueError: the voxels differ in size, or their grids are shifted by part of a voxel.
+    """
+    voxel_size, roi = segmentation.voxel_size, segmentation.roi
+    for array in (ground_truth, *([] if mask is None else [mask])):
+        if array.voxel_size != voxel_size:
+            raise ValueError(
+                f"voxel sizes differ: {tuple(voxel_size)} and {tuple(array.voxel_size)} nm; bring the ground truth to "
+                "the voxels of the segmentation with data_utils/rescale.py --labels"
+            )
+        if any((array.offset - segmentation.offset) % voxel_size):
+            raise ValueError(f"offsets {segmentation.offset} and {array.offset} nm differ by part of a voxel")
+        roi = roi.intersect(array.roi)
+    return roi
+
+
+def _read_pair(
+    segmentation: Array, ground_truth: Array, mask: Array | None, roi: Roi
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    labels, truth = (read(array, voxels_of(array, roi)) for array in (segmentation, ground_truth))
+    known = (truth != 0) & is_labeled(truth)
+    if mask is not None:
+        known &= read(mask, voxels_of(mask, roi)) != 0
+    return labels, np.where(known, truth, 0)
 
 
 def overlaps(
@@ -163,15 +231,8 @@ def overlaps(
     Raises:
         ValueError: the voxels differ in size, or their grids are shifted by part of a voxel.
     """
-    arrays = [segmentation, ground_truth] + ([mask] if mask is not None else [])
     voxel_size = segmentation.voxel_size
-    roi = segmentation.roi
-    for array in arrays:
-        if array.voxel_size != voxel_size:
-            raise ValueError(f"voxel sizes differ: {tuple(voxel_size)} and {tuple(array.voxel_size)} nm")
-        if any((array.offset - segmentation.offset) % voxel_size):
-            raise ValueError(f"offsets {segmentation.offset} and {array.offset} nm differ by part of a voxel")
-        roi = roi.intersect(array.roi)
+    roi = shared_roi(segmentation, ground_truth, mask)
     segment_numbers: dict[int, int] = {}
     object_numbers: dict[int, int] = {}
     for slab in tqdm(slabs(segmentation, max_bytes), description, unit="slab", leave=False, delay=2):
@@ -179,8 +240,8 @@ def overlaps(
         part = Roi(begin, Coordinate(s.stop - s.start for s in slab) * voxel_size).intersect(roi)
         if part.empty:
             continue
-        labels, truth, *masks = (read(array, voxels_of(array, part)) for array in arrays)
-        known = (truth != 0) & is_labeled(truth) & (masks[0] != 0 if masks else True)
+        labels, truth = _read_pair(segmentation, ground_truth, mask, part)
+        known = truth != 0
         if by_section:
             section = (part.begin[0] - roi.begin[0]) // voxel_size[0]
             labels = ids_by_section(labels, section, segment_numbers)

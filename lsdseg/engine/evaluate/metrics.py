@@ -8,9 +8,12 @@ part in memory.
 from collections.abc import Iterable
 from typing import Any
 
+import cc3d
 import fastremap
 import numpy as np
 from numpy.typing import NDArray
+
+from lsdseg.data_utils.labels import grow_boundary
 
 # Pairs of a segment and an object that overlap (uint64, n x 2), and how many voxels each pair shares (int64, n).
 Table = tuple[NDArray[np.uint64], NDArray[np.int64]]
@@ -133,3 +136,45 @@ def scores(pairs: NDArray[np.uint64], counts: NDArray[np.int64]) -> dict[str, fl
         "objects": len(objects),
         "voxels": int(voxels),
     }
+
+
+def without_boundary(ground_truth: NDArray[Any], by_section: bool = False) -> NDArray[Any]:
+    """Set to 0 the voxels that touch another object, one voxel to either side. Background takes nothing away.
+
+    Args:
+        ground_truth: unsigned ids (z, y, x), 0 is background.
+        by_section: look for neighbors only within a section.
+
+    Returns:
+        New labels of the same type and shape.
+    """
+    return grow_boundary(ground_truth, 1, (1, 2) if by_section else (0, 1, 2), ground_truth != 0)
+
+
+def connected_parts(ground_truth: NDArray[Any], by_section: bool = False) -> NDArray[np.uint64]:
+    """Give each part of an object that hangs together in the array (26 neighbors) an id of its own.
+
+    A neuron that leaves a crop and comes back lies in it in several parts, and nothing inside the crop tells that they
+    belong together.
+
+    Args:
+        ground_truth: unsigned ids (z, y, x), 0 is background.
+        by_section: parts hang together only within a section (8 neighbors).
+
+    Returns:
+        uint64 (z, y, x), ids from 1; 0 stays 0.
+    """
+    labels, _ = fastremap.renumber(ground_truth)
+    if not by_section:
+        return cc3d.connected_components(labels, connectivity=26).astype(np.uint64)
+    parts = np.zeros(labels.shape, np.uint64)
+    total = 0
+    for section, part in zip(labels, parts, strict=True):
+        found, count = cc3d.connected_components(section, connectivity=8, return_N=True)
+        part[:] = np.where(found > 0, found.astype(np.uint64) + np.uint64(total), 0)
+        total += count
+    return parts
+
+
+# The name of each variant of the ground truth that is scored beside the whole, and how it is made.
+VARIANTS = {"without_boundary": without_boundary, "connected": connected_parts}
