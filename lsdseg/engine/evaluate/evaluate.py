@@ -25,8 +25,17 @@ from lsdseg.data_utils.checks import check_labels
 from lsdseg.data_utils.labels import is_labeled
 from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, scores_path
 from lsdseg.data_utils.records import Record, record_of
-from lsdseg.data_utils.volumes import list_arrays, open_array, read, require_whole, slabs, voxels_of
-from lsdseg.engine.evaluate.metrics import VARIANTS, count_overlaps, scores
+from lsdseg.data_utils.volumes import has_array, list_arrays, open_array, read, require_whole, slabs, voxels_of
+from lsdseg.engine.evaluate.metrics import (
+    VARIANTS,
+    Mistake,
+    count_overlaps,
+    list_mistakes,
+    list_neurons,
+    place_of,
+    scores,
+)
+from lsdseg.engine.evaluate.report import RADIUS, caption, draw_mistake, render
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.engine.sections import ids_by_section, scored_by_section
 from lsdseg.errors import UserError
@@ -37,6 +46,7 @@ VARIANT_SCORES = tuple(f"{score}_{variant}" for variant in VARIANTS for score in
 COLUMNS = ("dataset", "method", "merge_function", "threshold", *SCORES, *VARIANT_SCORES)
 # Ground truth with more voxels is scored slab by slab only, without what needs all of it in memory.
 MAX_VOXELS = 2**28
+MOST_PICTURES = 10
 # Colors of Okabe and Ito, which color-blind readers can tell apart.
 COLORS = {"voi_split": "#0072B2", "voi_merge": "#D55E00", "voi_sum": "#000000"}
 LINE_STYLES = ("-", "--", ":", "-.")
@@ -49,7 +59,7 @@ def evaluate(cfg: CfgNode) -> None:
     """Score every segmentation of every test volume that has ground truth, DATA.NEURON_LABELS in its zarr.
 
     If sections were not linked, they are scored one by one: an object counts as a new object in each section. Writes
-    SAMPLE_scores.json, .csv and .png beside the output zarr, and prints the table.
+    SAMPLE_scores.json, .csv, .png and .html beside the output zarr, and prints the table.
 
     Raises:
         UserError: no volume has ground truth, or a volume that has was not segmented.
@@ -71,10 +81,51 @@ def evaluate(cfg: CfgNode) -> None:
             ("json", json.dumps(report, indent=2).encode()),
             ("csv", _csv(report).encode()),
             ("png", _plot(report)),
+            ("html", _html(sample, report).encode()),
         ):
             with write_whole(scores_path(sample.output, suffix)) as partial:
                 partial.write_bytes(content)
-        print(f"best: {report['best']}; scores in {scores_path(sample.output)}, and beside it as .csv and .png")
+        print(f"best: {report['best']}; scores in {scores_path(sample.output)}, and beside it as .csv, .png and .html")
+
+
+def _html(sample: Sample, report: Report) -> str:
+    """Make the report of a sample: its scores, and what went wrong in the best segmentation."""
+    segmentation = open_array(sample.output, report["best"])
+    assert sample.ground_truth is not None
+    shared = overlaps(segmentation, sample.ground_truth, sample.ground_truth_mask, description="neurons")
+    table = count_overlaps(shared)
+    notes = ["Neurons and errors are those of the volume, not of single sections."] * report["by_section"]
+    pictures: list[tuple[str, bytes]] = []
+    whole = shared_labels(sample, segmentation)
+    if whole is None:
+        notes.append(
+            f"No pictures: the ground truth has more than {MAX_VOXELS} voxels. Score a part of it to see them."
+        )
+    elif not has_array(sample.volume, sample.cfg.DATA.RAW) or sample.raw.voxel_size != segmentation.voxel_size:
+        notes.append(f"No pictures: {sample.cfg.DATA.RAW} is missing, or has other voxels than the segmentation.")
+    else:
+        mistakes = list_mistakes(*table, MOST_PICTURES)
+        for number, mistake in enumerate(tqdm(mistakes, "pictures", leave=False, delay=2), 1):
+            pictures.append(_picture(sample, segmentation, whole, mistake, number))
+    return render(report, list_neurons(*table), pictures, notes)
+
+
+def _picture(
+    sample: Sample, segmentation: Array, whole: tuple[NDArray[Any], NDArray[Any]], mistake: Mistake, number: int
+) -> tuple[str, bytes]:
+    """Return the caption and the picture of a mistake."""
+    assert sample.ground_truth is not None
+    place = place_of(mistake, *whole)
+    voxel_size = segmentation.voxel_size
+    roi = shared_roi(segmentation, sample.ground_truth, sample.ground_truth_mask)
+    radius = [max(1, round(RADIUS * min(voxel_size) / size)) for size in voxel_size]
+    box = tuple(slice(max(i - r, 0), min(i + r + 1, n)) for i, r, n in zip(place, radius, whole[0].shape, strict=True))
+    begin, shape = Coordinate(side.start for side in box), Coordinate(side.stop - side.start for side in box)
+    raw = sample.raw.to_ndarray(Roi(roi.begin + begin * voxel_size, shape * voxel_size), fill_value=0)
+    labels, truth = (array[box] for array in whole)
+    position = roi.begin + Coordinate(place) * voxel_size
+    png = draw_mistake(raw, truth, labels, [i - side.start for i, side in zip(place, box, strict=True)], voxel_size)
+    return caption(mistake, position, number), png
 
 
 def segmentations_in(path: Path) -> list[str]:

@@ -6,14 +6,18 @@ part in memory.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import cc3d
 import fastremap
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import binary_dilation
 
 from lsdseg.data_utils.labels import grow_boundary
+
+SLIVER = 0.01  # a smaller part of a neuron is no split and no merger; boundaries differ by a voxel everywhere
 
 # Pairs of a segment and an object that overlap (uint64, n x 2), and how many voxels each pair shares (int64, n).
 Table = tuple[NDArray[np.uint64], NDArray[np.int64]]
@@ -118,12 +122,9 @@ def scores(pairs: NDArray[np.uint64], counts: NDArray[np.int64]) -> dict[str, fl
         raise ValueError("no voxel with ground truth")
     together = counts.astype(np.float64)
     voxels = together.sum()
-    segments, segment = np.unique(pairs[:, 0], return_inverse=True)
-    objects, object_ = np.unique(pairs[:, 1], return_inverse=True)
-    segment_sizes = np.bincount(segment, together)
-    object_sizes = np.bincount(object_, together)
-    split = together @ np.log2(object_sizes[object_] / together) / voxels
-    merge = together @ np.log2(segment_sizes[segment] / together) / voxels
+    *bits, (segment, object_) = _contributions(pairs, counts)
+    split, merge = (float(values.sum()) for values in bits)
+    segment_sizes, object_sizes = (np.bincount(rank, together) for rank in (segment, object_))
     # The numbers of ordered pairs of different voxels in one cell of the table, in one segment, and in one object.
     in_both, in_segment, in_object = (n @ n - voxels for n in (together, segment_sizes, object_sizes))
     f_score = 2 * in_both / (in_segment + in_object) if in_segment + in_object else 1.0
@@ -132,8 +133,8 @@ def scores(pairs: NDArray[np.uint64], counts: NDArray[np.int64]) -> dict[str, fl
         "voi_merge": merge,
         "voi_sum": split + merge,
         "adapted_rand_error": 1 - f_score,
-        "segments": len(segments),
-        "objects": len(objects),
+        "segments": len(segment_sizes),
+        "objects": len(object_sizes),
         "voxels": int(voxels),
     }
 
@@ -178,3 +179,128 @@ def connected_parts(ground_truth: NDArray[Any], by_section: bool = False) -> NDA
 
 # The name of each variant of the ground truth that is scored beside the whole, and how it is made.
 VARIANTS = {"without_boundary": without_boundary, "connected": connected_parts}
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """The voxels that a segment shares with a neuron, and that one of the two should not have.
+
+    Attributes:
+        kind: "split" if they are not in the neuron's main segment, "merge" if not in the segment's main neuron;
+            the one that costs more, if both.
+        segment: its id.
+        neuron: its id.
+        voxels: how many.
+        bits: the VOI that these voxels contribute.
+    """
+
+    kind: str
+    segment: int
+    neuron: int
+    voxels: int
+    bits: float
+
+
+def list_mistakes(pairs: NDArray[np.uint64], counts: NDArray[np.int64], most: int) -> list[Mistake]:
+    """List the mistakes of a contingency table (`count_overlaps`) that contribute most to the VOI, the worst first."""
+    split, merge, cells = _contributions(pairs, counts)
+    order = np.lexsort((counts,))  # the last of equal keys wins: the largest part
+    largest = [np.full(cells[axis].max() + 1, -1) for axis in (0, 1)]
+    for axis in (0, 1):
+        largest[axis][cells[axis][order]] = order
+    index = np.arange(len(counts))
+    # The main part of a neuron or segment is not what is wrong with it.
+    split = np.where(largest[1][cells[1]] == index, 0, split)
+    merge = np.where(largest[0][cells[0]] == index, 0, merge)
+    bits = np.maximum(split, merge)
+    worst = np.argsort(-bits, kind="stable")[:most]
+    return [
+        Mistake(
+            "split" if split[i] >= merge[i] else "merge",
+            int(pairs[i, 0]),
+            int(pairs[i, 1]),
+            int(counts[i]),
+            float(bits[i]),
+        )
+        for i in worst
+        if bits[i] > 0
+    ]
+
+
+def list_neurons(pairs: NDArray[np.uint64], counts: NDArray[np.int64], most_named: int = 10) -> list[dict[str, Any]]:
+    """List what happened to each neuron of a contingency table (`count_overlaps`), by its share of the VOI.
+
+    Args:
+        pairs: segments and neurons.
+        counts: the voxels that they share.
+        most_named: of the neurons that one is merged with.
+
+    Returns:
+        Per neuron, the worst first: neuron, voxels, segments (how many it lies in), merged (how many neurons share a
+        segment with it), merged_with (ids of the first ones), split_share, merge_share and share (what part of VOI
+        split, VOI merge and their sum is its own). Segments and mergers count neither background nor slivers: less than
+        SLIVER of the neuron.
+    """
+    split, merge, (_, neuron) = _contributions(pairs, counts)
+    ids = np.unique(pairs[:, 1])
+    splits, merges, voxels = (np.bincount(neuron, weights, len(ids)) for weights in (split, merge, counts))
+    counted = (pairs[:, 0] != 0) & (counts >= SLIVER * voxels[neuron])
+    segments = np.bincount(neuron, counted, len(ids)).astype(int)
+    sharing: dict[int, set[int]] = {}
+    members = pairs[counted].tolist()
+    for segment, one in members:
+        sharing.setdefault(segment, set()).add(one)
+    others: dict[int, set[int]] = {int(one): set() for one in ids}
+    for segment, one in members:
+        if len(sharing[segment]) > 1:
+            others[one] |= sharing[segment] - {one}
+    total = [max(float(values.sum()), 1e-300) for values in (splits, merges, splits + merges)]
+    return [
+        {
+            "neuron": int(ids[i]),
+            "voxels": int(voxels[i]),
+            "segments": int(segments[i]),
+            "merged": len(others[int(ids[i])]),
+            "merged_with": sorted(others[int(ids[i])])[:most_named],
+            "split_share": float(splits[i] / total[0]),
+            "merge_share": float(merges[i] / total[1]),
+            "share": float((splits[i] + merges[i]) / total[2]),
+        }
+        for i in np.argsort(-(splits + merges), kind="stable")
+    ]
+
+
+def place_of(mistake: Mistake, labels: NDArray[Any], ground_truth: NDArray[Any]) -> tuple[int, int, int]:
+    """Return the voxel to look at: one of the mistake that touches what it is cut off from, or hangs on.
+
+    Args:
+        mistake: one that has voxels in the arrays.
+        labels: the segmentation (z, y, x).
+        ground_truth: the same shape.
+
+    Returns:
+        The index z, y, x of the contact nearest to the median of all contacts. Without contact, a voxel in the middle.
+    """
+    both = (labels == mistake.segment) & (ground_truth == mistake.neuron)
+    box = tuple(slice(max(int(i.min()) - 1, 0), int(i.max()) + 2) for i in np.nonzero(both))
+    inner, segments, neurons = both[box], labels[box], ground_truth[box]
+    if mistake.kind == "split":
+        rest = (neurons == mistake.neuron) & ~inner
+    else:
+        rest = (segments == mistake.segment) & (neurons != 0) & ~inner
+    touching = inner & binary_dilation(rest)
+    found = np.argwhere(touching if touching.any() else inner)
+    nearest = found[np.abs(found - np.median(found, axis=0)).sum(axis=1).argmin()]
+    z, y, x = (int(i) + side.start for i, side in zip(nearest, box, strict=True))
+    return z, y, x
+
+
+def _contributions(
+    pairs: NDArray[np.uint64], counts: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], list[NDArray[np.intp]]]:
+    """Return what each pair adds to VOI split and VOI merge, in bits, and the rank of its segment and its object."""
+    together = counts.astype(np.float64)
+    ranks = [np.unique(pairs[:, axis], return_inverse=True)[1] for axis in (0, 1)]
+    segment_sizes, object_sizes = (np.bincount(rank, together)[rank] for rank in ranks)
+    split, merge = (together * np.log2(sizes / together) / together.sum() for sizes in (object_sizes, segment_sizes))
+    return split, merge, ranks

@@ -1,0 +1,78 @@
+import base64
+import re
+
+import numpy as np
+import pytest
+from test_evaluate import config  # noqa: F401
+
+from lsdseg.data_utils.layout import scores_path
+from lsdseg.data_utils.volumes import write_array
+from lsdseg.engine.evaluate.evaluate import evaluate
+from lsdseg.engine.evaluate.metrics import count_overlaps, list_mistakes, list_neurons, place_of, scores
+from lsdseg.engine.evaluate.report import render
+
+
+def columns(*widths):
+    """Labels (3, 5, n): pairs of an id and how many columns it fills."""
+    ids, counts = zip(*widths, strict=True)
+    return np.repeat(ids, counts).astype(np.uint64) * np.ones((3, 5, sum(counts)), np.uint64)
+
+
+TRUTH = columns((1, 8), (2, 8))
+LABELS = columns((7, 3), (8, 8), (9, 5))  # neuron 1 is split, and its larger part is merged with one of neuron 2
+
+
+def test_neurons_share_the_voi():
+    table = count_overlaps([(LABELS, TRUTH)])
+    neurons = {row["neuron"]: row for row in list_neurons(*table)}
+    assert (neurons[1]["voxels"], neurons[1]["segments"], neurons[1]["merged_with"]) == (120, 2, [2])
+    sliver = np.where((TRUTH == 2) & (np.arange(16) == 15), 7, LABELS)  # 15 voxels of neuron 2 in segment 7
+    sliver[1:] = LABELS[1:]
+    sliver[0, 1:] = LABELS[0, 1:]
+    many = [row["segments"] for row in list_neurons(*count_overlaps([(sliver, TRUTH)]))]
+    assert many == [2, 2]  # 1 of 120 voxels is a sliver
+    assert sum(row["share"] for row in neurons.values()) == pytest.approx(1)
+    of_one = scores(*count_overlaps([(LABELS[..., :8], TRUTH[..., :8])]))  # neuron 1 is half of the voxels
+    assert neurons[1]["split_share"] * scores(*table)["voi_split"] == pytest.approx(of_one["voi_split"] / 2)
+
+
+def test_mistakes_are_found_where_they_are():
+    mistakes = list_mistakes(*count_overlaps([(LABELS, TRUTH)]), 10)
+    assert [(m.kind, m.segment, m.neuron, m.voxels) for m in mistakes] == [("split", 7, 1, 45), ("split", 8, 2, 45)]
+    assert [place_of(m, LABELS, TRUTH)[2] for m in mistakes] == [2, 10]
+    truth = columns((1, 10), (2, 6))
+    (merge,) = list_mistakes(*count_overlaps([(columns((7, 16)), truth)]), 10)
+    assert (merge.kind, merge.segment, merge.neuron) == ("merge", 7, 2)
+    assert place_of(merge, columns((7, 16)), truth) == (1, 2, 10)
+    assert not list_mistakes(*count_overlaps([(TRUTH, TRUTH)]), 10)
+
+
+def test_report_of_a_sample_holds_its_pictures(config):  # noqa: F811
+    cfg, sample, output = config
+    for path, name, labels in ((sample, cfg.DATA.NEURON_LABELS, TRUTH), (output, "volumes/segmentation_050", LABELS)):
+        write_array(path, name, labels, voxel_size=(10, 10, 10), offset=(50, 0, 0))
+    evaluate(cfg)
+    html = scores_path(output, "html").read_text(encoding="utf-8")
+    assert re.findall(r"at ([\d, ]+) nm \(z, y, x\)</figcaption>", html) == ["60, 20, 20", "60, 20, 100"]
+    images = re.findall(r'src="data:image/png;base64,([^"]*)"', html)
+    assert [base64.b64decode(image)[:4] for image in images] == [b"\x89PNG"] * 3
+
+
+@pytest.mark.parametrize("count", [3, 3000])
+def test_report_shows_the_worst_neurons_and_says_how_many_there_are(count):
+    random = np.random.default_rng(0)
+    truth = random.integers(1, count + 1, (20, 50, 60), dtype=np.uint64)
+    table = count_overlaps([(truth // np.uint64(2), truth)])
+    row = {
+        f"{key}{kind}": value
+        for key, value in scores(*table).items()
+        for kind in ("", "_without_boundary", "_connected")
+    }
+    row |= {"dataset": "volumes/<b>", "method": "waterz", "merge_function": "mean", "threshold": 0.5}
+    report = {"sample": "a&b.zarr", "ground_truth": "labels", "best": "volumes/<b>", "scores": [row]}
+    html = render(report | {"objects": count, "voxels": truth.size}, list_neurons(*table), [])
+    assert f"The {min(count, 50)} worst of {count} neurons" in html
+    assert "volumes/&lt;b&gt;" in html
+    assert "a&amp;b.zarr" in html
+    assert html.count("<tr") == 2 + 1 + min(count, 50)
+    assert all(link.startswith("data:") for link in re.findall(r'(?:src|href)="([^"]*)', html))
