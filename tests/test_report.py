@@ -1,5 +1,9 @@
 import base64
+import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,11 +72,47 @@ def test_report_shows_the_worst_neurons_and_says_how_many_there_are(count):
         for key, value in scores(*table).items()
         for kind in ("", "_without_boundary", "_connected")
     }
-    row |= {"dataset": "volumes/<b>", "method": "waterz", "merge_function": "mean", "threshold": 0.5}
-    report = {"sample": "a&b.zarr", "ground_truth": "labels", "best": "volumes/<b>", "scores": [row]}
+    row |= {
+        "dataset": "volumes/<b>",
+        "method": "waterz",
+        "merge_function": "mean",
+        "threshold": 0.5,
+        "erl_nm": None,
+        "normalized_erl": None,
+    }
+    report = {"sample": "a&b.zarr", "ground_truth": "labels", "best": "volumes/<b>", "scores": [row], "skeletons": None}
     html = render(report | {"objects": count, "voxels": truth.size}, list_neurons(*table), [])
     assert f"The {min(count, 50)} worst of {count} neurons" in html
     assert "volumes/&lt;b&gt;" in html
     assert "a&amp;b.zarr" in html
     assert html.count("<tr") == 2 + 1 + min(count, 50)
     assert all(link.startswith("data:") for link in re.findall(r'(?:src|href)="([^"]*)', html))
+
+
+def test_run_lengths_come_from_swc_files_or_the_ground_truth(config, tmp_path):  # noqa: F811
+    cfg, sample, output = config
+    truth = np.repeat(TRUTH, 3, axis=0).repeat(4, axis=1)  # wide enough to have skeletons
+    labels = np.repeat(LABELS, 3, axis=0).repeat(4, axis=1)
+    for path, name, array in ((sample, cfg.DATA.NEURON_LABELS, truth), (output, "volumes/segmentation_050", labels)):
+        write_array(path, name, array, voxel_size=(10, 10, 10), offset=(0, 0, 0))
+    evaluate(cfg)
+    report = json.loads(scores_path(output).read_text())
+    assert {one["name"] for one in report["skeletons"]["neurons"]} == {"1", "2"}
+    swc = tmp_path / "one.swc"
+    swc.write_text("".join(f"{n + 1} 0 {10 * n + 5} 15 15 1 {n or -1}\n" for n in range(8)))
+    evaluate(cfg, swc)
+    report = json.loads(scores_path(output).read_text())
+    # 20 and 40 of 70 nm; the line between them has no segment.
+    assert report["scores"][0]["erl_nm"] == pytest.approx((20**2 + 40**2) / 70)
+    assert report["skeletons"]["neurons"][0]["splits"] == 1
+    assert "Expected run length (ERL) 29 nm of 70 nm" in scores_path(output, "html").read_text()
+
+
+def test_broken_swc_ends_in_one_line(tmp_path):
+    (tmp_path / "n.swc").write_text("1 0 1 2 3 1 -1\n2 0 1 2 3 1 9\n")
+    script = Path(__file__).resolve().parents[1] / "06_evaluate_volumes.py"
+    command = [sys.executable, str(script), "--skeletons", str(tmp_path / "n.swc"), "DATA.HOME", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "parent 9, which is missing" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -36,6 +36,7 @@ from lsdseg.engine.evaluate.metrics import (
     scores,
 )
 from lsdseg.engine.evaluate.report import RADIUS, caption, draw_mistake, render
+from lsdseg.engine.evaluate.skeletons import Skeleton, make_skeletons, read_skeletons, score_skeletons
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.engine.sections import ids_by_section, scored_by_section
 from lsdseg.errors import UserError
@@ -43,7 +44,8 @@ from lsdseg.files import write_whole
 
 SCORES = ("voi_split", "voi_merge", "voi_sum", "adapted_rand_error", "segments")
 VARIANT_SCORES = tuple(f"{score}_{variant}" for variant in VARIANTS for score in SCORES)
-COLUMNS = ("dataset", "method", "merge_function", "threshold", *SCORES, *VARIANT_SCORES)
+RUN_LENGTHS = ("erl_nm", "normalized_erl")
+COLUMNS = ("dataset", "method", "merge_function", "threshold", *SCORES, *VARIANT_SCORES, *RUN_LENGTHS)
 # Ground truth with more voxels is scored slab by slab only, without what needs all of it in memory.
 MAX_VOXELS = 2**28
 MOST_PICTURES = 10
@@ -55,15 +57,20 @@ LINE_STYLES = ("-", "--", ":", "-.")
 Report = dict[str, Any]
 
 
-def evaluate(cfg: CfgNode) -> None:
+def evaluate(cfg: CfgNode, skeletons: Path | None = None) -> None:
     """Score every segmentation of every test volume that has ground truth, DATA.NEURON_LABELS in its zarr.
 
     If sections were not linked, they are scored one by one: an object counts as a new object in each section. Writes
     SAMPLE_scores.json, .csv, .png and .html beside the output zarr, and prints the table.
 
+    Args:
+        cfg: the config.
+        skeletons: an SWC file or a folder of them, in nm. None: skeletons of the ground truth.
+
     Raises:
-        UserError: no volume has ground truth, or a volume that has was not segmented.
+        UserError: no volume has ground truth, or a volume that has was not segmented; SWC files are broken.
     """
+    given = None if skeletons is None else read_skeletons(skeletons)
     work = []
     for sample in samples_of(cfg):
         if sample.ground_truth is None:
@@ -75,7 +82,7 @@ def evaluate(cfg: CfgNode) -> None:
             f"no test volume has {cfg.DATA.NEURON_LABELS}; add ground truth, or name it in DATA.NEURON_LABELS"
         )
     for sample, names in work:
-        report = score_sample(sample, names)
+        report = score_sample(sample, names, given)
         print(format_table(report))
         for suffix, content in (
             ("json", json.dumps(report, indent=2).encode()),
@@ -141,18 +148,24 @@ def segmentations_in(path: Path) -> list[str]:
     return [FRAGMENTS] * (FRAGMENTS in names) + segmentations
 
 
-def score_sample(sample: Sample, names: Sequence[str]) -> Report:
+def score_sample(sample: Sample, names: Sequence[str], given: Mapping[str, Skeleton] | None = None) -> Report:
     """Score datasets in a sample's output against its ground truth.
 
+    Args:
+        sample: the sample.
+        names: the datasets.
+        given: skeletons by name. None: they are made from the ground truth, unless sections are scored one by one or
+            the ground truth has more than MAX_VOXELS voxels.
+
     Returns:
-        sample: path of the volume.
-        ground_truth: name of its labels.
+        sample, ground_truth: path of the volume, and name of its labels.
         by_section: whether sections were scored one by one.
-        objects: number of objects in the ground truth that was compared.
-        voxels: number of voxels in the ground truth that was compared.
+        objects, voxels: their number in the ground truth that was compared.
         best: the segmentation with the lowest VOI sum.
         scores: a list of dicts with the keys COLUMNS, one per dataset. Scores with the name of a variant (`VARIANTS`)
-            at their end are None if the ground truth has more than MAX_VOXELS voxels, or the variant has none left.
+            at their end are None if the ground truth has more than MAX_VOXELS voxels, or the variant has none left;
+            run lengths (nm) are None if there are no skeletons.
+        skeletons: of the best segmentation, what `score_skeletons` returns; None if there are none.
 
     Raises:
         UserError: there is no ground truth; it or a dataset is not (z, y, x) of unsigned integers; they share no
@@ -164,33 +177,43 @@ def score_sample(sample: Sample, names: Sequence[str]) -> Report:
     check_labels(sample.ground_truth, f"{truth_name} in {sample.volume}")
     rows: list[dict[str, Any]] = []
     made_from = {}
+    runs: dict[str, dict[str, Any] | None] = {}
     by_section = scored_by_section(sample.cfg)
     for name in names:
         require_whole(sample.output, name)
         segmentation = open_array(sample.output, name)
         check_labels(segmentation, f"{name} in {sample.output}")
-        shared = overlaps(
-            segmentation, sample.ground_truth, sample.ground_truth_mask, by_section=by_section, description=name
-        )
-        try:
-            row = scores(*count_overlaps(shared))
-        except ValueError as error:
-            raise UserError(f"{name} in {sample.output} and {truth_name} in {sample.volume}: {error}") from error
+        row = _score_all_voxels(sample, name, segmentation, by_section)
         made_with = {key: segmentation.attrs.get(key) for key in ("method", "merge_function", "threshold")}
         rows.append({"dataset": name, **made_with, **row, **_score_variants(sample, segmentation, by_section)})
+        if not by_section:
+            runs[name], given = _score_runs(sample, segmentation, given)
+            rows[-1] |= _run_lengths(runs[name])
         if record := record_of(segmentation):
             made_from[name] = record.to_json()
-    best = min((row for row in rows if row["dataset"] != FRAGMENTS), key=lambda row: row["voi_sum"])
+    best = min((row for row in rows if row["dataset"] != FRAGMENTS), key=lambda row: row["voi_sum"])["dataset"]
     return {
         "sample": str(sample.volume),
         "ground_truth": truth_name,
         "by_section": by_section,
         "objects": rows[0]["objects"],
         "voxels": rows[0]["voxels"],
-        "best": best["dataset"],
-        "scores": [{key: row[key] for key in COLUMNS} for row in rows],
+        "best": best,
+        "scores": [{key: row.get(key) for key in COLUMNS} for row in rows],
+        "skeletons": runs.get(best),
         "made_from": made_from,
     }
+
+
+def _score_all_voxels(sample: Sample, name: str, segmentation: Array, by_section: bool) -> dict[str, float]:
+    """Score a segmentation against the whole ground truth, slab by slab."""
+    truth, mask = sample.ground_truth, sample.ground_truth_mask
+    assert truth is not None
+    try:
+        return scores(*count_overlaps(overlaps(segmentation, truth, mask, by_section=by_section, description=name)))
+    except ValueError as error:
+        truth_name = f"{sample.cfg.DATA.NEURON_LABELS} in {sample.volume}"
+        raise UserError(f"{name} in {sample.output} and {truth_name}: {error}") from error
 
 
 def _score_variants(sample: Sample, segmentation: Array, by_section: bool) -> dict[str, float | None]:
@@ -210,6 +233,32 @@ def _score_variants(sample: Sample, segmentation: Array, by_section: bool) -> di
             row = scores(*count_overlaps([pair]))
             found |= {f"{score}_{variant}": row[score] for score in SCORES}
     return found
+
+
+def _run_lengths(found: Mapping[str, Any] | None) -> dict[str, float]:
+    """Return the columns RUN_LENGTHS of a row."""
+    return {} if found is None else dict(zip(RUN_LENGTHS, (found["erl"], found["normalized_erl"]), strict=True))
+
+
+def _score_runs(
+    sample: Sample, segmentation: Array, skeletons: Mapping[str, Skeleton] | None
+) -> tuple[dict[str, Any] | None, Mapping[str, Skeleton] | None]:
+    """Score a segmentation by skeletons. If none are given, they are made, and returned for the next segmentation.
+
+    Raises:
+        UserError: none of those that are given lies inside.
+    """
+    whole = shared_labels(sample, segmentation)
+    if whole is None or sample.ground_truth is None:
+        return None, skeletons
+    begin = shared_roi(segmentation, sample.ground_truth, sample.ground_truth_mask).begin
+    made = make_skeletons(whole[1], segmentation.voxel_size, begin) if skeletons is None else skeletons
+    try:
+        return score_skeletons(made, whole[0], segmentation.voxel_size, begin), made
+    except ValueError as error:
+        if skeletons is None:  # all objects are too small
+            return None, skeletons
+        raise UserError(f"{error} of {sample.output}: check that SWC files are in nm, in the order x y z") from error
 
 
 def shared_labels(sample: Sample, segmentation: Array) -> tuple[NDArray[Any], NDArray[Any]] | None:

@@ -78,6 +78,7 @@ def render(
         "Parts below 1 % of a neuron are not counted.</p>",
         _neuron_table(shown),
     ]
+    parts.append(_run_lengths(report["skeletons"]))
     if pictures:
         parts.append(f"<h2>The {len(pictures)} worst errors</h2><p>Outlines of the ground truth are orange, of the ")
         parts.append("segmentation blue, and white where both coincide. The cross marks the position.</p>")
@@ -91,14 +92,35 @@ def _score_table(report: Mapping[str, Any]) -> str:
     kinds = {"": "", " without boundary": "_without_boundary", " connected": "_connected"}
     head = ["dataset", "method", "threshold", "segments"]
     head += [f"{name}{kind}" for kind in kinds for name in ("split", "merge", "VOI sum", "Rand error")]
+    head += ["ERL (nm)", "normalized ERL"]
     rows = []
     for row in report["scores"]:
         method = " ".join(str(row[key]) for key in ("method", "merge_function") if row[key])
         cells = [row["dataset"], method, row["threshold"], row["segments"]]
         for suffix in kinds.values():
             cells += [row[f"{name}{suffix}"] for name in ("voi_split", "voi_merge", "voi_sum", "adapted_rand_error")]
+        cells += [None if row["erl_nm"] is None else round(row["erl_nm"]), row["normalized_erl"]]
         rows.append((cells, row["dataset"] == report["best"]))
     return _table(head, rows)
+
+
+def _run_lengths(skeletons: Mapping[str, Any] | None) -> str:
+    if skeletons is None:
+        return "<h2>Run lengths</h2><p>There are no skeletons for an expected run length (ERL) here.</p>"
+    neurons = sorted(skeletons["neurons"], key=lambda one: one["erl"] - one["length"])
+    head = ["skeleton", "length (nm)", "run length (nm)", "splits", "mergers", "merged with"]
+    rows = []
+    for one in neurons[:WORST_NEURONS]:
+        others = ", ".join(one["merged_with"][:10])
+        cells = [one["name"], round(one["length"]), round(one["erl"]), one["splits"], len(one["merged_with"]), others]
+        rows.append((cells, False))
+    erl, best = round(skeletons["erl"]), round(skeletons["erl_best"])
+    text = (
+        f"Expected run length (ERL) {erl} nm of {best} nm without errors, "
+        f"normalized {skeletons['normalized_erl']:.3f}. "
+        f"The {len(rows)} skeletons that lost most, of {len(neurons)}."
+    )
+    return f"<h2>Run lengths</h2><p>{text}</p>{_table(head, rows)}"
 
 
 def _neuron_table(neurons: Sequence[Mapping[str, Any]]) -> str:
@@ -151,8 +173,9 @@ def plot_split_merge(rows: Sequence[Mapping[str, Any]]) -> bytes:
             if row["threshold"] is not None:
                 place = (row["voi_split"], row["voi_merge"])
                 axes.annotate(f"{row['threshold']:g}", place, (4, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="VOI split (bits)", ylabel="VOI merge (bits)", xlim=(0, None), ylim=(0, None))
-    axes.margins(0.1)
+    axes.set(xlabel="VOI split (bits)", ylabel="VOI merge (bits)")
+    limits = [1.1 * max(row[key] for row in rows) or 1 for key in ("voi_split", "voi_merge")]
+    axes.set(xlim=(0, limits[0]), ylim=(0, limits[1]))
     if len(series) <= 20:
         figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     return _png(figure)
