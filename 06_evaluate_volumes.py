@@ -4,18 +4,23 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from lsdseg.cli import run_script
+from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.engine.evaluate.evaluate import evaluate
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Add where skeletons lie."""
+    """Add where ground truth, skeletons and fragments lie."""
     text = "SWC file, or folder of them, in nm (default: skeletons are made from the ground truth)"
     parser.add_argument("--skeletons", metavar="SWC", type=Path, help=text)
+    parser.add_argument("-gt_file", "--gt_file", metavar="ZARR", type=Path, help="ground truth, if not in the volume")
+    parser.add_argument("-gt_ds", "--gt_ds", metavar="DATASET", help="ground truth (default: DATA.NEURON_LABELS)")
+    text = "fragments in the output (default: %(default)s)"
+    parser.add_argument("-frags_ds", "--frags_ds", metavar="DATASET", default=FRAGMENTS, help=text)
 
 
 if __name__ == "__main__":
     run_script(
-        lambda cfg, args: evaluate(cfg, args.skeletons),
+        lambda cfg, args: evaluate(cfg, args.skeletons, args.gt_file, args.gt_ds, args.frags_ds),
         description="Score the segmentations of the test volumes: VOI, adapted Rand error, expected run length.",
         example="python 06_evaluate_volumes.py -c config/config_predict.py",
         default_config="config/config_predict.py",

@@ -14,6 +14,7 @@ from lsdseg.data_utils.volumes import write_array
 from lsdseg.engine.evaluate.evaluate import evaluate
 from lsdseg.engine.evaluate.metrics import count_overlaps, list_mistakes, list_neurons, place_of, scores
 from lsdseg.engine.evaluate.report import render
+from lsdseg.errors import UserError
 
 
 def columns(*widths):
@@ -116,3 +117,19 @@ def test_broken_swc_ends_in_one_line(tmp_path):
     assert done.returncode == 2
     assert "parent 9, which is missing" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_ground_truth_in_another_file(config, tmp_path):  # noqa: F811
+    cfg, _, output = config
+    other = tmp_path / "other.zarr"
+    write_array(other, "gt", TRUTH, voxel_size=(10, 10, 10), offset=(0, 0, 0))
+    write_array(other, "coarse", TRUTH, voxel_size=(20, 10, 10), offset=(0, 0, 0))
+    write_array(output, "volumes/segmentation_050", LABELS, voxel_size=(10, 10, 10), offset=(0, 0, 0))
+    write_array(output, "volumes/pieces", TRUTH, voxel_size=(10, 10, 10), offset=(0, 0, 0))
+    evaluate(cfg, None, other, "gt", "volumes/pieces")
+    report = json.loads(scores_path(output).read_text())
+    assert [row["dataset"] for row in report["scores"]] == ["volumes/pieces", "volumes/segmentation_050"]
+    assert (report["best"], report["objects"]) == ("volumes/segmentation_050", 2)
+    for dataset, message in (("coarse", "voxel sizes differ.*rescale.py"), ("none", "no dataset none")):
+        with pytest.raises(UserError, match=message):
+            evaluate(cfg, None, other, dataset)

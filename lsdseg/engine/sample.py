@@ -37,6 +37,8 @@ class Sample:
         volume: the zarr that the user provides.
         output: the zarr that prediction and segmentation write; see `output_path`.
         name: the sample's name in logs, tables and collections.
+        truth_file: the zarr with the neuron labels and their mask; the volume, unless someone sets another.
+        truth_dataset: the neuron labels in it.
     """
 
     def __init__(self, cfg: CfgNode, volume: Path | str, output: Path | str | None = None):
@@ -44,6 +46,7 @@ class Sample:
         self.volume = Path(volume)
         self.output = output_path(cfg, volume) if output is None else Path(output)
         self.name = sample_name(self.output)
+        self.truth_file, self.truth_dataset = self.volume, cfg.DATA.NEURON_LABELS
 
     @classmethod
     def of_arguments(cls, cfg: CfgNode, arguments: dict[str, str]) -> Sample:
@@ -67,7 +70,7 @@ class Sample:
     @cached_property
     def ground_truth(self) -> Array | None:
         """Neuron labels, (z, y, x), None if the volume has none."""
-        return self._optional(self.cfg.DATA.NEURON_LABELS)
+        return self._optional(self.truth_dataset)
 
     @cached_property
     def ground_truth_mask(self) -> Array | None:
@@ -120,9 +123,9 @@ class Sample:
         return offsets_of(self.affinities)
 
     def _optional(self, dataset: str) -> Array | None:
-        if not has_array(self.volume, dataset):
+        if not has_array(self.truth_file, dataset):
             return None
-        return open_array(self.volume, dataset, **source_defaults(self.cfg))
+        return open_array(self.truth_file, dataset, **source_defaults(self.cfg))
 
 
 def best_segmentation(output: Path) -> str | None:

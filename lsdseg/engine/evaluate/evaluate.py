@@ -25,7 +25,16 @@ from lsdseg.data_utils.checks import check_labels
 from lsdseg.data_utils.labels import is_labeled
 from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, scores_path
 from lsdseg.data_utils.records import Record, record_of
-from lsdseg.data_utils.volumes import has_array, list_arrays, open_array, read, require_whole, slabs, voxels_of
+from lsdseg.data_utils.volumes import (
+    has_array,
+    list_arrays,
+    open_array,
+    read,
+    require_whole,
+    slabs,
+    source_defaults,
+    voxels_of,
+)
 from lsdseg.engine.evaluate.metrics import (
     VARIANTS,
     Mistake,
@@ -57,7 +66,13 @@ LINE_STYLES = ("-", "--", ":", "-.")
 Report = dict[str, Any]
 
 
-def evaluate(cfg: CfgNode, skeletons: Path | None = None) -> None:
+def evaluate(
+    cfg: CfgNode,
+    skeletons: Path | None = None,
+    truth_file: Path | None = None,
+    truth_dataset: str | None = None,
+    fragments: str = FRAGMENTS,
+) -> None:
     """Score every segmentation of every test volume that has ground truth, DATA.NEURON_LABELS in its zarr.
 
     If sections were not linked, they are scored one by one: an object counts as a new object in each section. Writes
@@ -66,23 +81,29 @@ def evaluate(cfg: CfgNode, skeletons: Path | None = None) -> None:
     Args:
         cfg: the config.
         skeletons: an SWC file or a folder of them, in nm. None: skeletons of the ground truth.
+        truth_file: a zarr with the ground truth. None: the volume itself.
+        truth_dataset: the ground truth in it. None: DATA.NEURON_LABELS.
+        fragments: dataset of the fragments, which are scored if they are there.
 
     Raises:
         UserError: no volume has ground truth, or a volume that has was not segmented; SWC files are broken.
     """
     given = None if skeletons is None else read_skeletons(skeletons)
     work = []
-    for sample in samples_of(cfg):
+    for sample in _with_truth(samples_of(cfg), truth_file, truth_dataset):
         if sample.ground_truth is None:
-            print(f"{sample.volume.name} is left out: it has no ground truth {cfg.DATA.NEURON_LABELS}")
+            print(f"{sample.volume.name} is left out: it has no ground truth {sample.truth_dataset}")
             continue
-        work.append((sample, segmentations_in(sample.output)))
+        if fragments != FRAGMENTS:
+            open_array(sample.output, fragments)  # must be there if it is named
+        names = [name for name in segmentations_in(sample.output) if name not in (FRAGMENTS, fragments)]
+        work.append((sample, [fragments] * has_array(sample.output, fragments) + names))
     if not work:
         raise UserError(
             f"no test volume has {cfg.DATA.NEURON_LABELS}; add ground truth, or name it in DATA.NEURON_LABELS"
         )
     for sample, names in work:
-        report = score_sample(sample, names, given)
+        report = score_sample(sample, names, given, fragments)
         print(format_table(report))
         for suffix, content in (
             ("json", json.dumps(report, indent=2).encode()),
@@ -93,6 +114,24 @@ def evaluate(cfg: CfgNode, skeletons: Path | None = None) -> None:
             with write_whole(scores_path(sample.output, suffix)) as partial:
                 partial.write_bytes(content)
         print(f"best: {report['best']}; scores in {scores_path(sample.output)}, and beside it as .csv, .png and .html")
+
+
+def _with_truth(samples: list[Sample], file: Path | None, dataset: str | None) -> list[Sample]:
+    """Let samples find their ground truth in another file or dataset.
+
+    Raises:
+        UserError: it is not there, or one file is given for several volumes.
+    """
+    if file is not None and len(samples) > 1:
+        raise UserError(
+            f"there are {len(samples)} test volumes, but one -gt_file {file}: leave one volume in the folder"
+        )
+    for sample in samples:
+        sample.truth_file = sample.truth_file if file is None else file
+        sample.truth_dataset = dataset or sample.truth_dataset
+        if file is not None or dataset is not None:
+            open_array(sample.truth_file, sample.truth_dataset, **source_defaults(sample.cfg))
+    return samples
 
 
 def _html(sample: Sample, report: Report) -> str:
@@ -148,33 +187,36 @@ def segmentations_in(path: Path) -> list[str]:
     return [FRAGMENTS] * (FRAGMENTS in names) + segmentations
 
 
-def score_sample(sample: Sample, names: Sequence[str], given: Mapping[str, Skeleton] | None = None) -> Report:
+def score_sample(
+    sample: Sample,
+    names: Sequence[str],
+    given: Mapping[str, Skeleton] | None = None,
+    fragments: str = FRAGMENTS,
+) -> Report:
     """Score datasets in a sample's output against its ground truth.
 
     Args:
         sample: the sample.
         names: the datasets.
-        given: skeletons by name. None: they are made from the ground truth, unless sections are scored one by one or
-            the ground truth has more than MAX_VOXELS voxels.
+        given: skeletons by name. None: they are made from the ground truth. Sections have none.
+        fragments: the dataset of `names` that is no segmentation and cannot be the best.
 
     Returns:
         sample, ground_truth: path of the volume, and name of its labels.
         by_section: whether sections were scored one by one.
         objects, voxels: their number in the ground truth that was compared.
         best: the segmentation with the lowest VOI sum.
-        scores: a list of dicts with the keys COLUMNS, one per dataset. Scores with the name of a variant (`VARIANTS`)
-            at their end are None if the ground truth has more than MAX_VOXELS voxels, or the variant has none left;
-            run lengths (nm) are None if there are no skeletons.
+        scores: a list of dicts with the keys COLUMNS, one per dataset. Scores of variants (`VARIANTS`) and run lengths
+            are None where the ground truth has more than MAX_VOXELS voxels, or nothing is left to score.
         skeletons: of the best segmentation, what `score_skeletons` returns; None if there are none.
 
     Raises:
-        UserError: there is no ground truth; it or a dataset is not (z, y, x) of unsigned integers; they share no
-            labeled voxel, or their voxels do not coincide (see `overlaps`).
+        UserError: there is no ground truth, labels are no unsigned (z, y, x), or they do not meet (see `overlaps`).
     """
-    truth_name = sample.cfg.DATA.NEURON_LABELS
+    truth_name = sample.truth_dataset
     if sample.ground_truth is None:
         raise UserError(f"{sample.volume} has no ground truth {truth_name}: add it, or name it in DATA.NEURON_LABELS")
-    check_labels(sample.ground_truth, f"{truth_name} in {sample.volume}")
+    check_labels(sample.ground_truth, f"{truth_name} in {sample.truth_file}")
     rows: list[dict[str, Any]] = []
     made_from = {}
     runs: dict[str, dict[str, Any] | None] = {}
@@ -184,14 +226,14 @@ def score_sample(sample: Sample, names: Sequence[str], given: Mapping[str, Skele
         segmentation = open_array(sample.output, name)
         check_labels(segmentation, f"{name} in {sample.output}")
         row = _score_all_voxels(sample, name, segmentation, by_section)
-        made_with = {key: segmentation.attrs.get(key) for key in ("method", "merge_function", "threshold")}
-        rows.append({"dataset": name, **made_with, **row, **_score_variants(sample, segmentation, by_section)})
+        rows.append({"dataset": name, **row, **_score_variants(sample, segmentation, by_section)})
+        rows[-1] |= {key: segmentation.attrs.get(key) for key in ("method", "merge_function", "threshold")}
         if not by_section:
             runs[name], given = _score_runs(sample, segmentation, given)
             rows[-1] |= _run_lengths(runs[name])
         if record := record_of(segmentation):
             made_from[name] = record.to_json()
-    best = min((row for row in rows if row["dataset"] != FRAGMENTS), key=lambda row: row["voi_sum"])["dataset"]
+    best = min((row for row in rows if row["dataset"] != fragments), key=lambda row: row["voi_sum"])["dataset"]
     return {
         "sample": str(sample.volume),
         "ground_truth": truth_name,
@@ -212,7 +254,7 @@ def _score_all_voxels(sample: Sample, name: str, segmentation: Array, by_section
     try:
         return scores(*count_overlaps(overlaps(segmentation, truth, mask, by_section=by_section, description=name)))
     except ValueError as error:
-        truth_name = f"{sample.cfg.DATA.NEURON_LABELS} in {sample.volume}"
+        truth_name = f"{sample.truth_dataset} in {sample.truth_file}"
         raise UserError(f"{name} in {sample.output} and {truth_name}: {error}") from error
 
 
@@ -382,7 +424,7 @@ def _plot(report: Report) -> bytes:
     """
     series: dict[str, list[Mapping[str, Any]]] = {}
     for row in report["scores"]:
-        if row["dataset"] != FRAGMENTS:
+        if row["dataset"] != FRAGMENTS and SEGMENTATIONS.fullmatch(row["dataset"]):
             kind, _, rest = row["dataset"].removeprefix("volumes/").partition("segmentation_")
             name = f"{kind}{rest if row['threshold'] is None else row['merge_function']}"
             series.setdefault(name.replace("_", " "), []).append(row)
