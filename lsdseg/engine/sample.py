@@ -38,7 +38,6 @@ class Sample:
         output: the zarr that prediction and segmentation write; see `output_path`.
         name: the sample's name in logs, tables and collections.
         truth_file: the zarr with the neuron labels and their mask; the volume, unless someone sets another.
-        truth_dataset: the neuron labels in it.
     """
 
     def __init__(self, cfg: CfgNode, volume: Path | str, output: Path | str | None = None):
@@ -46,7 +45,7 @@ class Sample:
         self.volume = Path(volume)
         self.output = output_path(cfg, volume) if output is None else Path(output)
         self.name = sample_name(self.output)
-        self.truth_file, self.truth_dataset = self.volume, cfg.DATA.NEURON_LABELS
+        self.truth_file = self.volume
 
     @classmethod
     def of_arguments(cls, cfg: CfgNode, arguments: dict[str, str]) -> Sample:
@@ -66,6 +65,11 @@ class Sample:
     def raw(self) -> Array:
         """Raw, (z, y, x)."""
         return open_array(self.volume, self.cfg.DATA.RAW, **source_defaults(self.cfg))
+
+    @cached_property
+    def truth_dataset(self) -> str:
+        """Name of the neuron labels in `truth_file`; may be set to another."""
+        return str(self.cfg.DATA.NEURON_LABELS)
 
     @cached_property
     def ground_truth(self) -> Array | None:
