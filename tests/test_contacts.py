@@ -1,6 +1,8 @@
 """Agglomeration of a graph from the contacts that blocks found."""
 
 import itertools
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +13,40 @@ from test_blockwise_numerics import fib25, noisy, phantom, voi  # noqa: F401
 from lsdseg.config.implementations import MERGE_FUNCTIONS
 from lsdseg.engine.post import agglomerate as waterz_settings
 from lsdseg.engine.post.agglomerate import agglomerate
-from lsdseg.engine.post.contacts import BINS, UNIT, Contacts, find_contacts, merge_contacts
+from lsdseg.engine.post.contacts import BINS, UNIT, Contacts, find_contacts, settle, simplified
 from lsdseg.engine.post.fragments import extract_fragments
 from lsdseg.engine.post.tables import connected_segments, relabel
+from lsdseg.engine.post.tree import Tree
 from lsdseg.errors import UserError
 
 THRESHOLDS = [n / 10 for n in range(1, 10)]
 LAST = 2**63 - 1
+
+
+def merge_contacts(contacts, merge_function):
+    """The edges of a graph that nobody cut into parts."""
+    whole, _ = Contacts.of_all([simplified(contacts, merge_function)])
+    return contacts.u, contacts.v, settle(whole, merge_function).scores
+
+
+def merge_in_a_tree(folder, grid, parts, merge_function, levels):
+    """The edges of a graph from its parts, {position: contacts}, and what each level of a tree left."""
+    tree = Tree(folder, grid, merge_function)
+    for number, (position, part) in enumerate(parts.items()):
+        tree.settle_block(position, number, part)
+    left = [tree.size(0)]
+    for level in range(1, levels + 1):
+        for position in np.ndindex(tree.level_grid(level)):
+            tree.settle_node(level, position)
+        left.append(tree.size(level))
+    tree.settle_top(levels)
+    for level in range(levels, 0, -1):
+        for position in np.ndindex(tree.level_grid(level)):
+            tree.tell_node(level, position)
+    edges = [tree.edges_of_block(position)[1] for position in parts]
+    u, v, scores = (np.concatenate(columns) for columns in zip(*edges, strict=True))
+    order = np.lexsort((v, u))
+    return (u[order], v[order], scores[order]), left
 
 
 def numbered_by_blocks(fragments, size):
@@ -88,8 +117,22 @@ def graphs(draw):
         counts += [histogram[k] for k in sorted(histogram)]
         sums.append(sum(k * n * UNIT // BINS for k, n in histogram.items()))
         starts.append(len(bins))
-    columns = (u, v, sums, starts, bins, counts)
-    return Contacts(*(np.array(column, dtype) for column, dtype in zip(columns, Contacts.TYPES, strict=True)))
+    return of_columns(u, v, sums, starts, bins, counts)
+
+
+def of_columns(u, v, sums, starts, bins, counts, open_ids=(), open_sides=()):
+    types = (np.uint64, np.uint64, np.int64, np.int64, np.uint8, np.int64, *[np.uint64] * 3, np.uint8)
+    columns = (u, v, sums, starts, bins, counts, u, v, open_ids, open_sides)
+    return Contacts(*(np.array(column, dtype) for column, dtype in zip(columns, types, strict=True)))
+
+
+def part_of(contacts, rows, open_ids=(), open_sides=()):
+    """Some contacts, and what is open."""
+    ranges = [range(*contacts.starts[row : row + 2]) for row in rows]
+    take = np.array([at for of_row in ranges for at in of_row], int)
+    starts = np.append(0, np.cumsum([len(of_row) for of_row in ranges])).astype(int)
+    columns = (contacts.u[rows], contacts.v[rows], contacts.sums[rows])
+    return of_columns(*columns, starts, contacts.bins[take], contacts.counts[take], open_ids, open_sides)
 
 
 @settings(max_examples=150, deadline=None)
@@ -101,21 +144,45 @@ def test_the_closest_pair_merges_first(contacts, merge_function):
     assert {(a, b): score for a, b, score in rows if not np.isnan(score)} == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("merge_function", ["mean", "hist_quant_50"])
-def test_blocks_do_not_change_the_scores(noisy, merge_function, tmp_path):  # noqa: F811
+@settings(max_examples=150, deadline=None)
+@given(
+    graphs(), st.sampled_from(["mean", "hist_quant_25", "hist_quant_85", "hist_quant_50_initmax"]), st.integers(0, 3)
+)
+def test_a_tree_over_a_random_graph_changes_nothing(contacts, merge_function, levels):
+    """Nodes 1 to 12 lie in a row of six blocks; those of blocks that do not touch have no contact."""
+    block_u, block_v = (contacts.u.astype(int) - 1) // 2, (contacts.v.astype(int) - 1) // 2
+    near = np.flatnonzero(block_v - block_u <= 1)
+    parts = {}
+    for block in range(6):
+        own, beyond = near[block_u[near] == block], near[(block_u[near] < block) & (block_v[near] == block)]
+        sides = dict.fromkeys(contacts.v[beyond].tolist(), 1)
+        for u in contacts.u[own[block_v[own] > block]].tolist():
+            sides[u] = sides.get(u, 0) | 2
+        parts[block, 0, 0] = part_of(contacts, own, list(sides), list(sides.values()))
+    with tempfile.TemporaryDirectory() as folder:
+        edges, _ = merge_in_a_tree(Path(folder), (6, 1, 1), parts, merge_function, levels)
+    for found, expected in zip(edges, merge_contacts(part_of(contacts, near), merge_function), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("merge_function", ["mean", "hist_quant_50", "hist_quant_90_initmax"])
+@pytest.mark.parametrize("size", [32, 20])
+def test_neither_blocks_nor_a_tree_change_the_scores(noisy, merge_function, size, tmp_path):  # noqa: F811
     affinities, fragments = noisy
-    for size in (48, 32, 20):
-        numbers, ranges = numbered_by_blocks(fragments, size)
-        whole = find_contacts(affinities, numbers, 1, LAST)
-        parts = []
-        for around, first, last in ranges[::-1]:
-            part = find_contacts(affinities[:, *around], numbers[around], first, last)
-            part.save(tmp_path / "part.npz")
-            parts.append(Contacts.load(tmp_path / "part.npz"))
-        together = Contacts.of_all(parts)
-        for name, values in vars(whole).items():
-            np.testing.assert_array_equal(vars(together)[name], values)
-        assert len(merge_contacts(together, merge_function)[0]) == len(whole.u) > 0
+    numbers, ranges = numbered_by_blocks(fragments, size)
+    whole = find_contacts(affinities, numbers, 1, LAST)
+    grid = tuple(-(-n // size) for n in fragments.shape)
+    boxes = zip(np.ndindex(grid), ranges, strict=True)
+    parts = {at: find_contacts(affinities[:, *around], numbers[around], *ids) for at, (around, *ids) in boxes}
+    together, _ = Contacts.of_all(list(parts.values())[::-1])
+    for name, values in vars(whole).items():
+        np.testing.assert_array_equal(vars(together)[name], values)
+    for levels in (0, 1, 2):
+        edges, left = merge_in_a_tree(tmp_path / str(levels), grid, parts, merge_function, levels)
+        for found, expected in zip(edges, merge_contacts(whole, merge_function), strict=True):
+            np.testing.assert_array_equal(found, expected)
+        assert left == sorted(left, reverse=True)
+        assert levels == 0 or left[-1] < 0.9 * left[0]
 
 
 @pytest.mark.parametrize("merge_function", ["mean", "hist_quant_25", "hist_quant_50", "hist_quant_75"])
@@ -169,8 +236,13 @@ def test_what_cannot_be_used_is_refused(noisy, tmp_path):  # noqa: F811
     contacts = find_contacts(affinities, fragments, 1, LAST)
     with pytest.raises(ValueError, match="the same pair"):
         Contacts.of_all([contacts, contacts])
-    (tmp_path / "damaged.npz").write_bytes(b"PK")
-    for name in ("damaged.npz", "none.npz"):
-        with pytest.raises(UserError, match=rf"{name} is missing or damaged: run 03"):
-            Contacts.load(tmp_path / name)
-    assert len(merge_contacts(Contacts.of_all([]), "mean")[0]) == 0
+    tree = Tree(tmp_path, (1, 1, 1), "mean")
+    tree.settle_block((0, 0, 0), 0, contacts)
+    tree.settle_top(0)
+    assert tree.edges_of_block((0, 0, 0)) is not None
+    (file,) = (tmp_path / "0" / "settled").glob("*/*")
+    file.write_bytes(b"PK")
+    with pytest.raises(UserError, match=rf"{file} is missing or damaged: run 03"):
+        tree.edges_of_block((0, 0, 0))
+    empty = find_contacts(np.zeros((3, 2, 2, 2), np.uint8), np.zeros((2, 2, 2), np.uint64), 1, LAST)
+    assert len(merge_contacts(empty, "mean")[0]) == 0

@@ -180,11 +180,11 @@ def test_blocks_give_what_one_process_gives(home, undisturbed, labels):
 
 
 def test_four_workers_and_a_second_run_give_the_same(home, undisturbed, capsys):
-    cfg = config(home, SYSTEM__NUM_WORKERS=4)
+    cfg = config(home, SYSTEM__NUM_WORKERS=4, INS_SEGMENT__CONTACTS_IN_MEMORY=900)
     assert_as_undisturbed(cfg, whole_way(cfg), undisturbed)
     array = open_array(output(home), FINAL)
     assert (tuple(array.offset), array.attrs["threshold"]) == (OFFSET, THRESHOLD)
-    capsys.readouterr()
+    assert "agglomerate_hist_quant_75_up_1 of" in capsys.readouterr().out
     whole_way(cfg)
     assert capsys.readouterr().out.count("nothing to do") == 3
 

@@ -346,6 +346,9 @@ _C.INS_SEGMENT.FILTER_FRAGMENTS = 0.0
 # waterz scores need one voxel of it, whatever it is.
 _C.INS_SEGMENT.BLOCK_SIZE = (256, 256, 256)
 _C.INS_SEGMENT.CONTEXT = (24, 24, 24)
+# So many pairs of fragments that touch are agglomerated at once, with about 0.6 kB of memory for each. If there are
+# more, workers first merge what they can decide in boxes of several blocks. The result is the same.
+_C.INS_SEGMENT.CONTACTS_IN_MEMORY = 5_000_000
 
 # ------------------------------------------------------------------------------------------------------------
 # Workers of the blockwise scripts

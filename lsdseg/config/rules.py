@@ -325,6 +325,7 @@ RULES: dict[str, Rule] = {
     "INS_SEGMENT.FILTER_FRAGMENTS": share.on(FRAGMENTS, SEGMENTATION),
     "INS_SEGMENT.BLOCK_SIZE": sequence(integer(1, voxels), 3, kind=tuple).on(FRAGMENTS),
     "INS_SEGMENT.CONTEXT": sequence(integer(0, voxels), 3, kind=tuple).on(FRAGMENTS),
+    "INS_SEGMENT.CONTACTS_IN_MEMORY": integer(1).on(),
     "CLUSTER.TYPE": choice(*SCHEDULERS).on(),
     "CLUSTER.PARTITION": text.on(),
     "CLUSTER.ACCOUNT": text.on(),

@@ -2,30 +2,29 @@
 
 A score that a block computes for itself sees only a part of the neurites: which regions have merged farther away, it
 cannot know. So a block says only what its fragments touch, face by face (`find_contacts`). The graph of all blocks is
-then agglomerated (`merge_contacts`), greedily and closest pair first, as waterz does with a volume in memory (Funke et
+then agglomerated (`settle`), greedily and closest pair first, as waterz does with a volume in memory (Funke et
 al., TPAMI 2019).
 
 Mean and quantiles of affinities are reducible: merging two regions never brings a third one closer than it was to the
 nearer of them. With ties broken in a way that is reducible, too, the result does not depend on the order in which the
-contacts come, and so neither on blocks nor on workers (compare Lu, Zlateski and Seung, arXiv 2106.10795).
+contacts come, and so neither on blocks nor on workers. It also means that two regions that are each other's closest may
+merge before anything else is known, if all contacts of both are (Lu, Zlateski and Seung, arXiv 2106.10795). `settle`
+does that with a part of a graph and leaves the rest, which is smaller.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numba
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lsdseg.engine.post.affinities import float_affinities, voxel_pairs
-from lsdseg.engine.post.graph import Edges, number_fragments, threshold_of_merge
-from lsdseg.errors import UserError
-from lsdseg.files import write_whole
+from lsdseg.engine.post.graph import number_fragments, threshold_of_merge
 
 BINS = 256  # as in waterz' histograms
 UNIT = 2**24  # affinities are added up in whole units, which are exact in any order
@@ -44,6 +43,11 @@ class Contacts:
         starts: int64 (n + 1,), where the histogram of each pair begins in the next two, and where the last one ends.
         bins: uint8, the bins of each histogram that are not empty, ascending: affinities from bin / 256 on.
         counts: int64, the number of faces in each of these bins.
+        tie_u, tie_v: uint64 (n,), the last pair of fragments that each stands for: of contacts that are equally close,
+            the one whose last pair comes first in the order of ids is the first to merge.
+        open_ids: uint64 (m,), the regions with contacts that may not be among these, because they touch what lies
+            beyond the box that was looked at.
+        open_sides: uint8 (m,), where it lies: bit 2 * axis is before the box, bit 2 * axis + 1 is after it.
     """
 
     u: NDArray[np.uint64]
@@ -52,48 +56,48 @@ class Contacts:
     starts: NDArray[np.int64]
     bins: NDArray[np.uint8]
     counts: NDArray[np.int64]
-
-    TYPES: ClassVar[tuple[Any, ...]] = (np.uint64, np.uint64, np.int64, np.int64, np.uint8, np.int64)
-
-    def save(self, path: Path) -> None:
-        """Write them to a file, which appears whole or not at all."""
-        with write_whole(path) as partial, open(partial, "wb") as file:
-            np.savez_compressed(file, **vars(self))
+    tie_u: NDArray[np.uint64]
+    tie_v: NDArray[np.uint64]
+    open_ids: NDArray[np.uint64]
+    open_sides: NDArray[np.uint8]
 
     @classmethod
-    def load(cls, path: Path) -> Contacts:
-        """Read what `save` wrote.
-
-        Raises:
-            UserError: the file is missing or damaged.
-        """
-        try:
-            with np.load(path) as arrays:
-                return cls(**{column.name: arrays[column.name] for column in fields(cls)})
-        except Exception as error:  # zipfile and numpy raise what they like at a damaged file
-            raise UserError(
-                f"{path} is missing or damaged: run 03_agglomerate_blockwise.py with DATA.DROP_DS_MONGOTABLE True"
-            ) from error
-
-    @classmethod
-    def of_all(cls, parts: Iterable[Contacts]) -> Contacts:
+    def of_all(cls, parts: Sequence[Contacts], inner_sides: Sequence[int] | None = None) -> tuple[Contacts, Numbers]:
         """Put parts together that have no pair in common.
 
+        Args:
+            parts: one or more.
+            inner_sides: the sides of each, in bits as `open_sides`, behind which another part lies. None: nothing is
+                open any more.
+
+        Returns:
+            All contacts, and for each its index in the concatenated parts.
+
         Raises:
-            ValueError: two of them have one.
+            ValueError: two of them have the same pair.
         """
-        given = [part for part in parts if len(part.u)] or [cls(*(np.empty(0, dtype) for dtype in cls.TYPES))]
-        together = [np.concatenate(columns) for columns in zip(*(vars(part).values() for part in given), strict=True)]
-        u, v, sums, _, bins, counts = together
-        lengths = np.concatenate([np.diff(part.starts) for part in given])
+        together = {name: np.concatenate([getattr(part, name) for part in parts]) for name in parts[0].__dict__}
+        lengths = np.concatenate([np.diff(part.starts) for part in parts])
+        order = np.lexsort((together["v"], together["u"]))
         begins = np.cumsum(lengths) - lengths
-        order = np.lexsort((v, u))
-        u, v, lengths = u[order], v[order], lengths[order]
+        starts, gather = _gather(begins[order], lengths[order])
+        for name in ("u", "v", "sums", "tie_u", "tie_v"):
+            together[name] = together[name][order]
+        u, v = together["u"], together["v"]
         if ((u[1:] == u[:-1]) & (v[1:] == v[:-1])).any():
             raise ValueError("two parts have the same pair of fragments")
-        starts = np.append(0, np.cumsum(lengths))
-        gather = np.arange(starts[-1]) + np.repeat(begins[order] - starts[:-1], lengths)
-        return cls(u, v, sums[order], starts, bins[gather], counts[gather])
+        inner = [255] * len(parts) if inner_sides is None else list(inner_sides)
+        outer = ~np.repeat(np.array(inner, np.uint8), [len(part.open_ids) for part in parts])
+        still = together["open_sides"] & outer
+        together |= {"open_ids": together["open_ids"][still > 0], "open_sides": still[still > 0]}
+        together |= {"starts": starts, "bins": together["bins"][gather], "counts": together["counts"][gather]}
+        return cls(**together), order
+
+
+def _gather(begins: Numbers, lengths: Numbers) -> tuple[Numbers, Numbers]:
+    """For ranges that are to lie one after the other: where each starts then, and the indices to take."""
+    starts = np.append(0, np.cumsum(lengths))
+    return starts, np.arange(starts[-1]) + np.repeat(begins - starts[:-1], lengths)
 
 
 def find_contacts(affinities: ArrayLike, fragments: ArrayLike, first_id: int, last_id: int) -> Contacts:
@@ -114,10 +118,12 @@ def find_contacts(affinities: ArrayLike, fragments: ArrayLike, first_id: int, la
         raise ValueError(f"affinities of shape {floats.shape} and fragments of shape {unsigned.shape} do not fit")
     numbers, count = unsigned.astype(np.int64), len(ids)
     own = (ids >= first_id) & (ids <= last_id)
-    keys, values = [], []
-    for channel, offset in zip(floats, ((-1, 0, 0), (0, -1, 0), (0, 0, -1)), strict=True):
+    keys, values, sides = [], [], np.zeros(count, np.uint8)
+    for axis, (channel, offset) in enumerate(zip(floats, ((-1, 0, 0), (0, -1, 0), (0, 0, -1)), strict=True)):
         here, there = voxel_pairs(numbers.shape, offset)
         first, second = numbers[here], numbers[there]
+        sides[first[own[first] & ~own[second] & (second > 0)]] |= 1 << 2 * axis
+        sides[second[own[second] & ~own[first] & (first > 0)]] |= 2 << 2 * axis
         smaller, larger = np.minimum(first, second), np.maximum(first, second)
         touching = (smaller != larger) & (smaller > 0) & own[smaller]
         keys.append(smaller[touching] * count + larger[touching])
@@ -130,29 +136,91 @@ def find_contacts(affinities: ArrayLike, fragments: ArrayLike, first_id: int, la
     sums = np.bincount(np.searchsorted(contacts, pairs), units, len(contacts)).astype(np.int64)
     u, v = np.divmod(contacts, max(count, 1))
     starts = np.append(starts, len(binned)).astype(np.int64)
-    return Contacts(ids[u], ids[v], sums, starts, (binned % BINS).astype(np.uint8), counts.astype(np.int64))
+    return Contacts(
+        ids[u],
+        ids[v],
+        sums,
+        starts,
+        (binned % BINS).astype(np.uint8),
+        counts.astype(np.int64),
+        ids[u],
+        ids[v],
+        ids[sides > 0],
+        sides[sides > 0],
+    )
 
 
-def merge_contacts(contacts: Contacts, merge_function: str) -> Edges:
-    """Agglomerate the fragments of a whole graph, and score each contact by the threshold at which its two become one.
+def simplified(contacts: Contacts, merge_function: str) -> Contacts:
+    """Drop from the histograms of contacts that have not merged yet what a merge function does not need."""
+    starts, bins, counts = contacts.starts, contacts.bins, contacts.counts
+    one_each = np.arange(len(contacts.u) + 1)
+    if merge_function.endswith("initmax"):  # only the largest affinity of each counts, at first
+        return replace(contacts, starts=one_each, bins=bins[starts[1:] - 1], counts=counts[starts[1:] - 1])
+    if merge_function == "mean":
+        faces = np.add.reduceat(counts, starts[:-1]) if len(contacts.u) else counts[:0]
+        return replace(contacts, starts=one_each, bins=np.zeros(len(faces), np.uint8), counts=faces)
+    return contacts
 
-    The pair with the lowest score merges first. Of several, it is the one whose last pair of fragments comes first in
-    the order of ids: a merged contact cannot come earlier than the first of its parts, so ties are reducible as scores
-    are. So the components of the edges up to a threshold are the regions at that threshold.
+
+class Settled(NamedTuple):
+    """What became of the contacts of a part.
+
+    Attributes:
+        rest: the contacts of the regions that are left.
+        place: int64 (n,), for each contact the one of `rest` that it is part of; -1 if its two regions are one now.
+        scores: float32 (n,), the threshold at which they became one; NaN if they did not.
+    """
+
+    rest: Contacts
+    place: Numbers
+    scores: NDArray[np.float32]
+
+
+def settle(contacts: Contacts, merge_function: str) -> Settled:
+    """Merge the regions of a part of a graph that merge whatever lies beyond it, closest pair first.
+
+    These are pairs that are each other's closest, neither of them open. Where nothing is open, it is all pairs with a
+    score below 1: the greedy agglomeration of a graph. So the components of the contacts up to a threshold are the
+    regions at that threshold. Of pairs that are equally close, see `tie_u`; a merged contact cannot come earlier than
+    the first of its parts, so ties are reducible as scores are.
 
     Args:
-        contacts: of the whole graph.
+        contacts: those of a part, as `simplified` leaves them.
         merge_function: "mean", "hist_quant_N", or "hist_quant_N_initmax", see `scoring_function`.
-
-    Returns:
-        The columns u, v and scores, as `score_edges`: one row for each contact.
     """
     quantile = -1 if merge_function == "mean" else int(merge_function.split("_")[2])
+    count = len(contacts.u)
     ids, ends = np.unique(np.concatenate([contacts.u, contacts.v]), return_inverse=True)
-    u, v = ends[: len(contacts.u)].astype(np.int64), ends[len(contacts.u) :].astype(np.int64)
-    merged = _merge(len(ids), u.copy(), v.copy(), _borders(contacts, merge_function), quantile)
-    scores = threshold_of_merge(u, v, *merged, len(ids))
-    return contacts.u, contacts.v, scores
+    u, v = ends[:count].astype(np.int64), ends[count:].astype(np.int64)
+    by_tie = np.lexsort((contacts.tie_v, contacts.tie_u))
+    order = np.empty(count, np.int64)
+    order[by_tie] = np.arange(count)
+    borders, now_u, now_v = _borders(contacts), u.copy(), v.copy()
+    kept, gone, scores, alive = _merge(now_u, now_v, borders, quantile, order, np.isin(ids, contacts.open_ids))
+
+    region = np.arange(len(ids))
+    for a, b in zip(kept[::-1], gone[::-1], strict=True):
+        region[b] = region[a]
+    low, high = np.minimum(now_u, now_v)[alive], np.maximum(now_u, now_v)[alive]
+    keys, by_pair = np.unique(low * len(ids) + high, return_index=True)
+    left = np.flatnonzero(alive)[by_pair]
+    starts, gather = _gather(borders.begin[left], borders.length[left])
+    last = by_tie[order[left]]
+    rest = Contacts(
+        ids[low[by_pair]],
+        ids[high[by_pair]],
+        borders.sums[left],
+        starts,
+        borders.bins[gather].astype(np.uint8),
+        borders.counts[gather],
+        contacts.tie_u[last],
+        contacts.tie_v[last],
+        contacts.open_ids,
+        contacts.open_sides,
+    )
+    pairs = np.minimum(region[u], region[v]) * len(ids) + np.maximum(region[u], region[v])
+    place = np.where(region[u] == region[v], -1, np.searchsorted(keys, pairs))
+    return Settled(rest, place, threshold_of_merge(u, v, kept, gone, scores, len(ids)))
 
 
 class _Borders(NamedTuple):
@@ -179,15 +247,10 @@ class _Lists(NamedTuple):
     degree: Numbers
 
 
-def _borders(contacts: Contacts, merge_function: str) -> _Borders:
-    """Return what a merge function needs of each contact, in arrays that may be changed."""
+def _borders(contacts: Contacts) -> _Borders:
+    """Return what is known of each contact in arrays that may be changed."""
     starts, bins, counts = contacts.starts, contacts.bins, contacts.counts
-    faces = np.add.reduceat(counts, starts[:-1]) if len(contacts.u) else np.empty(0, np.int64)
-    if merge_function.endswith("initmax"):  # only the largest affinity of each counts, at first
-        last = starts[1:] - 1
-        starts, bins, counts = np.arange(len(faces) + 1), bins[last], counts[last]
-    elif merge_function == "mean":  # no histograms are needed
-        starts, bins, counts = np.zeros(len(faces) + 1, np.int64), bins[:0], counts[:0]
+    faces = np.add.reduceat(counts, starts[:-1]) if len(contacts.u) else counts[:0]
     # Merged histograms are appended. When the end is reached, those that are left are moved to the front.
     pool = np.zeros((2, 2 * len(bins) + 2 * BINS + 1), np.int64)
     pool[:, : len(bins)] = bins, counts
@@ -198,18 +261,26 @@ def _borders(contacts: Contacts, merge_function: str) -> _Borders:
 
 @numba.njit(cache=True)
 def _merge(
-    node_count: int, u: Numbers, v: Numbers, borders: _Borders, quantile: int
-) -> tuple[Numbers, Numbers, NDArray[np.float32]]:
-    """Merge nodes, closest pair first: the two nodes and the score of each merge with a score below 1.
+    u: Numbers, v: Numbers, borders: _Borders, quantile: int, order: Numbers, stuck: NDArray[np.bool_]
+) -> tuple[Numbers, Numbers, NDArray[np.float32], NDArray[np.bool_]]:
+    """Merge nodes, closest pair first, unless one of them is stuck: its closest may be another one.
 
     Of two nodes that merge, the one with fewer edges gives its own to the other: edges to nodes that both touch become
-    one. The arguments are changed.
+    one. All arguments are changed: what they say of the edges that are left is what became of them.
+
+    Args:
+        u, v, borders, order: of each edge its nodes, what is known of it, and which of equally close ones comes first.
+        quantile: see `_score`.
+        stuck: for each node.
+
+    Returns: of each merge the node that stays, the one that goes, and the score; which edges are left.
     """
+    node_count = len(stuck)
     lists = _make_lists(u, v, node_count)
     edges = {}
     for e in range(len(u)):
         edges[u[e] * node_count + v[e]] = e
-    alive, order = np.ones(len(u), np.bool_), np.arange(len(u))
+    alive = np.ones(len(u), np.bool_)
     score = np.array([_score(borders, e, quantile) for e in range(len(u))])
     queue = [(score[e], order[e], e) for e in range(len(u))]
     heapq.heapify(queue)
@@ -218,6 +289,9 @@ def _merge(
     while len(queue) > 0 and queue[0][0] < 1:
         value, place, e = heapq.heappop(queue)
         if not alive[e] or value != score[e] or place != order[e]:
+            continue
+        if stuck[u[e]] or stuck[v[e]]:  # and so is the other: this was its closest
+            stuck[u[e]] = stuck[v[e]] = True
             continue
         a, b = (u[e], v[e]) if lists.degree[u[e]] >= lists.degree[v[e]] else (v[e], u[e])
         first[merges], second[merges], merge_score[merges] = a, b, value
@@ -228,7 +302,7 @@ def _merge(
         while half >= 0:
             after, f = lists.following[half], half // 2
             if alive[f]:
-                c = v[f] if half % 2 == 0 else u[f]
+                c = u[f] if half % 2 else v[f]
                 del edges[min(b, c) * node_count + max(b, c)]
                 key = min(a, c) * node_count + max(a, c)
                 if key in edges:
@@ -240,14 +314,11 @@ def _merge(
                     lists.degree[c] -= 1
                 else:
                     edges[key] = f
-                    if half % 2 == 0:
-                        u[f] = a
-                    else:
-                        v[f] = a
+                    (v if half % 2 else u)[f] = a
                     _append(lists, half, a)
             half = after
         lists.degree[a] -= 1  # the edge that has merged
-    return first[:merges], second[:merges], merge_score[:merges]
+    return first[:merges], second[:merges], merge_score[:merges], alive
 
 
 @numba.njit(cache=True)

@@ -1,17 +1,21 @@
 """Step 2: fragments to the scored edges of the region adjacency graph.
 
 Workers write what the fragments of each block touch. When all blocks are done, the graph is agglomerated as a whole,
-and its edges are scored by that. A block alone would see only a part of the neurites that merge. Mutex watershed has no
-such order of merges: its edges are scored by the workers.
+and its edges are scored by that. A block alone would see only a part of the neurites that merge. A large graph is
+agglomerated by workers, too, in a tree of blocks: level by level upwards, and back down. Mutex watershed has no such
+order of merges: its edges are scored by the workers.
 """
 
+import math
 import shutil
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import daisy
 import numpy as np
+from funlib.geometry import Coordinate, Roi
 from tqdm import tqdm
 from yacs.config import CfgNode
 
@@ -22,17 +26,20 @@ from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import blocks_left, discard_markers
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
-from lsdseg.engine.post.contacts import Contacts, find_contacts, merge_contacts
+from lsdseg.engine.post.contacts import find_contacts
 from lsdseg.engine.post.graph import edges_of_block
 from lsdseg.engine.post.methods import method_of, method_that_scores
 from lsdseg.engine.post.steps.fragments import check_block_settings, require_fragments
 from lsdseg.engine.post.steps.grid import block_step
+from lsdseg.engine.post.tree import Position, Tree
 from lsdseg.engine.sample import AFFINITIES, Sample, samples_of
 from lsdseg.errors import UserError
 from lsdseg.rag import RagStore, open_store
 
-# In the folder of markers: what workers found, until the graph is agglomerated, and a file that says that it is.
-CONTACTS, SCORED = "contacts", "scored"
+# In the folder of markers: what workers found and the markers of the levels of the tree, until the graph is
+# agglomerated, and a file that says that it is.
+CONTACTS, LEVELS, SCORED = "contacts", "levels", "scored"
+UP, DOWN = "up", "down"
 # Name of the setting that tells edges of the whole graph from those of an earlier version.
 SCORES = "the scores"
 
@@ -58,7 +65,7 @@ def agglomerate_blockwise(cfg: CfgNode) -> None:
             step = edges_step(sample, merge_function, (begun or record).id)
             run_blocks(cfg, step)
             if method_that_scores(merge_function).scores_whole_graph and not _is_scored(step):
-                _score_whole_graph(step, store, merge_function)
+                _score_whole_graph(sample, step, store, merge_function)
             store.finish_edges(merge_function)
             print(f"edges of {merge_function} in {store}")
 
@@ -69,7 +76,7 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
     affinities, fragments = sample.affinities, open_array(sample.output, sample.fragments_dataset)
     store = open_store(cfg, sample.output, "r+", identity(fragments))
     method = method_that_scores(merge_function)
-    markers = sample.markers(edges_name(merge_function))
+    tree = _tree(sample, merge_function)
     no_edges = (np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.float32))
 
     def process(block: daisy.Block) -> None:
@@ -82,7 +89,8 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
         predicted = read(affinities, (slice(None), *voxels_of(affinities, roi)))
         channels = method.channels(predicted, sample.offsets)
         if method.scores_whole_graph:
-            find_contacts(channels, labels, *store.id_range(number)).save(_contacts_file(markers, number))
+            contacts = find_contacts(channels, labels, *store.id_range(number))
+            tree.settle_block(_position(sample, block.write_roi.begin), number, contacts)
         else:
             edges = edges_of_block(method.edges(channels, labels, sample.offsets), *store.id_range(number))
             store.write_edges(merge_function, number, *edges)
@@ -153,31 +161,90 @@ def require_edges(sample: Sample, merge_function: str, fragments: str) -> str:
     return made
 
 
-def _contacts_file(step_markers: Path, number: int) -> Path:
-    """Return the file with the contacts of a block, a thousand in each folder."""
-    return step_markers / CONTACTS / str(number // 1000) / f"{number}.npz"
+def _tree(sample: Sample, merge_function: str) -> Tree:
+    """The tree over the blocks of a sample, with its files."""
+    name = edges_name(merge_function)
+    return Tree(sample.markers(name) / CONTACTS, block_step(sample, name, "").grid, merge_function)
+
+
+def _position(sample: Sample, begin: Coordinate, level: int = 0) -> Position:
+    """The position of the node of the tree whose box begins there, in nm."""
+    array, block = sample.affinities, Coordinate(sample.cfg.INS_SEGMENT.BLOCK_SIZE)
+    return tuple((begin - array.roi.begin) // (block * array.voxel_size * 2**level))
 
 
 def _is_scored(step: BlockStep) -> bool:
     return (step.markers / SCORED).is_file()
 
 
-def _score_whole_graph(step: BlockStep, store: RagStore, merge_function: str) -> None:
+def _score_whole_graph(sample: Sample, step: BlockStep, store: RagStore, merge_function: str) -> None:
     """Agglomerate what all blocks found, and write the edges of each block.
 
+    Workers do it level by level, until what is left fits into this process.
+
     Raises:
-        UserError: a file with contacts is damaged.
+        UserError: a file with contacts is damaged; blocks failed.
     """
-    files = sorted((step.markers / CONTACTS).glob("*/*.npz"), key=lambda file: int(file.stem))
-    contacts = Contacts.of_all(map(Contacts.load, tqdm(files, desc="reading contacts", unit="block", delay=10)))
-    print(f"{step}: agglomerating {len(contacts.u)} pairs of fragments that touch", flush=True)
-    u, v, scores = merge_contacts(contacts, merge_function)
-    for file in tqdm(files, desc="writing edges", unit="block", delay=10):
-        first, last = store.id_range(int(file.stem))
-        own = slice(*np.searchsorted(u, np.array([first, last + 1], np.uint64)))
-        store.write_edges(merge_function, int(file.stem), u[own], v[own], scores[own])
+    tree, level = _tree(sample, merge_function), 0
+    levels = partial(_level_step, sample, step)
+    most = sample.cfg.INS_SEGMENT.CONTACTS_IN_MEMORY
+    while (left := tree.size(level)) > most and math.prod(tree.level_grid(level)) > 1:
+        level += 1
+        print(f"{step}: {left} pairs of regions touch, more than INS_SEGMENT.CONTACTS_IN_MEMORY", flush=True)
+        run_blocks(sample.cfg, levels(level, UP))
+    print(f"{step}: agglomerating {left} pairs of regions that touch", flush=True)
+    tree.settle_top(level)
+    for lower in range(level, 0, -1):
+        run_blocks(sample.cfg, levels(lower, DOWN))
+    if level:
+        run_blocks(sample.cfg, levels(0, DOWN))
+    else:
+        total = math.prod(tree.grid)
+        for position in tqdm(np.ndindex(tree.grid), total=total, desc="writing edges", unit="block", delay=10):
+            _write_edges(tree, position, store)
     (step.markers / SCORED).touch()
-    shutil.rmtree(step.markers / CONTACTS, ignore_errors=True)
+    for folder in (CONTACTS, LEVELS):
+        shutil.rmtree(step.markers / folder, ignore_errors=True)
+
+
+def _level_step(sample: Sample, step: BlockStep, level: int, direction: str) -> BlockStep:
+    """The step over the nodes of one level of the tree."""
+    box = Roi(sample.affinities.roi.begin, step.write_roi.shape * 2**level)
+    return replace(
+        step,
+        name=f"{step.name}_{direction}_{level}",
+        total_roi=sample.affinities.roi,
+        read_roi=box,
+        write_roi=box,
+        open_worker=f"{__name__}:open_level_worker",
+        arguments=step.arguments | {"level": level, "direction": direction},
+        markers=step.markers / LEVELS / f"{direction}_{level}",
+    )
+
+
+def open_level_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:
+    """Open what a worker needs for a level of the tree; returns what it does with each of its nodes."""
+    sample, merge_function = Sample.of_arguments(cfg, arguments), arguments["merge_function"]
+    level, direction = arguments["level"], arguments["direction"]
+    tree = _tree(sample, merge_function)
+    store = open_store(cfg, sample.output, "r+", identity(open_array(sample.output, sample.fragments_dataset)))
+
+    def process(block: daisy.Block) -> None:
+        position = _position(sample, block.write_roi.begin, level)
+        if direction == UP:
+            tree.settle_node(level, position)
+        elif level:
+            tree.tell_node(level, position)
+        else:
+            _write_edges(tree, position, store)
+
+    return process
+
+
+def _write_edges(tree: Tree, position: Position, store: RagStore) -> None:
+    if found := tree.edges_of_block(position):
+        number, edges = found
+        store.write_edges(tree.merge_function, number, *edges)
 
 
 def _record(sample: Sample, merge_function: str, fragments: str) -> Record:
