@@ -1,7 +1,8 @@
 """Extract fragments and graph nodes block by block: python 02_extract_fragments_blockwise.py -c FILE"""
 
-from lsdseg.cli import run_script
-from lsdseg.engine.post.steps.fragments import extract_fragments_blockwise
+from lsdseg.cli import deferred, run_script
+
+extract_fragments_blockwise = deferred("lsdseg.engine.post.steps.fragments:extract_fragments_blockwise")
 
 if __name__ == "__main__":
     run_script(

@@ -1,7 +1,8 @@
 """Score the edges between fragments block by block: python 03_agglomerate_blockwise.py -c FILE"""
 
-from lsdseg.cli import run_script
-from lsdseg.engine.post.steps.edges import agglomerate_blockwise
+from lsdseg.cli import deferred, run_script
+
+agglomerate_blockwise = deferred("lsdseg.engine.post.steps.edges:agglomerate_blockwise")
 
 if __name__ == "__main__":
     run_script(

@@ -2,9 +2,10 @@
 
 from argparse import ArgumentParser
 
-from lsdseg.cli import add_merge_function, argument, run_script
+from lsdseg.cli import add_merge_function, argument, deferred, run_script
 from lsdseg.config.rules import threshold
-from lsdseg.engine.post.steps.tables import find_segments
+
+find_segments = deferred("lsdseg.engine.post.steps.tables:find_segments")
 
 
 def add_arguments(parser: ArgumentParser) -> None:

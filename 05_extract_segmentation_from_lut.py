@@ -2,9 +2,10 @@
 
 from argparse import ArgumentParser
 
-from lsdseg.cli import add_merge_function, argument, run_script
+from lsdseg.cli import add_merge_function, argument, deferred, run_script
 from lsdseg.config.rules import threshold
-from lsdseg.engine.post.steps.relabel import extract_segmentation
+
+extract_segmentation = deferred("lsdseg.engine.post.steps.relabel:extract_segmentation")
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -3,9 +3,10 @@
 from argparse import ArgumentParser
 from pathlib import Path
 
-from lsdseg.cli import run_script
+from lsdseg.cli import deferred, run_script
 from lsdseg.data_utils.layout import FRAGMENTS
-from lsdseg.engine.evaluate.evaluate import evaluate
+
+evaluate = deferred("lsdseg.engine.evaluate.evaluate:evaluate")
 
 
 def add_arguments(parser: ArgumentParser) -> None:

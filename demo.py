@@ -8,15 +8,16 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from lsdseg.cli import call_script, command_parser, run_command
+from lsdseg.cli import call_script, command_parser, deferred, run_command
 from lsdseg.config.loader import load_config
 from lsdseg.data_utils.layout import PREDICT_CONFIG, data_folder, scores_path
-from lsdseg.data_utils.phantom import write_phantom
-from lsdseg.engine.evaluate.figure import draw_sample
-from lsdseg.engine.sample import samples_of
-from lsdseg.engine.training.train import seed_everything
-from lsdseg.models import build_model
-from lsdseg.models.checkpoint import save_untrained
+
+write_phantom = deferred("lsdseg.data_utils.phantom:write_phantom")
+draw_sample = deferred("lsdseg.engine.evaluate.figure:draw_sample")
+samples_of = deferred("lsdseg.engine.sample:samples_of")
+seed_everything = deferred("lsdseg.engine.training.train:seed_everything")
+build_model = deferred("lsdseg.models:build_model")
+save_untrained = deferred("lsdseg.models.checkpoint:save_untrained")
 
 CHECKOUT = Path(__file__).resolve().parent
 HOME = CHECKOUT / "demo_data"

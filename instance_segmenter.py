@@ -1,7 +1,8 @@
 """Segment predicted affinities in memory: python instance_segmenter.py -c CKPT_FOLDER/config_predict.yaml"""
 
-from lsdseg.cli import run_script
-from lsdseg.engine.post.whole import segment
+from lsdseg.cli import deferred, run_script
+
+segment = deferred("lsdseg.engine.post.whole:segment")
 
 if __name__ == "__main__":
     run_script(

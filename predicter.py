@@ -1,7 +1,8 @@
 """Predict affinities and LSDs: python predicter.py -c CKPT_FOLDER/config_predict.yaml"""
 
-from lsdseg.cli import run_script
-from lsdseg.engine.predict.predict import predict
+from lsdseg.cli import deferred, run_script
+
+predict = deferred("lsdseg.engine.predict.predict:predict")
 
 if __name__ == "__main__":
     run_script(

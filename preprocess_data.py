@@ -1,7 +1,8 @@
 """Derive new data sets from a data set: python preprocess_data.py -c FILE PREPROCESS.EXPORT_2D_FROM_3D True"""
 
-from lsdseg.cli import run_script
-from lsdseg.data_utils.preprocess import preprocess
+from lsdseg.cli import deferred, run_script
+
+preprocess = deferred("lsdseg.data_utils.preprocess:preprocess")
 
 if __name__ == "__main__":
     run_script(

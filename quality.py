@@ -2,8 +2,9 @@
 
 from argparse import ArgumentParser
 
-from lsdseg.cli import run_script
-from lsdseg.engine.evaluate.quality import quality
+from lsdseg.cli import deferred, run_script
+
+quality = deferred("lsdseg.engine.evaluate.quality:quality")
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -5,68 +5,22 @@ the volume. The script prints and runs commands that a user could type in the ch
 interruption or with other settings: it does what is left, and what has changed.
 """
 
-import os
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 from yacs.config import CfgNode
 
-from lsdseg.cli import call_script, run_script
-from lsdseg.config.loader import dump_config, find_config, load_config
-from lsdseg.engine.blocks.lock import run_lock
-from lsdseg.engine.chain import Chain, conversion, converted, fits_in_memory, is_other_format, keep_volume
-from lsdseg.engine.estimate import show_estimates
-from lsdseg.engine.evaluate.figure import draw_sample
-from lsdseg.engine.predict.check import check_before_segmenting
+from lsdseg.cli import call_script, deferred, run_script
 from lsdseg.errors import UserError
+
+segment_volume = deferred("lsdseg.engine.segmenting:segment_volume")
 
 
 def main(_cfg: CfgNode | None, args: Namespace) -> None:
-    """Write `volumes/segmentation_050` (uint64) for each threshold on the voxels of raw, and pictures beside the zarr.
-
-    A volume in another format is first copied to a zarr in the work folder.
-
-    The config is loaded anew, with a work folder as DATA.HOME. The output keeps the segmentations at other thresholds.
-    """
+    """Segment the volume; the config is loaded anew, with a work folder as DATA.HOME."""
     if not args.raw:
         raise UserError("no volume: python segment.py volume.zarr")
-    raw = Path(args.raw).absolute()
-    out = Path(args.out or raw.with_name(f"{raw.stem}_segmentation.zarr")).absolute()
-    work = out.with_name(f"{out.stem}_work")
-    config = ("-c", str(find_config(args.config)), *args.overrides, "DATA.HOME", str(work))
-    cfg = load_config(config[1], config[2:])
-    if is_other_format(raw) and args.dry_run:
-        raise UserError(f"--dry-run needs a zarr: convert {raw} with data_utils/to_zarr.py first")
-    if is_other_format(raw):
-        with run_lock(work / "lock", f"in {work}"):
-            keep_volume(work, raw)
-            for script, *arguments in conversion(raw, work, cfg.DATA.RAW, args.resolution):
-                call_script(script, *arguments)
-        raw = converted(work)
-    chain = Chain(cfg, raw, out, config, blockwise=args.blockwise)
-    check_before_segmenting(raw, out, cfg, list(chain.results))
-    chain = Chain(cfg, raw, out, config, blockwise=args.blockwise or not fits_in_memory(cfg, raw))
-    if args.dry_run:
-        show_estimates(chain)
-        return
-    with run_lock(work / "lock", f"in {work}"):
-        keep_volume(work, Path(args.raw).absolute())
-        folder = None
-        if chain.blockwise:  # logs are written to the current folder, so workers get a config without relative paths
-            folder, config = work, ("-c", str(work / "config.yaml"))
-            dump_config(cfg, config[1])
-            if cfg.DATA.DB_HOST:  # the file does not hold its credentials
-                os.environ.setdefault("LSD_DB_URI", cfg.DATA.DB_HOST)
-            chain = Chain(cfg, raw, out, config, blockwise=True)
-            print(f"python status.py {work} shows how far it is")
-        for script, *arguments in chain.commands():
-            call_script(script, *arguments, cwd=folder)
-    print()
-    for name, (made, _) in chain.results.items():
-        picture = out.with_name(f"{out.stem.removesuffix('_segmentation')}_{name.removeprefix('volumes/')}.png")
-        draw_sample(chain.sample, made, picture)
-        print(f"{out}/{name}, on the voxels of {raw}/{cfg.DATA.RAW}; a section of it is in {picture}")
-    print(f"affinities are in {chain.sample.output}; delete {work} if you do not need them")
+    options = {name: getattr(args, name) for name in ("out", "resolution", "blockwise", "dry_run")}
+    segment_volume(args.raw, args.config, args.overrides, call=call_script, **options)
 
 
 def add_arguments(parser: ArgumentParser) -> None:

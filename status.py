@@ -5,8 +5,9 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from lsdseg.cli import command_parser, run_command
-from lsdseg.engine.blocks.status import show_status
+from lsdseg.cli import command_parser, deferred, run_command
+
+show_status = deferred("lsdseg.engine.blocks.status:show_status")
 
 CLEAR = "\033[H\033[2J"
 SECONDS_BETWEEN_LOOKS = 5

@@ -2,8 +2,9 @@
 
 from functools import partial
 
-from lsdseg.cli import run_script
-from lsdseg.engine.predict.blockwise import predict_blockwise
+from lsdseg.cli import deferred, run_script
+
+predict_blockwise = deferred("lsdseg.engine.predict.blockwise:predict_blockwise")
 
 if __name__ == "__main__":
     run_script(

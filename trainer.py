@@ -1,7 +1,8 @@
 """Train a network: python trainer.py -c config/config_cremi.py TRAIN.EPOCHS 1000"""
 
-from lsdseg.cli import run_script
-from lsdseg.engine.training.train import train
+from lsdseg.cli import deferred, run_script
+
+train = deferred("lsdseg.engine.training.train:train")
 
 if __name__ == "__main__":
     run_script(

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from lsdseg.cli import command_parser, run_command
-from lsdseg.engine.training.report import report_training
+from lsdseg.cli import command_parser, deferred, run_command
+
+report_training = deferred("lsdseg.engine.training.report:report_training")
 
 
 def main() -> None:

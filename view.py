@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from lsdseg.cli import add_merge_function, argument, command_parser, run_command
+from lsdseg.cli import add_merge_function, argument, command_parser, deferred, run_command
 from lsdseg.config.rules import integer, threshold
-from lsdseg.engine.view.view import view
+
+view = deferred("lsdseg.engine.view.view:view")
 
 
 def main() -> None:

@@ -3,11 +3,12 @@
 import argparse
 from pathlib import Path
 
-from lsdseg.cli import argument, command_parser, run_command
+from lsdseg.cli import argument, command_parser, deferred, run_command
 from lsdseg.config.rules import integer
-from lsdseg.data_utils.labels import create_labels_masks
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK
 from lsdseg.errors import UserError
+
+create_labels_masks = deferred("lsdseg.data_utils.labels:create_labels_masks")
 
 
 def main() -> None:

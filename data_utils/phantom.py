@@ -2,9 +2,10 @@
 
 import argparse
 
-from lsdseg.cli import argument, command_parser, run_command
+from lsdseg.cli import argument, command_parser, deferred, run_command
 from lsdseg.config.rules import integer
-from lsdseg.data_utils.phantom import write_phantom
+
+write_phantom = deferred("lsdseg.data_utils.phantom:write_phantom")
 
 
 def main() -> None:

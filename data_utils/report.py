@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from lsdseg.cli import command_parser, run_command
-from lsdseg.engine.training.volumes_report import report_volumes
+from lsdseg.cli import command_parser, deferred, run_command
+
+report_volumes = deferred("lsdseg.engine.training.volumes_report:report_volumes")
 
 
 def main() -> None:

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from lsdseg.cli import argument, command_parser, run_command
+from lsdseg.cli import argument, command_parser, deferred, run_command
 from lsdseg.config.rules import integer
 from lsdseg.data_utils.layout import RAW
-from lsdseg.data_utils.rescale import rescale_zarr
+
+rescale_zarr = deferred("lsdseg.data_utils.rescale:rescale_zarr")
 
 
 def main() -> None:

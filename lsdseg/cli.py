@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lsdseg.config.implementations import resolve
 from lsdseg.config.loader import CHECKOUT, CONFIG_SUFFIXES, EXPERIMENT, load_config
 from lsdseg.config.rules import Rule, number, pattern, read_value
 from lsdseg.errors import DeviceError, UserError, quoted, without_secrets
@@ -104,6 +105,18 @@ def run_script(
             main(cfg)
         else:
             main(cfg, args)
+
+
+def deferred(reference: str) -> Callable[..., Any]:
+    """Return a function that imports what a "module:name" refers to when it is called, and calls that.
+
+    Importing what does the work takes seconds. So `--help` and a mistake in the config do not wait for it.
+    """
+
+    def call(*args: Any, **options: Any) -> Any:
+        return resolve(reference)(*args, **options)
+
+    return call
 
 
 def call_script(script: str, *arguments: object, cwd: Path | None = None) -> None:

@@ -8,7 +8,7 @@ threshold costs a look-up table, another network everything.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,8 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from lsdseg.config.model_types import task_channels
-from lsdseg.data_utils.layout import RAW, data_folder, final_segmentation_name
+from lsdseg.data_utils.layout import data_folder, final_segmentation_name
 from lsdseg.data_utils.records import Record, is_made
-from lsdseg.data_utils.replace import HEADERS
 from lsdseg.data_utils.rescale import rescale_record
 from lsdseg.data_utils.volumes import open_array
 from lsdseg.engine.memory import available_memory
@@ -32,7 +31,7 @@ from lsdseg.engine.predict.blockwise import begun_prediction
 from lsdseg.engine.predict.predict import is_predicted, prediction_record
 from lsdseg.engine.sample import Sample
 from lsdseg.errors import UserError
-from lsdseg.files import byte_count, write_whole
+from lsdseg.files import byte_count
 
 ANEW = ("DATA.DROP_DS_MONGOTABLE", "True")
 # Most memory for a voxel when a volume is segmented at once, beside the predictions in it, by INS_SEGMENT.METHOD.
@@ -167,46 +166,3 @@ def _state(check: Callable[[], object]) -> tuple[bool, Command]:
         return bool(check()), ()
     except UserError:
         return False, ANEW
-
-
-def is_other_format(volume: Path) -> bool:
-    """Return whether a volume must be converted: a file, or a folder that is no zarr."""
-    return volume.is_file() or (volume.is_dir() and not any((volume / name).is_file() for name in HEADERS))
-
-
-def converted(work: Path) -> Path:
-    """Return the zarr in a work folder that a volume in another format is copied to."""
-    return work / "volume.zarr"
-
-
-def conversion(volume: Path, work: Path, dataset: str, resolution: Sequence[str] | None) -> Iterator[Command]:
-    """Yield the command that copies a volume in another format, unless that is done and the volume is the same.
-
-    Args:
-        volume: a file or folder.
-        work: the work folder.
-        dataset: what raw is called in the config, and in the volume if it has several datasets.
-        resolution: z, y, x voxel size in nm, where the volume does not say.
-    """
-    newest = max(file.stat().st_mtime_ns for file in (volume, *volume.rglob("*")))
-    stamp, note = f"{newest} {resolution}", work / "converted.txt"
-    if converted(work).is_dir() and note.is_file() and note.read_text(encoding="utf-8") == stamp:
-        return
-    options = ("--resolution", *resolution) if resolution else ()
-    options += () if dataset == RAW else ("--dataset", dataset)
-    yield "data_utils/to_zarr.py", str(volume), str(converted(work)), "--overwrite", *options
-    with write_whole(note) as file:
-        file.write_text(stamp)
-
-
-def keep_volume(work: Path, raw: Path) -> None:
-    """Note in a work folder which volume it is for.
-
-    Raises:
-        UserError: it is for another one, whose results would be replaced.
-    """
-    note = work / "volume.txt"
-    if note.is_file() and (before := note.read_text(encoding="utf-8")) != str(raw):
-        raise UserError(f"{work} belongs to the segmentation of {before}: delete it, or name another output (--out)")
-    with write_whole(note) as file:
-        file.write_text(str(raw), encoding="utf-8")
