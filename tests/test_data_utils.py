@@ -46,6 +46,7 @@ def cfg(tmp_path):
             "FIB": 0,
             "DIM_2D": False,
             "RAW": RAW,
+            "RAW_WINDOW": None,
             "NEURON_LABELS": LABELS,
             "NEURON_LABELS_MASK": LABELS_MASK,
         }
@@ -388,6 +389,9 @@ def test_good_volumes_pass(cfg, tmp_path):
     check_training_volume(write_volume(tmp_path / "a.zarr"), cfg)
     check_training_volume(write_volume(tmp_path / "b.zarr", mask=np.ones((10, 12, 14), np.uint8)), cfg)
     check_raw(write_volume(tmp_path / "c.zarr", raw=RAW_DATA[:4] / np.float32(255), labels=None), cfg)
+    check_raw(write_volume(tmp_path / "d.zarr", raw=RAW_DATA.astype(np.uint16), labels=None), cfg)
+    cfg.DATA.RAW_WINDOW = (0.0, 200.0)
+    check_raw(write_volume(tmp_path / "e.zarr", raw=float_raw(137), labels=None), cfg)
 
 
 @pytest.mark.parametrize(
@@ -395,15 +399,15 @@ def test_good_volumes_pass(cfg, tmp_path):
     [
         ({"raw": None}, RAW, "it holds volumes/labels/neuron_ids"),
         ({"raw": RAW_DATA[None]}, RAW, "store it with the axes z, y, x"),
-        ({"raw": RAW_DATA.astype(np.uint16)}, RAW, "is uint16: store it as uint8"),
+        ({"raw": RAW_DATA.astype(np.uint64)}, RAW, "is uint64, as labels are: name raw in DATA.RAW"),
         ({"raw": float_raw(np.nan)}, RAW, r"NaN or infinite values, the first at voxel \(3, 4, 5\)"),
         ({"raw": float_raw(-np.inf)}, RAW, r"NaN or infinite values, the first at voxel \(3, 4, 5\)"),
         (
             {"raw": float_raw(-0.25)},
             RAW,
-            r"float32 and -0\.25 at voxel \(3, 4, 5\), outside 0\.\.1: bring it to 0\.\.1",
+            r"float32 and -0\.25 at voxel \(3, 4, 5\), outside 0\.\.1: say which gray",
         ),
-        ({"raw": float_raw(137)}, RAW, r"137\.0 at voxel .* divide by 255\), or store it as uint8"),
+        ({"raw": float_raw(137)}, RAW, r"137\.0 at voxel .* become 0 and 1 \(DATA\.RAW_WINDOW\)"),
         ({"raw": RAW_DATA[:15]}, RAW, r"smaller than the network's input \(16, 20, 20\): lower MODEL_ANISO"),
         ({"labels": None}, LABELS, "it holds volumes/raw"),
         ({"labels": LABELS_DATA.astype(np.float32)}, LABELS, "is float32: store labels as unsigned"),

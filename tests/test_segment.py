@@ -224,7 +224,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, config):
         (no_size, (), "has no voxel size: set its attributes resolution and offset"),
         (write_volume(tmp_path / "a.zarr", (40, 4, 4)), (), r"\(40, 4, 4\) nm.* isotropic .*rescale.py .*trainer.py"),
         (write_volume(tmp_path / "b.zarr", (8, 8), np.ones((9, 9), np.uint8)), (), r"\(8, 8\) nm.* isotropic"),
-        (write_volume(tmp_path / "c.zarr", raw=np.ones(SHAPE, np.uint16)), (), "is uint16: store it as uint8"),
+        (write_volume(tmp_path / "c.zarr", raw=np.ones(SHAPE, np.uint64)), (), "is uint64, as labels are"),
         (write_volume(tmp_path / "d.zarr", raw=with_nan), (), "NaN"),
         (good, ("TRAIN.CHECKPOINT", "none/model_checkpoint_7"), "no checkpoint at"),
         (good, ("MODEL_ISO.NUM_FMAPS", "3"), "NUM_FMAPS is 3"),

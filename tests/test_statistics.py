@@ -4,16 +4,15 @@ import pytest
 import torch
 from test_training import config
 
+from lsdseg.data_utils.gray import BOX, place_box
 from lsdseg.data_utils.layout import data_folder
 from lsdseg.data_utils.phantom import make_phantom, write_phantom
 from lsdseg.data_utils.volumes import open_array, write_array
 from lsdseg.engine.predict.blockwise import predict_blockwise
 from lsdseg.engine.predict.predict import predict
 from lsdseg.engine.statistics import (
-    BOX,
     BOXES,
     Statistics,
-    _place_box,
     differences,
     sample_statistics,
     statistics_of,
@@ -126,12 +125,12 @@ def test_voxel_sizes_may_differ_by_a_fifth(size, warned):
 
 def test_boxes_of_a_large_volume_are_few_and_inside_chunks():
     shape, chunks = (10**6, 10**6, 10**6), (64, 128, 128)
-    boxes = [_place_box(number, shape, chunks) for number in range(4 * BOXES)]
+    boxes = [place_box(number, shape, chunks) for number in range(4 * BOXES)]
     assert len(set(boxes)) == 4 * BOXES
     for begin, size in boxes:
         assert size == BOX
         assert all(b // c == (b + s - 1) // c for b, s, c in zip(begin, size, chunks, strict=True))
-    assert _place_box(5, (3, 50, 200), (1, 50, 200))[1] == (1, 50, 96)
+    assert place_box(5, (3, 50, 200), (1, 50, 200))[1] == (1, 50, 96)
 
 
 def test_what_was_never_imaged_says_nothing(tmp_path):

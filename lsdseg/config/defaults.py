@@ -50,6 +50,10 @@ _C.DATA.DIM_2D = False
 # Names of the datasets in each zarr: raw, then NEURON_LABELS, MITO_LABELS, NEURON_LABELS_MASK and MITO_LABELS_MASK.
 # Masks are 1 where labels are known; a missing mask is created when it is needed.
 _C.DATA.RAW = "volumes/raw"
+# Gray values that become 0 (black) and 1 (white) for the network, such as (1200, 40000); what lies beyond is clipped.
+# None: 0 and 255 for uint8, 0 and 1 for floating point. For other integers, a sample of the volume decides, and what
+# predicts prints it.
+_C.DATA.RAW_WINDOW = None
 for _key, _labels in LABELS.items():
     _C.DATA[_key], _C.DATA[f"{_key}_MASK"] = _labels.dataset, _labels.mask
 # Folder for predictions and segmentations. None: HOME/lsd_outputs.

@@ -141,6 +141,17 @@ def sequence(item: Rule, *lengths: int, most: int = MOST_ITEMS, kind: Callable[[
     return Rule(f"{size}, each {item.allowed}", parse)
 
 
+def interval() -> Rule:
+    """Return a rule for two numbers, of which the second is larger."""
+
+    def parse(value: Any) -> tuple[float, float]:
+        low, high = sequence(number(), 2).parse(value)
+        _require(low < high)
+        return low, high
+
+    return Rule("two numbers, the second larger than the first", parse)
+
+
 def either(first: Rule, second: Rule, allowed: str) -> Rule:
     """Return a rule for what the first rule takes, or else what the second takes."""
 
@@ -249,6 +260,7 @@ RULES: dict[str, Rule] = {
     "DATA.FIB": choice(0, 1).on(TRAINING),
     "DATA.DIM_2D": flag.on(TRAINING, PREDICTION),
     "DATA.RAW": nonempty.on(),
+    "DATA.RAW_WINDOW": optional(interval()).on(TRAINING, PREDICTION),
     **{f"DATA.{key}{suffix}": nonempty.on() for key in LABELS for suffix in ("", "_MASK")},
     "DATA.OUTFILE": optional(path(text)).on(),
     "DATA.AFFS_DTYPE": choice("uint8", "float32").on(PREDICTION),

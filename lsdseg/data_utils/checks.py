@@ -13,6 +13,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from lsdseg.config.model_types import label_keys
+from lsdseg.data_utils.gray import LARGEST_RAW
 from lsdseg.data_utils.labels import is_labeled
 from lsdseg.data_utils.volumes import has_array, name_arrays, open_array, read, slabs, source_defaults
 from lsdseg.errors import UserError
@@ -22,10 +23,10 @@ def check_raw(path: Path | str, cfg: CfgNode) -> None:
     """Check that a volume can be predicted.
 
     Raises:
-        UserError: raw is missing, is not (z, y, x) of uint8 or float, has another voxel size than MODEL.VOXEL_SIZE, or
-            is float and holds NaN or values outside 0..1.
+        UserError: raw is missing, is not (z, y, x) of integers or float, has another voxel size than
+            MODEL.VOXEL_SIZE, or is float and holds NaN or, without DATA.RAW_WINDOW, values outside 0..1.
     """
-    _check_values(_open_raw(path, cfg), f"{cfg.DATA.RAW} in {path}")
+    _check_values(_open_raw(path, cfg), f"{cfg.DATA.RAW} in {path}", cfg)
 
 
 def check_training_volumes(paths: Sequence[Path], cfg: CfgNode) -> None:
@@ -69,7 +70,7 @@ def check_training_volume(path: Path | str, cfg: CfgNode) -> None:
             )
         labels = _open_labels(path, dataset, cfg, raw)
         _check_mask(path, dataset, mask, cfg, labels)
-    _check_values(raw, f"{cfg.DATA.RAW} in {path}")
+    _check_values(raw, f"{cfg.DATA.RAW} in {path}", cfg)
 
 
 def label_datasets(cfg: CfgNode) -> list[tuple[str, str]]:
@@ -99,8 +100,8 @@ def _open_raw(path: Path | str, cfg: CfgNode) -> Array:
     raw = open_array(path, cfg.DATA.RAW, **source_defaults(cfg))
     if raw.dims != 3 or raw.voxel_size.dims != 3:
         raise UserError(f"{where} has shape {raw.shape}: store it with the axes z, y, x")
-    if raw.dtype != np.uint8 and not np.issubdtype(raw.dtype, np.floating):
-        raise UserError(f"{where} is {raw.dtype}: store it as uint8, or as float with values in 0..1")
+    if raw.dtype.kind != "f" and raw.dtype.itemsize > LARGEST_RAW:
+        raise UserError(f"{where} is {raw.dtype}, as labels are: name raw in DATA.RAW, or store it as uint8 or uint16")
     expected = tuple(cfg.MODEL.VOXEL_SIZE)
     if tuple(raw.voxel_size)[-len(expected) :] != expected:
         raise UserError(
@@ -150,21 +151,22 @@ def _check_mask(path: Path | str, dataset: str, mask_dataset: str, cfg: CfgNode,
         raise UserError(f"{where} is zero everywhere: correct it, or delete it and it is created again")
 
 
-def _check_values(raw: Array, where: str) -> None:
-    """Check that float raw is within 0..1."""
-    if raw.dtype == np.uint8:
+def _check_values(raw: Array, where: str, cfg: CfgNode) -> None:
+    """Check that float raw is within 0..1, or only that it is finite if DATA.RAW_WINDOW says what becomes of it."""
+    if raw.dtype.kind != "f":
         return
+    least, largest = (-np.inf, np.inf) if cfg.DATA.RAW_WINDOW else (0, 1)
     for slab in tqdm(slabs(raw), desc=f"checking {where}", unit="slab", delay=2, leave=False):
         values = read(raw, slab)
-        good = (values >= 0) & (values <= 1)  # False for NaN
+        good = np.isfinite(values) & (values >= least) & (values <= largest)
         if good.all():
             continue
         inside = np.unravel_index(good.argmin(), good.shape)
         voxel = tuple(int(i) + along.start for i, along in zip(inside, slab, strict=True))
         if np.isfinite(values[inside]):
             raise UserError(
-                f"{where} is {raw.dtype} and {values[inside]} at voxel {voxel}, outside 0..1: bring it to 0..1 "
-                "(8-bit values: divide by 255), or store it as uint8"
+                f"{where} is {raw.dtype} and {values[inside]} at voxel {voxel}, outside 0..1: say which "
+                "gray values become 0 and 1 (DATA.RAW_WINDOW)"
             )
         raise UserError(f"{where} holds NaN or infinite values, the first at voxel {voxel}: replace them, e.g. by 0")
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from tqdm import tqdm
 
+from lsdseg.data_utils.gray import LARGEST_RAW
 from lsdseg.data_utils.records import Record, identity
 from lsdseg.data_utils.replace import check_replaceable_zarr, write_zarr
 from lsdseg.data_utils.volumes import create_array, has_array, open_array, read, rename_array, slabs
@@ -94,7 +95,8 @@ def rescale(
     """Resample a volume to another voxel size, as the only dataset of a zarr, which appears whole or not at all.
 
     Args:
-        source: raw (uint8 or float), or labels of any integer type. `voxel_size` has one number for each axis.
+        source: raw (integers of up to 32 bits, or float), or labels of any integer type. `voxel_size` has one number
+            for each axis.
         target: the zarr. An existing one is replaced if this suite wrote all of it.
         dataset: name of the dataset in it.
         voxel_size: in nm.
@@ -172,10 +174,8 @@ def _check(source: Array, target: Path | str, voxel_size: Coordinate, roi: Roi |
             f"voxel size {tuple(voxel_size)} nm for {target} is more than {LARGEST_STEP} times that of the source, "
             f"{tuple(source.voxel_size)}: make it smaller"
         )
-    if not labels and source.dtype != np.uint8 and source.dtype.kind != "f":
-        raise UserError(
-            f"{source.dtype} for {target} is not raw, which is uint8 or float: for labels, set labels (--labels)"
-        )
+    if not labels and source.dtype.kind != "f" and source.dtype.itemsize > LARGEST_RAW:
+        raise UserError(f"{source.dtype} for {target} is not raw: for labels, set labels (--labels)")
     if roi and not source.roi.contains(roi):
         raise UserError(f"the source covers {source.roi} nm, which is less than {roi} nm as wanted for {target}")
 
@@ -206,6 +206,6 @@ def _interpolated(source: Array, centers: Sequence[NDArray[np.floating[Any]]], s
         rest = values.shape[1:]
         values = matrix[:, voxels] @ values.reshape(len(values), -1)
         values = np.moveaxis(values.reshape(-1, *rest), 0, -1)
-    if source.dtype == np.uint8:
-        return np.rint(values).astype(np.uint8)
+    if source.dtype.kind in "ui":
+        return np.rint(values.clip(least, largest)).astype(source.dtype)
     return values.clip(least, largest)  # weights sum to 1 except for rounding, and float raw must not exceed 1

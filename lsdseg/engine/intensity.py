@@ -3,20 +3,35 @@
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from funlib.persistence import Array
+from numpy.typing import NDArray
 from yacs.config import CfgNode
 
-
-def unit_factor(dtype: DTypeLike) -> float:
-    """Return the factor that scales raw values of a dtype to 0..1: 1 / maximum for integers, 1 for floats."""
-    kind = np.dtype(dtype)
-    return 1.0 / np.iinfo(kind).max if np.issubdtype(kind, np.integer) else 1.0
+from lsdseg.data_utils.gray import Window, gray_percentiles, own_window, to_unit
 
 
-def network_intensity(raw: NDArray[Any], cfg: CfgNode) -> NDArray[np.float32]:
+def raw_window(raw: Array, cfg: CfgNode, known: Window = (0, 1)) -> Window:
+    """Return the gray values of a volume that become 0 and 1, or lie where 0 and 1 would be.
+
+    DATA.RAW_WINDOW, or the range of uint8 and floating point. For other integers, a sample of the volume decides.
+
+    Args:
+        raw: (z, y, x).
+        cfg: the config.
+        known: what the percentiles of the sample, see `gray_percentiles`, become in 0..1.
+    """
+    fixed = cfg.DATA.RAW_WINDOW or own_window(raw.dtype)
+    if fixed:
+        return float(fixed[0]), float(fixed[1])
+    low, high = gray_percentiles(raw)
+    width = (high - low) / (known[1] - known[0])
+    return low - known[0] * width, low + (1 - known[0]) * width
+
+
+def network_intensity(raw: NDArray[Any], cfg: CfgNode, window: Window) -> NDArray[np.float32]:
     """Convert raw voxels to network input: float32 of the same shape, -1..1 with the default scale and shift."""
     scale, shift = network_scale_shift(cfg)
-    return raw.astype(np.float32) * np.float32(unit_factor(raw.dtype) * scale) + np.float32(shift)
+    return to_unit(raw, window) * np.float32(scale) + np.float32(shift)
 
 
 def display_intensity(network_input: NDArray[np.float32], cfg: CfgNode) -> NDArray[np.float32]:

@@ -19,17 +19,15 @@ from numpy.typing import NDArray
 from scipy.ndimage import correlate1d, gaussian_filter
 from yacs.config import CfgNode
 
+from lsdseg.data_utils.gray import BOX, PERCENTILES, Window, own_window, place_box, to_unit
 from lsdseg.data_utils.labels import grow_boundary, is_labeled
 from lsdseg.data_utils.volumes import has_array, open_array, read, source_defaults
-from lsdseg.engine.intensity import unit_factor
+from lsdseg.engine.intensity import raw_window
 from lsdseg.engine.sample import Sample
 from lsdseg.models.checkpoint import HISTOGRAM_BINS, MOST_STATISTICS, TRAINING_DATA, read_checkpoint
 
 BOXES = 64  # read of a volume; of a volume that is mostly empty, up to four times as many are looked at
 MOST_EQUAL = 0.2  # of the voxels of a box; with more, part of it was not imaged
-BOX = (4, 96, 96)  # voxels along z, y, x
-# The n-th box lies at the fractional parts of n times these, which fill a cube more evenly than random places do.
-SPREAD = (0.8191725134, 0.6710436067, 0.5497004779)
 LINE_SIGMA = 2.0  # voxels; membranes are lines about twice as wide
 
 # Crops of FIB-25 and phantoms of other seeds stay well below these, halved contrast and a gamma of 0.7 well above.
@@ -111,7 +109,26 @@ def statistics_of(
     )
 
 
-def sample_statistics(raw: Array, cfg: CfgNode, labels: Array | None = None, boxes: int = BOXES) -> Statistics | None:
+def prediction_window(raw: Array, cfg: CfgNode) -> Window:
+    """Return the gray values of a volume that become 0 and 1 in a prediction with TRAIN.CHECKPOINT.
+
+    Where a sample of the volume decides, the darkest and the brightest become what they were in training, if that is
+    known: not all volumes fill the range from 0 to 1.
+
+    Raises:
+        UserError: the checkpoint cannot be read.
+    """
+    known = (0.0, 1.0)
+    if not (cfg.DATA.RAW_WINDOW or own_window(raw.dtype)) and (trained := statistics_in(cfg.TRAIN.CHECKPOINT)):
+        shares = np.cumsum(np.mean([statistics.histogram for statistics in trained], axis=0))
+        low, high = np.searchsorted(shares, np.divide(PERCENTILES, 100)) / (HISTOGRAM_BINS - 1)
+        known = (float(low), float(high))
+    return raw_window(raw, cfg, known)
+
+
+def sample_statistics(
+    raw: Array, cfg: CfgNode, labels: Array | None = None, boxes: int = BOXES, window: Window | None = None
+) -> Statistics | None:
     """Compute the statistics of a volume from a few boxes, the same ones each time.
 
     Args:
@@ -119,12 +136,13 @@ def sample_statistics(raw: Array, cfg: CfgNode, labels: Array | None = None, box
         cfg: the config.
         labels: (z, y, x), on the voxels of raw. Only boxes with known labels are taken. None: boxes are anywhere.
         boxes: how many to read. Boxes without an image are left out.
+        window: the gray values that become 0 and 1. None: those of `raw_window`.
 
     Returns:
         The statistics, None if no box holds an image.
     """
     voxel_size = tuple(raw.voxel_size)[-len(cfg.MODEL.VOXEL_SIZE) :]
-    return statistics_of(read_boxes(raw, labels, boxes), voxel_size)
+    return statistics_of(read_boxes(raw, labels, boxes, window or raw_window(raw, cfg)), voxel_size)
 
 
 def training_statistics(paths: Sequence[Path], cfg: CfgNode) -> list[dict[str, Any]]:
@@ -178,7 +196,7 @@ def warn_if_unlike(samples: Sequence[Sample]) -> None:
     cfg = samples[0].cfg
     trained = statistics_in(cfg.TRAIN.CHECKPOINT)
     for sample in samples if trained else []:
-        own = sample_statistics(sample.raw, cfg)
+        own = sample_statistics(sample.raw, cfg, window=prediction_window(sample.raw, cfg))
         if own and (reasons := differences(own, trained)):
             print(
                 f"warning: {cfg.DATA.RAW} in {sample.volume} does not look like the training data of "
@@ -243,7 +261,7 @@ def _scale(own: Statistics, other: Statistics) -> float:
 
 
 def read_boxes(
-    raw: Array, labels: Array | None, boxes: int, box: Sequence[int] = BOX
+    raw: Array, labels: Array | None, boxes: int, window: Window, box: Sequence[int] = BOX
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[Any] | None]]:
     """Read boxes with an image from all over a volume, the same ones each time.
 
@@ -251,6 +269,7 @@ def read_boxes(
         raw: (z, y, x).
         labels: (z, y, x), on the voxels of raw. Only boxes with known labels are taken. None: boxes are anywhere.
         boxes: how many to read, at most.
+        window: the gray values that become 0 and 1.
         box: their size in voxels; they are smaller where chunks are.
 
     Yields:
@@ -260,7 +279,7 @@ def read_boxes(
     shift = (where.offset - raw.offset) / raw.voxel_size
     seen, taken = set(), 0
     for number in range(4 * boxes):
-        begin, shape = _place_box(number, where.shape[-3:], where.chunk_shape[-3:], box)
+        begin, shape = place_box(number, where.shape[-3:], where.chunk_shape[-3:], box)
         if taken == boxes or begin in seen:
             continue
         seen.add(begin)
@@ -275,22 +294,7 @@ def read_boxes(
         if counts.max() > MOST_EQUAL * values.size:
             continue
         taken += 1
-        yield values.astype(np.float32) * np.float32(unit_factor(values.dtype)), known
-
-
-def _place_box(
-    number: int, shape: Sequence[int], chunks: Sequence[int], largest: Sequence[int] = BOX
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return begin and shape of a box that needs few chunks: one along an axis where they are long enough."""
-    begins, sizes = [], []
-    for axis, (size, chunk, wanted, step) in enumerate(zip(shape, chunks, largest, SPREAD, strict=True)):
-        # A section may be one chunk of any size.
-        box = min(size, wanted, chunk if axis == 0 else 8 * chunk)
-        begin = int((0.5 + number * step) % 1 * (size - box + 1))
-        end = min(size, (begin // chunk + 1) * chunk)
-        begins.append(max(0, min(begin, end - box)) if chunk >= box else begin)
-        sizes.append(box)
-    return tuple(begins), tuple(sizes)
+        yield to_unit(values, window), known
 
 
 def _line_strengths(raw: NDArray[np.float32]) -> NDArray[np.float64]:

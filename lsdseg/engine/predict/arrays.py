@@ -28,7 +28,8 @@ def predict(raw: NDArray[Any], checkpoint: Path | str, cfg: CfgNode | None = Non
     """Predict a volume with trained weights, tile by tile.
 
     Args:
-        raw: (z, y, x), uint8, or floating point in 0..1. Its voxels must have the size that the network was trained on.
+        raw: (z, y, x), integers, or floating point in 0..1 (with DATA.RAW_WINDOW, any). Its voxels must have the size
+            that the network was trained on.
         checkpoint: a file model_checkpoint_N.
         cfg: a loaded config. By default, the one that training wrote beside the checkpoint, or else one made from the
             settings in the checkpoint itself.
@@ -42,11 +43,11 @@ def predict(raw: NDArray[Any], checkpoint: Path | str, cfg: CfgNode | None = Non
         UserError: the checkpoint cannot be used, or it is too old to contain the network's settings and `cfg` is
             missing.
     """
-    if raw.ndim != 3 or (raw.dtype != np.uint8 and raw.dtype.kind != "f"):
-        raise ValueError(f"raw must be (z, y, x), uint8 or floating point, not {raw.shape}, {raw.dtype}")
-    if raw.dtype.kind == "f" and not (raw.min() >= 0 and raw.max() <= 1):
-        raise ValueError("floating-point raw must lie in 0..1, without NaN")
+    if raw.ndim != 3 or raw.dtype.kind not in "uif":
+        raise ValueError(f"raw must be (z, y, x), integers or floating point, not {raw.shape}, {raw.dtype}")
     cfg = config_for(checkpoint) if cfg is None else cfg
+    if raw.dtype.kind == "f" and not (cfg.DATA.RAW_WINDOW or (raw.min() >= 0 and raw.max() <= 1)):
+        raise ValueError("floating-point raw must lie in 0..1, without NaN")
     predictor = TilePredictor(cfg)
     voxel_size = (*(1,) * (3 - len(cfg.MODEL.VOXEL_SIZE)), *cfg.MODEL.VOXEL_SIZE)
     return predictor.predict_box(Array(raw, (0, 0, 0), voxel_size), (0, 0, 0), raw.shape)

@@ -17,6 +17,7 @@ from yacs.config import CfgNode
 from lsdseg.config.model_types import MODEL_TYPES, TASKS, task_channels
 from lsdseg.config.rules import PREDICTION, settings_of
 from lsdseg.data_utils.checks import check_raw
+from lsdseg.data_utils.gray import own_window
 from lsdseg.data_utils.layout import prediction_name
 from lsdseg.data_utils.records import Record, file_fingerprint, identity, record_of
 from lsdseg.data_utils.volumes import chunk_shape, create_array, list_arrays, open_array, rename_array, require_whole
@@ -25,7 +26,7 @@ from lsdseg.engine.blocks.markers import discard_markers
 from lsdseg.engine.predict.tiles import TilePredictor, one_ahead, tile_voxels
 from lsdseg.engine.predict.views import views_of
 from lsdseg.engine.sample import Sample, samples_of
-from lsdseg.engine.statistics import warn_if_unlike
+from lsdseg.engine.statistics import prediction_window, warn_if_unlike
 from lsdseg.errors import UserError
 from lsdseg.files import PARTIAL, room_on_disk
 
@@ -160,6 +161,9 @@ def create_predictions(sample: Sample, record: Record) -> dict[str, Array]:
     cfg, raw, output = sample.cfg, sample.raw, sample.output
     dtype = np.dtype(cfg.DATA.AFFS_DTYPE)
     channels = prediction_channels(cfg)
+    window = {} if own_window(raw.dtype) == (chosen := prediction_window(raw, cfg)) else {"raw_window": list(chosen)}
+    if window:
+        print(f"{cfg.DATA.RAW} is {raw.dtype}: {chosen[0]:g} becomes 0, and {chosen[1]:g} becomes 1 (DATA.RAW_WINDOW)")
     needed = sum(channels.values()) * math.prod(raw.shape) * dtype.itemsize * MIN_COMPRESSED_SHARE
     with room_on_disk(output, int(needed)):
         discard_markers(sample.markers("predict"))
@@ -172,7 +176,7 @@ def create_predictions(sample: Sample, record: Record) -> dict[str, Array]:
                 offset=raw.offset,
                 dtype=dtype,
                 chunk_shape=(count, *chunk_shape(tile_voxels(cfg, raw.shape), raw.shape)),
-                attributes=(TASKS[task].attributes(cfg) if task in TASKS else {}) | record.attributes,
+                attributes=(TASKS[task].attributes(cfg) if task in TASKS else {}) | window | record.attributes,
             )
             for task, count in channels.items()
         }

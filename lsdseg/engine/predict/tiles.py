@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any, TypeVar
 
@@ -25,10 +26,11 @@ from lsdseg.config.network_shapes import total_factor
 from lsdseg.data_utils.volumes import read
 from lsdseg.engine.device import Precision, explain_device_errors, resolve_device
 from lsdseg.engine.fastest import find_precision
-from lsdseg.engine.intensity import network_intensity
+from lsdseg.engine.intensity import network_intensity, raw_window
 from lsdseg.engine.network import load_network
 from lsdseg.engine.predict.views import Combination, margins, turned_back, views_of
 from lsdseg.engine.sections import along_zyx
+from lsdseg.engine.statistics import prediction_window
 from lsdseg.models.inside import Box
 
 Shape = tuple[int, ...]
@@ -62,6 +64,8 @@ class TilePredictor:
     def __init__(self, cfg: CfgNode, model: nn.Module | None = None, precision: Precision | None = None) -> None:
         self.cfg = cfg
         network = (load_network(cfg) if model is None else model).eval()
+        # While a network is trained, its checkpoint knows nothing yet, and the volume decides alone.
+        self._window = lru_cache(maxsize=4)(partial(prediction_window if model is None else raw_window, cfg=cfg))
         self.factor = along_zyx(total_factor(cfg.MODEL.DOWNSAMPLE_FACTORS), 1)
         self.context = along_zyx(cfg.MODEL.CONTEXT, 0)
         self.keeps_size = cfg.MODEL.PAD_CONV == "same"
@@ -98,7 +102,7 @@ class TilePredictor:
     def read(self, raw: Array, begin: Sequence[int], shape: Sequence[int]) -> NDArray[np.float32]:
         """Read a tile with all that its prediction depends on, in the network's gray values; arguments as above."""
         input_begin = [b - c - low for b, c, (low, _) in zip(begin, self.context, self.widest, strict=True)]
-        return network_intensity(read_mirrored(raw, input_begin, self.input_shape(shape)), self.cfg)
+        return network_intensity(read_mirrored(raw, input_begin, self.input_shape(shape)), self.cfg, self._window(raw))
 
     def predict_voxels(self, voxels: NDArray[np.float32], shape: Sequence[int]) -> dict[str, NDArray[np.float32]]:
         """Predict a tile of a shape from what `read` returned; results as above."""

@@ -19,6 +19,7 @@ import torch
 import torch.multiprocessing
 from numpy.typing import NDArray
 
+from lsdseg.data_utils.gray import Window, to_unit
 from lsdseg.data_utils.labels import grow_boundary, is_labeled
 from lsdseg.engine.training.lsd import local_shape_descriptors
 
@@ -48,6 +49,35 @@ class SeedPatches(gp.BatchFilter):
         for key, spec in request.items():
             seeded[key] = spec.copy()
         return self.get_upstream_provider().request_batch(seeded)
+
+
+class ToUnit(gp.BatchFilter):
+    """Scale gray values to 0..1, see `to_unit`.
+
+    Args:
+        raw: the array.
+        window: the gray values that become 0 and 1.
+    """
+
+    def __init__(self, raw: gp.ArrayKey, window: Window) -> None:
+        self.raw, self.window = raw, window
+
+    def setup(self) -> None:
+        self.enable_autoskip()
+        spec = self.spec[self.raw].copy()
+        spec.dtype = np.float32
+        self.updates(self.raw, spec)
+
+    def prepare(self, request: gp.BatchRequest) -> gp.BatchRequest:
+        needed = gp.BatchRequest()
+        needed[self.raw] = request[self.raw].copy()
+        needed[self.raw].dtype = None
+        return needed
+
+    def process(self, batch: gp.Batch, request: gp.BatchRequest) -> None:
+        array = batch[self.raw]
+        array.data = to_unit(array.data, self.window)
+        array.spec.dtype = np.float32
 
 
 class LabeledLocation(gp.RandomLocation):

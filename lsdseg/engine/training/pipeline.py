@@ -21,8 +21,9 @@ from yacs.config import CfgNode
 
 from lsdseg.config.implementations import resolve
 from lsdseg.config.model_types import LABELS, TASKS, affinity_offsets, label_keys
+from lsdseg.data_utils.gray import gray_percentiles, own_window
 from lsdseg.data_utils.volumes import open_array, source_defaults
-from lsdseg.engine.intensity import network_scale_shift, unit_factor
+from lsdseg.engine.intensity import network_scale_shift, raw_window
 from lsdseg.engine.sections import along_zyx
 from lsdseg.engine.training.appearance import AppearanceAugment
 from lsdseg.engine.training.nodes import (
@@ -35,6 +36,7 @@ from lsdseg.engine.training.nodes import (
     PadLabels,
     SeedPatches,
     ShareMemory,
+    ToUnit,
     lsd_context,
 )
 from lsdseg.engine.training.targets import Target
@@ -189,7 +191,7 @@ def _source(cfg: CfgNode, path: Path, request: gp.BatchRequest) -> gp.Pipeline:
     context = lsd_context(cfg.MODEL.LSD_SIGMA, voxel_size, cfg.MODEL.LSD_DOWNSAMPLE, sections=cfg.DATA.DIM_2D)
     largest = request[RAW].roi.shape + context + context
     source = arrays + gp.MergeProvider()
-    source += gp.Normalize(RAW, factor=unit_factor(data[RAW].dtype))
+    source += ToUnit(RAW, raw_window(data[RAW], cfg))
     source += gp.Pad(RAW, margin(largest), mode="reflect")
     # Affinities look at labels beyond the patch.
     reach = gp.Coordinate(max(map(abs, steps)) for steps in zip(*affinity_offsets(cfg), strict=True)) * voxel_size
@@ -246,7 +248,7 @@ def _defect_augment(cfg: CfgNode) -> DefectAugment:
         (gp.ArraySource(artifacts, raw, True), gp.ArraySource(artifacts_mask, mask, True))
         + gp.MergeProvider()
         + gp.RandomLocation(min_masked=0.05, mask=artifacts_mask)
-        + gp.Normalize(artifacts, factor=unit_factor(raw.dtype))
+        + ToUnit(artifacts, own_window(raw.dtype) or gray_percentiles(raw))
         + gp.AsType(artifacts_mask, np.float32)
         + gp.IntensityAugment(artifacts, 0.9, 1.1, -0.1, 0.1)
         + gp.SimpleAugment(transpose_only=[1, 2])

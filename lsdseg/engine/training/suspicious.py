@@ -17,6 +17,7 @@ from scipy.fft import irfftn, rfftn
 from scipy.ndimage import gaussian_filter
 from yacs.config import CfgNode
 
+from lsdseg.data_utils.gray import gray_percentiles, own_window
 from lsdseg.data_utils.records import fingerprint
 from lsdseg.data_utils.volumes import open_array, source_defaults
 from lsdseg.engine.statistics import LEAST_LINES, Statistics, boundaries, read_boxes
@@ -67,7 +68,7 @@ def alignment_of(raw: Array, labels: Array, boxes: int = FEW_BOXES) -> Alignment
     """
     found = [
         correlation
-        for values, ids in read_boxes(raw, labels, boxes, BOX)
+        for values, ids in read_boxes(raw, labels, boxes, own_window(raw.dtype) or gray_percentiles(raw), BOX)
         if ids is not None and (correlation := boundary_correlation(values, ids)) is not None
     ]
     if not found:
