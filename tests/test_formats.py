@@ -96,6 +96,49 @@ def write_precomputed(path, data, sharded=False):
     store[..., 0].write(data.T).result()
 
 
+def write_ome_zarr(path, data, version="0.4", axes="tczyx"):
+    """A pyramid of two levels, in micrometers, as others write it."""
+    driver = "zarr" if version == "0.4" else "zarr3"
+    order = [axes.replace("t", "").replace("c", "").index(name) for name in "zyx"]
+    levels = []
+    for level, step in enumerate((1, 2)):
+        voxels = np.transpose(data[::step, ::step, ::step], np.argsort(order))
+        shape = [1] * (len(axes) - 3) + list(voxels.shape)
+        spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{path}/{level}/"}}
+        store = tensorstore.open(spec, create=True, dtype=data.dtype, shape=shape).result()
+        store.write(voxels.reshape(shape)).result()
+        size = dict(zip("zyx", VOXEL_SIZE, strict=True))
+        at = dict(zip("zyx", OFFSET, strict=True))
+        scale = [size[name] * step / 1000 if name in size else 1 for name in axes]
+        translation = [at[name] / 1000 if name in at else 0 for name in axes]
+        steps = [{"type": "scale", "scale": scale}, {"type": "translation", "translation": translation}]
+        levels.append({"path": str(level), "coordinateTransformations": steps})
+    kinds = {"t": "time", "c": "channel"}
+    named = [{"name": n, "type": kinds[n]} if n in kinds else _space(n) for n in axes]
+    multiscales = [{"version": version, "axes": named, "datasets": levels}]
+    if version == "0.4":
+        (path / ".zgroup").write_text('{"zarr_format": 2}')
+        (path / ".zattrs").write_text(json.dumps({"multiscales": multiscales}))
+    else:
+        attributes = {"ome": {"version": version, "multiscales": multiscales}}
+        group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+        (path / "zarr.json").write_text(json.dumps(group))
+
+
+def _space(name):
+    return {"name": name, "type": "space", "unit": "micrometer"}
+
+
+def write_zarr3(path, data):
+    """volumes/raw with attributes, in format 3."""
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/volumes/raw/"}}
+    tensorstore.open(spec, create=True, dtype=data.dtype, shape=data.shape).result().write(data).result()
+    file = path / "volumes" / "raw" / "zarr.json"
+    placed = {"attributes": {"resolution": VOXEL_SIZE, "offset": OFFSET}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | placed))
+    (path / "zarr.json").write_text(json.dumps({"zarr_format": 3, "node_type": "group"}))
+
+
 WRITERS = {
     "volume.hdf": write_hdf,
     "imagej.tif": write_imagej,
@@ -105,6 +148,9 @@ WRITERS = {
     "volume.n5": write_n5,
     "precomputed": write_precomputed,
     "sharded": lambda path, data: write_precomputed(path, data, sharded=True),
+    "ome04.zarr": write_ome_zarr,
+    "ome05.zarr": lambda path, data: write_ome_zarr(path, data, "0.5", "xyz"),
+    "zarr3.zarr": write_zarr3,
 }
 
 
@@ -116,7 +162,7 @@ def test_the_marked_voxel_is_at_the_same_nanometer(name, tmp_path):
     assert run.returncode == 0, run.stderr
     raw = open_array(tmp_path / "out.zarr", RAW)
     np.testing.assert_array_equal(read(raw), VOXELS)
-    placed = name in ("volume.hdf", "volume.n5", "precomputed", "sharded")
+    placed = not name.endswith(".tif") and name != "sections"
     assert (tuple(raw.voxel_size), tuple(raw.offset)) == (VOXEL_SIZE, OFFSET if placed else (0, 0, 0))
 
 
@@ -170,6 +216,26 @@ def _damaged_chunk(folder: Path):
     return folder / "in.n5"
 
 
+def _two_channels(folder: Path):
+    write_ome_zarr(folder / "in.zarr", VOXELS, axes="czyx")
+    file = folder / "in.zarr" / "0" / ".zarray"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"shape": [2, *SHAPE]}))
+    return folder / "in.zarr"
+
+
+def _unknown_codec(folder: Path):
+    write_zarr3(folder / "in.zarr", VOXELS)
+    file = folder / "in.zarr" / "volumes" / "raw" / "zarr.json"
+    file.write_text(file.read_text().replace('"bytes"', '"fractal"'))
+    return folder / "in.zarr"
+
+
+def _empty_zarr(folder: Path):
+    (folder / "in.zarr").mkdir()
+    (folder / "in.zarr" / ".zgroup").write_text('{"zarr_format": 2}')
+    return folder / "in.zarr"
+
+
 def _unknown(folder: Path):
     (folder / "in").mkdir()
     return folder / "in"
@@ -189,6 +255,9 @@ def _no_tiff(folder: Path):
         (_no_size, "volumes/raw in .* has no voxel size: .*--resolution Z Y X"),
         (_two_datasets, "holds em, first: name the one to take with --dataset"),
         (_damaged_chunk, "volumes/raw in .* cannot be read"),
+        (_two_channels, r"0 in .*in.zarr has 2 along c: write a copy with one image"),
+        (_unknown_codec, "volumes/raw cannot be read .*fractal.*: use another copy"),
+        (_empty_zarr, "holds no zarr array with the axes z, y, x"),
         (_unknown, "is a folder of none of the formats: it holds no TIFFs, no info of Neuroglancer precomputed"),
         (_no_tiff, "is no TIFF or damaged"),
         (lambda folder: folder / "none", "none does not exist"),

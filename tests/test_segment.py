@@ -151,7 +151,7 @@ def test_block_by_block_each_change_costs_the_steps_that_depend_on_it(tmp_path, 
         run(write_volume(tmp_path / "other.zarr"), config, out=out)
 
 
-@pytest.mark.parametrize("name", ["imagej.tif", "volume.n5", "sharded"])
+@pytest.mark.parametrize("name", ["imagej.tif", "ome05.zarr", "sharded"])
 def test_a_volume_in_another_format_has_the_same_segmentation(tmp_path, config, capfd, name):
     raw = np.random.default_rng(0).integers(0, 256, SHAPE, dtype=np.uint8)
     size = {"voxel_size": (10, 10, 10)}

@@ -46,6 +46,9 @@ FORMATS = {
 FOLDERS = {
     "info": ("Neuroglancer precomputed", "lsdseg.data_utils.tensorstores:open_precomputed"),
     "attributes.json": ("N5", "lsdseg.data_utils.tensorstores:open_n5"),
+    "zarr.json": ("zarr 3", "lsdseg.data_utils.tensorstores:open_zarr"),
+    ".zgroup": ("zarr 2", "lsdseg.data_utils.tensorstores:open_zarr"),
+    ".zarray": ("zarr 2", "lsdseg.data_utils.tensorstores:open_zarr"),
 }
 
 

@@ -107,19 +107,32 @@ def read_ome_placement(folder: Path, where: str) -> Placement | None:
     Raises:
         UserError: a unit is unknown.
     """
-    file = folder.parent / ".zattrs"
-    if not file.is_file():
-        file = folder.parent / "zarr.json"
-    attributes = read_json(file)
-    if file.name == "zarr.json":
-        attributes = attributes.get("attributes", {})
     try:
-        return _from_multiscales(attributes.get("ome", attributes).get("multiscales", []), folder.name, where)
+        return _from_multiscales(multiscales_of(folder.parent), folder.name, where)
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise UserError(
-            f"the OME-NGFF metadata of {where} in {file} is damaged ({type(error).__name__}: {str(error)[:100]}): "
-            "correct or remove its multiscales"
+            f"the OME-NGFF metadata of {where} in {folder.parent} is damaged ({type(error).__name__}: "
+            f"{str(error)[:100]}): correct or remove its multiscales"
         ) from error
+
+
+def multiscales_of(group: Path) -> list[dict[str, Any]]:
+    """Return the OME-NGFF multiscales in the attributes of a group, none if there are none."""
+    attributes = stored_attributes(group)
+    found = attributes.get("ome", attributes)
+    return found.get("multiscales", []) if isinstance(found, dict) else []
+
+
+def stored_attributes(folder: Path) -> dict[str, Any]:
+    """Return the attributes of a group or an array of zarr format 2 or 3.
+
+    Raises:
+        UserError: their file is damaged.
+    """
+    if (folder / ".zattrs").is_file():
+        return read_json(folder / ".zattrs")
+    found = read_json(folder / "zarr.json").get("attributes", {})
+    return found if isinstance(found, dict) else {}
 
 
 def _from_multiscales(multiscales: list[dict[str, Any]], name: str, where: str) -> Placement | None:

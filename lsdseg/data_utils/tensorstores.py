@@ -1,6 +1,6 @@
-"""N5 and Neuroglancer precomputed volumes on disk, as volumes to convert. tensorstore reads them.
+"""N5, Neuroglancer precomputed and zarr volumes on disk, as volumes to convert. tensorstore reads them.
 
-Both store x, y, z; everything here is z, y, x.
+The first two store x, y, z; everything here is z, y, x.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from lsdseg.data_utils.convert import Source, Volume
 from lsdseg.data_utils.layout import LABELS, RAW
+from lsdseg.data_utils.placement import multiscales_of, read_ome_placement, stored_attributes
+from lsdseg.data_utils.replace import is_array
 from lsdseg.errors import UserError
 from lsdseg.files import read_json
 
@@ -21,16 +23,14 @@ ANOTHER = "use another copy"
 
 
 class _Lazy:
-    """An array (z, y, x) of tensorstore that reads what is sliced, counted from 0.
+    """An array of tensorstore that reads what is sliced, counted from 0.
 
     Args:
-        store: with the axes x, y, z, and perhaps a channel axis of length 1 behind them.
+        store: with the axes z, y, x.
     """
 
     def __init__(self, store: Any) -> None:
-        if store.rank == 4:
-            store = store[..., 0]
-        self.store = store.T[tensorstore.d[:].translate_to[0]]
+        self.store = store[tensorstore.d[:].translate_to[0]]
         self.shape = tuple(self.store.shape)
         self.dtype = np.dtype(store.dtype.numpy_dtype)
 
@@ -57,7 +57,8 @@ def open_precomputed(path: Path) -> Iterator[Source]:
         raise UserError(f"{path / 'info'} describes no precomputed volume ({error}): use another folder") from None
     if channels != 1:
         raise UserError(f"{path} has {channels} channels: convert it to gray values first")
-    yield Source([_volume(path, name, "neuroglancer_precomputed", attributes)], [])
+    store = _open(path, "neuroglancer_precomputed")
+    yield Source([_volume(path, name, store[..., 0].T, attributes)], [])
 
 
 @contextmanager
@@ -77,7 +78,7 @@ def open_n5(path: Path) -> Iterator[Source]:
         if len(attributes["dimensions"]) == 3 and not (file.parent.name[1:].isdigit() and file.parent.name != "s0"):
             # A level s0 is what its folder is called.
             name = name.removesuffix("/s0") if name not in (".", "s0") else RAW
-            volumes.append(_volume(file.parent, name, "n5", _n5_placement(attributes)))
+            volumes.append(_volume(file.parent, name, _open(file.parent, "n5").T, _n5_placement(attributes)))
         else:
             others.append(name)
     if not volumes:
@@ -94,11 +95,86 @@ def _n5_placement(attributes: dict[str, Any]) -> dict[str, Any]:
     return {"resolution": sizes[::-1], "offset": attributes.get("offset", [0, 0, 0])[::-1], "units": units}
 
 
-def _volume(path: Path, name: str, driver: str, attributes: dict[str, Any]) -> Volume:
+@contextmanager
+def open_zarr(path: Path) -> Iterator[Source]:
+    """Open a zarr of format 2 or 3: every array with the axes z, y, x, and of an OME-Zarr pyramid the finest level.
+
+    Axes of length 1 may lie before them, such as time and channel.
+
+    Raises:
+        UserError: it is damaged, has no such array, or several channels or points in time.
+    """
+    arrays = {file.parent for name in (".zarray", "zarr.json") for file in path.rglob(name) if is_array(file.parent)}
+    volumes, others = [], []
+    for folder in sorted(arrays):
+        name, where = str(folder.relative_to(path)), f"{folder.relative_to(path)} in {path}"
+        finest, axes = _pyramid(folder.parent)
+        if finest not in (None, folder.name):
+            continue
+        store = _open(folder, "zarr" if (folder / ".zarray").is_file() else "zarr3")
+        if store.rank < 3:
+            others.append(name)
+            continue
+        if finest is not None:
+            name = str(folder.parent.relative_to(path))
+        axes = axes or ["?"] * (store.rank - 3) + ["z", "y", "x"]
+        spatial, attributes = _spatial(store, axes, where), _zarr_placement(folder, axes, where)
+        volumes.append(_volume(folder, RAW if name == "." else name, spatial, attributes))
+    if not volumes:
+        raise UserError(f"{path} holds no zarr array with the axes z, y, x: give the folder that ends in .zarr")
+    yield Source(volumes, others)
+
+
+def _pyramid(group: Path) -> tuple[str | None, list[str]]:
+    """Return the name of the finest level of an OME-Zarr pyramid and the names of its axes; None if it is none."""
+    multiscales = multiscales_of(group)
+    if not multiscales:
+        return None, []
+    try:
+        return multiscales[0]["datasets"][0]["path"], [axis["name"] for axis in multiscales[0]["axes"]]
+    except (KeyError, IndexError, TypeError) as error:
+        raise UserError(f"the multiscales of {group} are damaged ({error!r}): correct or remove them") from None
+
+
+def _zarr_placement(folder: Path, axes: list[str], where: str) -> dict[str, Any]:
+    """Return the attributes of an array, or its place in a pyramid as such."""
+    placement = read_ome_placement(folder, where)
+    if placement is None:
+        return stored_attributes(folder)
+    stored = [name for name in axes if name in "zyx"]
+    voxel_size, offset = ([values[stored.index(name)] for name in "zyx"] for values in placement)
+    return {"resolution": voxel_size, "offset": offset}
+
+
+def _spatial(store: Any, axes: list[str], where: str) -> Any:
+    """Return a store with the axes z, y, x.
+
+    Raises:
+        UserError: these are not among them, or another one is longer than 1.
+    """
+    if len(axes) != store.rank or not {"z", "y", "x"} <= set(axes):
+        raise UserError(f"{where} has the axes {', '.join(axes)} and shape {store.shape}: z, y and x are needed")
+    if long := [f"{n} along {name}" for name, n in zip(axes, store.shape, strict=True) if name not in "zyx" and n > 1]:
+        raise UserError(f"{where} has {' and '.join(long)}: write a copy with one image of each voxel")
+    single = [number for number, name in enumerate(axes) if name not in "zyx"]
+    left = [name for name in axes if name in "zyx"]
+    return store[tensorstore.d[single][0]][tensorstore.d[[left.index(name) for name in "zyx"]].transpose[:]]
+
+
+def _open(path: Path, driver: str) -> Any:
+    """Open an array with tensorstore.
+
+    Raises:
+        UserError: it is damaged, or compressed in a way that tensorstore does not know.
+    """
     try:
         spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{path.absolute()}/"}}
-        data = _Lazy(tensorstore.open(spec, read=True, open=True).result())
-    except Exception as error:  # ValueError or RuntimeError, whatever is wrong
-        raise UserError(f"{path} cannot be read ({str(error)[:150]}): {ANOTHER}") from error
+        return tensorstore.open(spec, read=True, open=True).result()
+    except Exception as error:  # ValueError or RuntimeError, whatever is wrong; its last words say what
+        reason = str(error).partition(" [tensorstore_spec")[0][-150:]
+        raise UserError(f"{path} cannot be read ({reason}): {ANOTHER}") from error
+
+
+def _volume(path: Path, name: str, store: Any, attributes: dict[str, Any]) -> Volume:
     stored = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return Volume(name, data, attributes, stored)
+    return Volume(name, _Lazy(store), attributes, stored)

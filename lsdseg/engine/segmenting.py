@@ -10,7 +10,10 @@ from pathlib import Path
 
 from lsdseg.config.loader import dump_config, find_config, load_config
 from lsdseg.data_utils.layout import RAW
+from lsdseg.data_utils.placement import multiscales_of
 from lsdseg.data_utils.replace import HEADERS
+from lsdseg.data_utils.stored import ZARR_VERSION
+from lsdseg.data_utils.volumes import has_array
 from lsdseg.engine.blocks.lock import run_lock
 from lsdseg.engine.chain import Chain, Command, fits_in_memory
 from lsdseg.engine.estimate import show_estimates
@@ -54,7 +57,7 @@ def segment_volume(
     options = ("-c", str(find_config(config)), *overrides, "DATA.HOME", str(work))
     cfg = load_config(options[1], options[2:])
     raw = volume
-    if _is_other_format(volume):
+    if _is_other_format(volume, cfg.DATA.RAW):
         if dry_run:
             raise UserError(f"--dry-run needs a zarr: convert {volume} with data_utils/to_zarr.py first")
         with run_lock(work / "lock", f"in {work}"):
@@ -100,9 +103,18 @@ def _show_results(chain: Chain, work: Path) -> None:
     print(f"affinities are in {chain.sample.output}; delete {work} if you do not need them")
 
 
-def _is_other_format(volume: Path) -> bool:
-    """Return whether a volume must be converted: a file, or a folder that is no zarr."""
-    return volume.is_file() or (volume.is_dir() and not any((volume / name).is_file() for name in HEADERS))
+def _is_other_format(volume: Path, raw: str) -> bool:
+    """Return whether a volume must be converted: a file, or a folder that is no zarr with that dataset.
+
+    An OME-Zarr is such a folder, and so is any of format 3 for a zarr library that does not read it.
+    """
+    if not volume.is_dir():
+        return volume.is_file()
+    if not any((volume / name).is_file() for name in HEADERS):
+        return True
+    if ZARR_VERSION < 3 and (volume / "zarr.json").is_file():
+        return True
+    return bool(multiscales_of(volume)) and not has_array(volume, raw)
 
 
 def _converted(work: Path) -> Path:
