@@ -95,10 +95,9 @@ def run_script(
             word, *args.overrides = args.overrides
             setattr(args, first, word)
         cfg = load_config(args.config, args.overrides)
-        logging.getLogger("gunpowder").setLevel(logging.WARNING)  # it reports every process it starts and ends
-        logging.basicConfig(
-            level=logging.INFO if cfg.SYSTEM.VERBOSE else logging.WARNING, format="%(name)s: %(message)s"
-        )
+        logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+        if cfg.SYSTEM.VERBOSE:  # of this project alone: libraries report what no user asked for
+            logging.getLogger("lsdseg").setLevel(logging.INFO)
         if Path(EXPERIMENT).is_file():
             print(f"also using the settings in {Path(EXPERIMENT).resolve()}")
         if add_arguments is None:

@@ -111,8 +111,8 @@ def read_ome_placement(folder: Path, where: str) -> Placement | None:
         return _from_multiscales(multiscales_of(folder.parent), folder.name, where)
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise UserError(
-            f"the OME-NGFF metadata of {where} in {folder.parent} is damaged ({type(error).__name__}: "
-            f"{str(error)[:100]}): correct or remove its multiscales"
+            f"the OME-NGFF metadata of {where} in {_attributes_file(folder.parent)} is damaged "
+            f"({type(error).__name__}: {str(error)[:100]}): correct or remove its multiscales"
         ) from error
 
 
@@ -129,10 +129,16 @@ def stored_attributes(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: their file is damaged.
     """
-    if (folder / ".zattrs").is_file():
-        return read_json(folder / ".zattrs")
-    found = read_json(folder / "zarr.json").get("attributes", {})
-    return found if isinstance(found, dict) else {}
+    file = _attributes_file(folder)
+    attributes = read_json(file)
+    if file.name == "zarr.json":
+        attributes = attributes.get("attributes", {})
+    return attributes if isinstance(attributes, dict) else {}
+
+
+def _attributes_file(folder: Path) -> Path:
+    """Return the file that holds the attributes of a group or an array of zarr format 2 or 3."""
+    return folder / (".zattrs" if (folder / ".zattrs").is_file() else "zarr.json")
 
 
 def _from_multiscales(multiscales: list[dict[str, Any]], name: str, where: str) -> Placement | None:
