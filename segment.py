@@ -19,7 +19,7 @@ def main(_cfg: CfgNode | None, args: Namespace) -> None:
     """Segment the volume; the config is loaded anew, with a work folder as DATA.HOME."""
     if not args.raw:
         raise UserError("no volume: python segment.py volume.zarr")
-    options = {name: getattr(args, name) for name in ("out", "resolution", "blockwise", "dry_run")}
+    options = {name: getattr(args, name) for name in ("out", "resolution", "blockwise", "skip_failed", "dry_run")}
     segment_volume(args.raw, args.config, args.overrides, call=call_script, **options)
 
 
@@ -30,6 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     size = "voxel size in nm, of a TIFF that does not say"
     parser.add_argument("--resolution", nargs=3, metavar=("Z", "Y", "X"), help=size)
     parser.add_argument("--dry-run", action="store_true", help="say what it would cost, and do nothing")
+    parser.add_argument("--skip-failed", action="store_true", help="go on without blocks that fail each time")
     parser.add_argument("--blockwise", action="store_true", help="work block by block even if memory is large enough")
 
 

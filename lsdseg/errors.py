@@ -30,6 +30,10 @@ class DeviceError(UserError):
     """A mistake that concerns the device of one process. Other processes of the same training may not meet it."""
 
 
+class DamagedError(UserError):
+    """Stored data is damaged in one place. Blocks that do not read it can be done."""
+
+
 def without_secrets(text: str) -> str:
     """Return a text without what may be a password or a token in a URI in it."""
     return SECRET_OPTIONS.sub("", _CREDENTIALS.sub("", text))

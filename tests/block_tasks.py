@@ -35,6 +35,8 @@ def open_worker(cfg, arguments):
             time.sleep(0.01)
         if (trouble / f"raise_{number}").exists():
             raise ValueError(f"block {number} is bad")
+        if (trouble / f"kill_{number}").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
         if (trouble / f"full_{number}").exists():
             raise UserError("no room on disk: delete something")
         if (trouble / f"fill_{number}").exists():

@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from funlib.geometry import Roi
 from scipy.ndimage import gaussian_filter
 from skimage.metrics import variation_of_information
 from skimage.segmentation import find_boundaries
@@ -23,7 +24,7 @@ from lsdseg.data_utils.layout import data_folder, edits_path, lut_path, output_p
 from lsdseg.data_utils.phantom import make_phantom
 from lsdseg.data_utils.records import record_of
 from lsdseg.data_utils.stored import read_header
-from lsdseg.data_utils.volumes import list_arrays, open_array, read, seal_array, write_array
+from lsdseg.data_utils.volumes import list_arrays, open_array, read, seal_array, voxels_of, write_array
 from lsdseg.engine.post.fragments import extract_fragments
 from lsdseg.engine.post.steps.edges import agglomerate_blockwise
 from lsdseg.engine.post.steps.fragments import extract_fragments_blockwise
@@ -437,6 +438,25 @@ def test_lost_chunks_and_rows_are_counted(home):
     agglomerate_blockwise(config(home, DATA__DROP_DS_MONGOTABLE=True))
     find_segments(cfg, MERGE_FUNCTION, THRESHOLD)
     np.testing.assert_array_equal(load_lut(lut), expected)
+
+
+def test_the_steps_go_on_without_blocks_that_cannot_be_read_if_they_may(home, capfd):
+    path, cfg = output(home), config(home, CLUSTER__SAME_ERRORS=100)
+    extract_fragments_blockwise(cfg)
+    chunk = read_header(path / "volumes/fragments").chunk_file((1, 1, 1))
+    chunk.write_bytes(chunk.read_bytes()[:40])
+    with pytest.raises(UserError, match=r"blocks are not done.* set CLUSTER\.SKIP_FAILED True"):
+        agglomerate_blockwise(cfg)
+    assert f"{chunk} is damaged" in capfd.readouterr().err
+    segmentation = whole_way(config(home, CLUSTER__SAME_ERRORS=100, CLUSTER__SKIP_FAILED=True))
+    final = open_array(path, FINAL)
+    ((begin, shape),) = final.attrs["missing_blocks"]
+    assert "of sampleA: goes on without 27 blocks" in capfd.readouterr().out
+    missing = np.zeros(final.shape, bool)
+    missing[voxels_of(final, Roi(begin, shape))] = True
+    np.testing.assert_array_equal(segmentation == 0, missing | (segmentation == 0))
+    assert not segmentation[missing].any()
+    assert segmentation[~missing].any()
 
 
 def test_a_graph_of_others_is_never_dropped_unasked(home):

@@ -66,7 +66,10 @@ def write_volume(path, voxel_size=(8, 8, 8), raw=None, dataset="volumes/raw"):
 
 def run(raw, config, *overrides, out=None, blockwise=False, resolution=None, dry_run=False):
     arguments = {"raw": str(raw), "out": out, "config": str(config), "overrides": list(map(str, overrides))}
-    segment.main(None, argparse.Namespace(**arguments, blockwise=blockwise, resolution=resolution, dry_run=dry_run))
+    segment.main(
+        None,
+        argparse.Namespace(**arguments, blockwise=blockwise, resolution=resolution, dry_run=dry_run, skip_failed=False),
+    )
 
 
 def commands(capfd):

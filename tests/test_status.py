@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from lsdseg.config.loader import CHECKOUT, load_config
-from lsdseg.engine.blocks.markers import RECORD, TIMED, UNTIMED, record_files, records_in
+from lsdseg.engine.blocks.markers import (
+    RECORD,
+    TIMED,
+    UNTIMED,
+    blocks_left,
+    missing_blocks,
+    record_files,
+    records_in,
+)
 from lsdseg.engine.blocks.reports import Report, same_error
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.status import DONE, FAILED, LEFT, RUNNING, SKIP, duration, statuses, text_map
@@ -84,6 +92,30 @@ def test_a_failed_block_is_named_with_its_place_and_its_log(folder):
     cause.unlink()
     run_blocks(config(2), toy_task(folder))
     assert statuses(folder)[0].failed == []
+
+
+def test_a_run_goes_on_without_blocks_that_fail_where_it_may(folder, capfd):
+    trouble(folder, "raise_4")
+    trouble(folder, "kill_7")
+    with pytest.raises(UserError, match=r"failed 4 times.*set CLUSTER.SKIP_FAILED True"):
+        run_blocks(config(2), toy_task(folder))
+    assert "ValueError: block 4 is bad (worker_" in capfd.readouterr().err
+    go_on = config(2, "CLUSTER.SKIP_FAILED", True)
+    with pytest.raises(UserError, match=r"failed 4 times, see \S+; 2 of 27 blocks .* only these$"):
+        run_blocks(go_on, toy_task(folder, may_skip=False))
+    summary = run_blocks(go_on, toy_task(folder))
+    assert (summary.done, summary.failed) == (0, 2)
+    assert "goes on without 2 blocks" in capfd.readouterr().out
+    assert blocks_left(toy_task(folder)) == 0
+    places = [result["corners"][2:] for result in results(folder).values()]
+    missing = missing_blocks(toy_task(folder).markers)
+    assert len(places) == BLOCKS - 2
+    assert len(missing) == 2
+    assert all([begin, [b + s for b, s in zip(begin, shape, strict=True)]] not in places for begin, shape in missing)
+    (status,) = statuses(folder)
+    assert (status.skipped, status.failed) == (2, [])
+    run_blocks(config(2), toy_task(folder))
+    assert "nothing to do, all 27 blocks are done but 2, which are given up" in capfd.readouterr().out
 
 
 def test_a_run_in_which_all_blocks_fail_alike_ends_with_that_error_once(folder, capfd):

@@ -371,6 +371,9 @@ _C.CLUSTER.GPUS_PER_WORKER = 1
 _C.CLUSTER.CPUS_PER_WORKER = 2
 # End the run when this many blocks in a row fail with the same error: the others would fail, too.
 _C.CLUSTER.SAME_ERRORS = 5
+# Go on without blocks that fail however often they are tried. The outputs have nothing there, and name them in the
+# attribute missing_blocks. SAME_ERRORS still ends the run: raise it if many blocks may fail.
+_C.CLUSTER.SKIP_FAILED = False
 # More options for sbatch, e.g. ["--constraint=a100"].
 _C.CLUSTER.EXTRA = []
 # Name or address under which workers on other machines reach this one. Empty: its host name.

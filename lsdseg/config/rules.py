@@ -346,6 +346,7 @@ RULES: dict[str, Rule] = {
     "CLUSTER.GPUS_PER_WORKER": integer(0).on(),
     "CLUSTER.CPUS_PER_WORKER": integer(1).on(),
     "CLUSTER.SAME_ERRORS": integer(1).on(),
+    "CLUSTER.SKIP_FAILED": flag.on(),
     "CLUSTER.EXTRA": either(sequence(text), sequence(text, 0), "a list of strings").on(),
     "CLUSTER.HOST": text.on(),
     # Without effect.

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import zarr
 
-from lsdseg.errors import UserError
+from lsdseg.errors import DamagedError, UserError
 
 ZARR_VERSION = int(zarr.__version__.split(".")[0])
 # Types of voxels that can be opened.
@@ -262,6 +262,6 @@ def _check_chunk(header: Header, file: Path) -> None:
         )
 
 
-def _damaged(file: Path, reason: str) -> UserError:
+def _damaged(file: Path, reason: str) -> DamagedError:
     short = " ".join(reason.split())[:150]
-    return UserError(f"{file} is damaged ({short}): restore it from a copy, or make the array anew")
+    return DamagedError(f"{file} is damaged ({short}): restore it from a copy, or make the array anew")

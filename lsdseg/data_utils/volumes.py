@@ -36,6 +36,7 @@ from lsdseg.errors import UserError
 dask.config.set(scheduler="synchronous")
 
 CHUNKS = "stored_chunks"  # attribute of a complete array: how many chunks it has on disk
+MISSING = "missing_blocks"  # begin and shape in nm of the blocks of an array that could not be made
 MAX_GROUPS = 10_000  # a folder with more is no zarr but half a disk
 # Higher levels save a few percent on labels and read several times slower.
 # The checksum costs a tenth of the compression's time, and every reader of zstd checks it.
@@ -237,20 +238,34 @@ def chunk_shape(tile_shape: Sequence[int], volume_shape: Sequence[int], largest:
     )
 
 
-def rename_array(path: Path | str, dataset: str, new_name: str) -> None:
+def rename_array(path: Path | str, dataset: str, new_name: str, missing: Sequence[Any] = ()) -> None:
     """Rename a complete array within its zarr. An array of the new name is replaced if this suite wrote it.
+
+    Args:
+        path: zarr.
+        dataset: name of the array.
+        new_name: its name from now on.
+        missing: see `seal_array`.
 
     Raises:
         UserError: something else has the new name.
     """
     check_replaceable_array(path, new_name)
-    seal_array(path, dataset)
+    seal_array(path, dataset, missing)
     replace_folder(array_folder(path, dataset), array_folder(path, new_name))
 
 
-def seal_array(path: Path | str, dataset: str) -> None:
-    """Record how many chunks a complete array has. If that is recorded already, check it as `require_whole` does."""
+def seal_array(path: Path | str, dataset: str, missing: Sequence[Any] = ()) -> None:
+    """Record how many chunks a complete array has. If that is recorded already, check it as `require_whole` does.
+
+    Args:
+        path: zarr.
+        dataset: name of the array.
+        missing: begin and shape in nm of blocks that could not be made, for the attribute MISSING.
+    """
     array = _open_zarr(Path(path), dataset, "r+")
+    if missing:
+        array.attrs[MISSING] = list(missing)
     if CHUNKS in array.attrs:
         require_whole(path, dataset)
     else:

@@ -32,6 +32,7 @@ def segment_volume(
     out: Path | str | None = None,
     resolution: Sequence[str] | None = None,
     blockwise: bool = False,
+    skip_failed: bool = False,
     dry_run: bool = False,
 ) -> None:
     """Write `volumes/segmentation_050` (uint64) for each threshold on the voxels of a volume, and pictures beside it.
@@ -46,6 +47,7 @@ def segment_volume(
         out: zarr to write. None: NAME_segmentation.zarr beside the volume.
         resolution: z, y, x voxel size in nm, where the volume does not say.
         blockwise: work block by block even if memory is large enough.
+        skip_failed: go on without blocks that fail, see CLUSTER.SKIP_FAILED.
         dry_run: say what it would cost, and do nothing.
 
     Raises:
@@ -55,6 +57,7 @@ def segment_volume(
     out = Path(out or volume.with_name(f"{volume.stem}_segmentation.zarr")).absolute()
     work = out.with_name(f"{out.stem}_work")
     options = ("-c", str(find_config(config)), *overrides, "DATA.HOME", str(work))
+    options += ("CLUSTER.SKIP_FAILED", "True") if skip_failed else ()
     cfg = load_config(options[1], options[2:])
     raw = volume
     if _is_other_format(volume, cfg.DATA.RAW):

@@ -13,6 +13,8 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lsdseg.engine.blocks.lock import step_lock
+from lsdseg.engine.blocks.reports import Report
 from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.errors import UserError
 from lsdseg.files import read_json, write_whole
@@ -28,6 +31,7 @@ from lsdseg.files import read_json, write_whole
 UNTIMED = np.dtype([("block", "<u8"), ("seconds", "<f4"), ("megabytes", "<f4")])  # in files without a suffix
 RECORD = np.dtype([*UNTIMED.descr, ("time", "<f8")])
 TIMED = ".timed"
+GIVEN_UP = "given_up.json"
 
 
 def new_record_file(markers: Path) -> Path:
@@ -82,8 +86,34 @@ def records_in(files: set[Path]) -> NDArray[Any]:
     return np.concatenate(found)
 
 
+def give_up(markers: Path, failed: Sequence[Report]) -> None:
+    """Record blocks that fail as ones to go on without, for good: what is made from the others counts on it."""
+    with write_whole(markers / GIVEN_UP) as partial:
+        partial.write_text(json.dumps([asdict(report) for report in failed], indent=1), encoding="utf-8")
+
+
+def given_up(markers: Path) -> list[Report]:
+    """The blocks that the step goes on without.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = markers / GIVEN_UP
+    if not file.is_file():
+        return []
+    try:
+        return [Report(**report) for report in json.loads(file.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is damaged: set DATA.DROP_DS_MONGOTABLE True to do this step anew") from error
+
+
+def missing_blocks(markers: Path) -> list[list[list[int]]]:
+    """Where the blocks are that the step goes on without: begin and shape of each in nm, z, y, x."""
+    return [[report.begin, report.shape] for report in given_up(markers)]
+
+
 def finished(step: BlockStep) -> NDArray[np.bool_]:
-    """Which blocks are recorded as done, over the grid of blocks.
+    """Which blocks are recorded as done, or given up, over the grid of blocks.
 
     Raises:
         UserError: what is recorded are blocks of another grid.
@@ -100,6 +130,7 @@ def finished(step: BlockStep) -> NDArray[np.bool_]:
         )
     numbers = records_in(record_files(step.markers))["block"]
     done[numbers[(numbers > 0) & (numbers <= done.size)].astype(np.int64) - 1] = True
+    done[[report.block for report in given_up(step.markers)]] = True
     return done.reshape(step.grid) | _finished_by_version_0_1(step)
 
 
@@ -109,7 +140,7 @@ def finished_blocks(step: BlockStep) -> int:
 
 
 def blocks_left(step: BlockStep) -> int:
-    """Number of blocks that are not done yet; those that are skipped count as done."""
+    """Number of blocks that are not done yet; those that are skipped or given up count as done."""
     done = finished(step)
     return int(done.size - np.count_nonzero(done if step.skip is None else done | step.skip))
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 NOW, FAILURES = ".now", ".failures"
+MOST_LISTED = 5  # blocks in what people read
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,12 @@ class Report:
     log: str
     error: str = ""
     time: float = field(default_factory=time.time)
+
+    @classmethod
+    def at(cls, block: int, grid: Sequence[int], begin: Sequence[int], shape: Sequence[int], error: str = "") -> Report:
+        """A block of a grid whose first block has this corner and shape in nm."""
+        index = np.unravel_index(block, grid)
+        return cls(block, [int(b + n * s) for b, n, s in zip(begin, index, shape, strict=True)], list(shape), "", error)
 
     @property
     def kind(self) -> str:
@@ -84,6 +93,11 @@ def current_blocks(folder: Path) -> list[Report]:
 def failures(folder: Path) -> list[Report]:
     """Return each failure of a block, in the order of their times. A block that was tried again is there again."""
     return sorted(_reports(folder, FAILURES), key=lambda report: report.time)
+
+
+def failed_blocks(folder: Path) -> dict[int, Report]:
+    """Return the last failure of each block that failed, by its number, whether it was done since or not."""
+    return {report.block: report for report in failures(folder)}
 
 
 def same_error(found: list[Report], since: float) -> list[Report]:

@@ -29,16 +29,23 @@ from yacs.config import CfgNode
 from lsdseg.config.loader import dump_config
 from lsdseg.engine.blocks.life import Listener
 from lsdseg.engine.blocks.lock import run_lock, step_lock
-from lsdseg.engine.blocks.markers import blocks_left, check_settings, finished, record_files, records_in
-from lsdseg.engine.blocks.reports import clear_reports
-from lsdseg.engine.blocks.step import SKIPPED, STEP, BlockStep, Summary
+from lsdseg.engine.blocks.markers import (
+    blocks_left,
+    check_settings,
+    finished,
+    give_up,
+    given_up,
+    record_files,
+    records_in,
+)
+from lsdseg.engine.blocks.reports import MOST_LISTED, Report, clear_reports, failed_blocks
+from lsdseg.engine.blocks.step import RETRIES, SKIPPED, STEP, BlockStep, Summary
 from lsdseg.engine.blocks.supervisor import ALIVE, STOPPED, supervise
 from lsdseg.engine.blocks.workers import workers_class
 from lsdseg.engine.signals import signal_handlers
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk, write_whole
 
-RETRIES = 3  # of a block that fails, and of starting over when nothing gets done
 SECONDS_BETWEEN_LINES = 30  # in a log
 SECONDS_OF_SILENCE = 30  # after which the supervisor is replaced
 
@@ -50,7 +57,7 @@ def run_blocks(cfg: CfgNode, step: BlockStep) -> Summary:
     and SIGHUP end all workers; what is done stays done, and the next call does the rest.
 
     Returns:
-        How it went; all blocks are done.
+        How it went; all blocks are done, or given up with CLUSTER.SKIP_FAILED.
 
     Raises:
         UserError: finished blocks were made with other settings; another run is at work here; the scheduler of
@@ -63,7 +70,9 @@ def run_blocks(cfg: CfgNode, step: BlockStep) -> Summary:
             _prepare_folder(cfg, step)
         total, left = math.prod(step.grid), blocks_left(step)
         if not left:
-            print(f"{step}: nothing to do, all {total} blocks are done")
+            missing = given_up(step.markers)
+            without = f" but {len(missing)}, which are given up" if missing else ""
+            print(f"{step}: nothing to do, all {total} blocks are done{without}")
             return Summary(total, 0, total, 0)
         workers = min(max(cfg.SYSTEM.NUM_WORKERS, 1), left)
         print(f"{step}: {total} blocks, {total - left} of them done before or skipped")
@@ -80,7 +89,7 @@ def run_blocks(cfg: CfgNode, step: BlockStep) -> Summary:
             peak_memory=int(records["megabytes"].max(initial=0) * 1e6),
         )
         print(summary)
-        _raise_if_incomplete(step, summary, error, reason)
+        _end_incomplete(cfg, step, summary, error, reason)
         return summary
 
 
@@ -183,7 +192,8 @@ def _keep_those_of_another_volume(step: BlockStep) -> None:
     print(f"config and logs of {before} are now in {aside}")
 
 
-def _raise_if_incomplete(step: BlockStep, summary: Summary, error: str | None, reason: str) -> None:
+def _end_incomplete(cfg: CfgNode, step: BlockStep, summary: Summary, error: str | None, reason: str) -> None:
+    """Give up the blocks that are left, if all of them failed and that is allowed; else say why they are left."""
     left = summary.blocks - summary.done - summary.skipped
     if not left:
         return
@@ -193,8 +203,31 @@ def _raise_if_incomplete(step: BlockStep, summary: Summary, error: str | None, r
         raise UserError(f"{stopped.read_text(encoding='utf-8')}; {remedy}")
     if not summary.failed:
         raise UserError(f"{reason}; {remedy}")
-    print(f"\nThe first block that failed:\n{error}", file=sys.stderr)
-    raise UserError(f"blocks of {step} failed {RETRIES + 1} times, see {step.folder}; {remedy}")
+    failed = _blocks_that_failed(step) if summary.failed == left else []
+    if cfg.CLUSTER.SKIP_FAILED and step.may_skip and failed:
+        give_up(step.markers, failed + given_up(step.markers))
+        print(f"{step}: goes on without {left} blocks that failed {RETRIES + 1} times:\n{_listed(failed)}")
+        return
+    print(f"\nThe first block that failed:\n{error}" if error else "", _listed(failed), sep="\n", file=sys.stderr)
+    go_on = "; to go on without them, set CLUSTER.SKIP_FAILED True" if step.may_skip else ""
+    raise UserError(f"blocks of {step} failed {RETRIES + 1} times, see {step.folder}; {remedy}{go_on}")
+
+
+def _blocks_that_failed(step: BlockStep) -> list[Report]:
+    """Describe each block that is not done. One that took its worker with it left no report."""
+    reports = failed_blocks(step.folder)
+    begin, shape = ([int(n) for n in edge] for edge in (step.write_roi.begin, step.write_roi.shape))
+    left = np.flatnonzero(~(finished(step) | (False if step.skip is None else step.skip))).tolist()
+    silent = "it took too long, or its worker died"
+    return [reports.get(number) or Report.at(number, step.grid, begin, shape, silent) for number in left]
+
+
+def _listed(failed: list[Report]) -> str:
+    more = [f"  and {len(failed) - MOST_LISTED} more"] * (len(failed) > MOST_LISTED)
+    return "\n".join(
+        [f"  block {one.block}, {one.place}: {one.error}{one.log and f' ({one.log})'}" for one in failed[:MOST_LISTED]]
+        + more
+    )
 
 
 @contextmanager

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lsdseg.engine.blocks.lock import is_locked
-from lsdseg.engine.blocks.markers import record_files, records_in
-from lsdseg.engine.blocks.reports import Report, current_blocks, failures
+from lsdseg.engine.blocks.markers import given_up, record_files, records_in
+from lsdseg.engine.blocks.reports import MOST_LISTED, Report, current_blocks, failed_blocks
 from lsdseg.engine.blocks.step import SKIPPED, STEP
 from lsdseg.engine.blocks.supervisor import STOPPED
 from lsdseg.errors import UserError
@@ -23,7 +23,6 @@ from lsdseg.files import read_json, write_whole
 
 # Blocks per minute are those of the last minutes, since workers come and go.
 SECONDS_OF_RATE = 300
-MOST_LISTED = 5
 # What a block is, in maps: the largest number wins where one cell stands for several blocks.
 LEFT, SKIP, DONE, RUNNING, FAILED = range(5)
 SHADES = "·░▒▓█"  # of nothing done, to all done
@@ -39,7 +38,7 @@ class Status:
         active: whether its script runs.
         blocks: how many there are.
         done: how many are recorded as done.
-        skipped: how many need not be done.
+        skipped: how many need not be done, or are given up.
         running: the blocks that workers are at.
         failed: the last failure of each block that failed and was not done since.
         per_minute: blocks done per minute in the last minutes, 0 if none.
@@ -100,7 +99,7 @@ def read_status(folder: Path) -> Status:
     step = read_json(folder / STEP, "start the step again")
     try:
         markers, grid = Path(step["markers"]), tuple(map(int, step["grid"]))
-        begin, block = np.array(step["begin"]), np.array(step["block"])
+        begin, block = step["begin"], step["block"]
     except KeyError:
         raise UserError(f"{folder / STEP} is of an earlier version: start the step again") from None
     records = records_in(record_files(markers))
@@ -111,16 +110,13 @@ def read_status(folder: Path) -> Status:
     if skipped.is_file():
         blocks[np.unpackbits(np.fromfile(skipped, np.uint8), count=blocks.size) > 0] = SKIP
     blocks[numbers] = DONE
+    blocks[[report.block for report in given_up(markers)]] = SKIP
     active = is_locked(folder / "lock")
     running = current_blocks(folder) if active else []
-    last = {report.block: report for report in failures(folder)}
-    failed = [report for number, report in last.items() if number < blocks.size and blocks[number] == LEFT]
+    reports = failed_blocks(folder).items()
+    failed = [report for number, report in reports if number < blocks.size and blocks[number] == LEFT]
     for found, state in ((running, RUNNING), (failed, FAILED)):
         blocks[[report.block for report in found if report.block < blocks.size]] = state
-
-    def described(number: int) -> Report:
-        index = np.array(np.unravel_index(number, grid))
-        return Report(number, (begin + index * block).tolist(), block.tolist(), "")
 
     longest = np.argsort(records["seconds"])[::-1][:MOST_LISTED]
     now = time.time()
@@ -141,7 +137,7 @@ def read_status(folder: Path) -> Status:
         per_minute=per_minute,
         seconds_left=60 * left / per_minute if per_minute and left else None,
         seconds_per_block=float(records["seconds"].mean()) if len(records) else 0.0,
-        slowest=[(described(int(numbers[n])), float(records["seconds"][n])) for n in longest],
+        slowest=[(Report.at(int(numbers[n]), grid, begin, block), float(records["seconds"][n])) for n in longest],
         stopped=stopped.read_text(encoding="utf-8", errors="replace").strip() if stopped.is_file() else "",
         map=blocks.reshape(grid),
     )

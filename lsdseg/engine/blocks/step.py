@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lsdseg.data_utils.layout import log_folder
 
+RETRIES = 3  # of a block that fails, and of starting over when nothing gets done
 # Files in the folder of a run, for its workers and for `status.py`:
 STEP = "step.json"  # what is done with which blocks
 SKIPPED = "skipped"  # a bit for each block that need not be done; missing if there is none
@@ -27,7 +28,7 @@ class BlockStep:
         write_roi: what the first block writes. Blocks at the end are cut off.
         open_worker: "module:function", called once in every worker as function(cfg, arguments); what it returns is
             called with each `daisy.Block`. A block may be done twice, or be broken off and done again, so doing it must
-            replace what is there. A UserError ends the whole run.
+            replace what is there. A UserError that is no DamagedError ends the whole run.
         arguments: for open_worker; what JSON can hold, paths absolute.
         markers: folder that records which blocks are done; it belongs beside the outputs that it describes.
         settings: {key: value} of all settings on which the result depends; finished blocks are only good for these.
@@ -36,6 +37,7 @@ class BlockStep:
         silence: seconds without a sign of life, beyond the timeout, after which a worker is replaced. A network file
             system may show such a sign a minute late.
         skip: bool array over the grid of blocks, True for those that need not be done. None: do all.
+        may_skip: the result is of use without blocks that fail, if CLUSTER.SKIP_FAILED says to go on.
     """
 
     name: str
@@ -51,6 +53,7 @@ class BlockStep:
     timeout: float = 3600.0
     silence: float = 90.0
     skip: NDArray[np.bool_] | None = None
+    may_skip: bool = True
 
     @property
     def grid(self) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from lsdseg.engine.blocks.life import Listener, end_with_parent, show_life
 from lsdseg.engine.blocks.lock import workers_lock
 from lsdseg.engine.blocks.markers import new_record_file, record_files
 from lsdseg.engine.blocks.reports import failures, same_error
-from lsdseg.engine.blocks.step import STEP
+from lsdseg.engine.blocks.step import RETRIES, STEP
 from lsdseg.engine.blocks.workers import Workers, workers_class
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk, write_whole
@@ -148,7 +148,10 @@ class _Crew:
                 f"{same[0].error} -- so or almost so failed {len(same)} blocks in a row, the first of them at "
                 f"{same[0].place}; {self.workers.folder / same[0].log} has all of it"
             )
-        if self.failures >= FAILURES_IN_A_ROW + self.workers.count:
+        # Blocks that fail are tried again, however many, up to what SAME_ERRORS allows.
+        allowed = FAILURES_IN_A_ROW + self.workers.count
+        allowed += (RETRIES + 1) * self.workers.cfg.CLUSTER.SAME_ERRORS if same else 0
+        if self.failures >= allowed:
             silent = last_words.startswith("=== ")
             raise UserError(
                 f"{self.failures} workers in a row ended before they finished a block, the last one so: {end}; "

@@ -25,7 +25,7 @@ from lsdseg.config.loader import load_config
 from lsdseg.engine.blocks.life import end_with_parent, show_life
 from lsdseg.engine.blocks.markers import record_block
 from lsdseg.engine.blocks.reports import Report, report_begin, report_end, report_failure
-from lsdseg.errors import UserError
+from lsdseg.errors import DamagedError, UserError
 from lsdseg.files import explain_os_errors, read_json
 
 # An error that is longer is cut off in reports; the log has all of it.
@@ -61,6 +61,7 @@ def work(config: Path, step: Path, records: Path, log: Path) -> None:
     client = _connect(host)
     process = resolve(what["open_worker"])(cfg, what["arguments"])
     print(f"{host}: process {os.getpid()} is ready", flush=True)
+    damaged = 0
     while os.getppid() == parent:  # else the supervisor was killed
         with client.acquire_block() as block:
             if block is None:
@@ -76,9 +77,15 @@ def work(config: Path, step: Path, records: Path, log: Path) -> None:
             except Exception as error:
                 words = " ".join(f"{type(error).__name__}: {error}".split())
                 report_failure(log, replace(report, error=words[:MOST_CHARACTERS], time=time.time()))
-                raise
+                damaged += 1
+                if not isinstance(error, DamagedError) or damaged >= cfg.CLUSTER.SAME_ERRORS:
+                    raise
+                print(f"block {block.block_id[1]} failed: {error}", flush=True)
+                block.status = daisy.BlockStatus.FAILED
+                continue
             finally:
                 report_end(log)
+            damaged = 0
             wall, cpu = time.monotonic() - wall, time.process_time() - cpu
             with explain_os_errors(records):
                 record_block(records, number, wall, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
@@ -102,6 +109,8 @@ def _connect(host: str) -> daisy.Client:
 if __name__ == "__main__":
     try:
         work(*(Path(argument).absolute() for argument in sys.argv[1:]))
+    except DamagedError as error:  # the next worker goes on with other blocks
+        sys.exit(str(error))
     except UserError as error:
         print("error:", " ".join(str(error).split()), flush=True)
         sys.exit(2)

@@ -21,6 +21,7 @@ from lsdseg.data_utils.masks import open_mask, read_mask
 from lsdseg.data_utils.records import Record, record_of
 from lsdseg.data_utils.volumes import is_stored, list_arrays, open_array, voxels_of
 from lsdseg.engine.blocks.lock import working_on
+from lsdseg.engine.blocks.markers import missing_blocks
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.engine.network import load_network
@@ -70,7 +71,7 @@ def predict_blockwise(cfg: CfgNode, skip_empty: bool = False) -> None:
             if skip_empty:
                 step.skip = _blocks_to_skip(sample, step)
             run_blocks(cfg, step)
-            finalize_predictions(sample)
+            finalize_predictions(sample, missing_blocks(step.markers))
             print(f"{', '.join(sorted(names))} in {sample.output}")
 
 

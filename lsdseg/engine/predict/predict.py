@@ -211,11 +211,16 @@ def write_tile(
     return math.prod(s.stop - s.start for s in inside)
 
 
-def finalize_predictions(sample: Sample) -> list[str]:
-    """Give the complete datasets of `create_predictions` their final names, unless they have them; return these."""
+def finalize_predictions(sample: Sample, missing: Sequence[Any] = ()) -> list[str]:
+    """Give the complete datasets of `create_predictions` their final names, unless they have them; return these.
+
+    Args:
+        sample: whose predictions they are.
+        missing: see `seal_array`.
+    """
     names = [prediction_name(task) for task in prediction_channels(sample.cfg)]
     for name in set(names) & {array.removesuffix(PARTIAL) for array in list_arrays(sample.output) if PARTIAL in array}:
-        rename_array(sample.output, f"{name}{PARTIAL}", name)
+        rename_array(sample.output, f"{name}{PARTIAL}", name, missing)
     return names
 
 

@@ -219,6 +219,7 @@ def _level_step(sample: Sample, step: BlockStep, level: int, direction: str) -> 
         open_worker=f"{__name__}:open_level_worker",
         arguments=step.arguments | {"level": level, "direction": direction},
         markers=step.markers / LEVELS / f"{direction}_{level}",
+        may_skip=False,
     )
 
 

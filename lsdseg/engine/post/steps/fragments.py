@@ -16,7 +16,6 @@ from lsdseg.data_utils.volumes import (
     open_array,
     read,
     require_whole,
-    seal_array,
     voxels_of,
 )
 from lsdseg.engine.blocks.lock import working_on
@@ -27,7 +26,7 @@ from lsdseg.engine.post.graph import fragments_of_block
 from lsdseg.engine.post.inputs import IN_BLOCKS, IN_MEMORY, inputs_of
 from lsdseg.engine.post.methods import method_of
 from lsdseg.engine.post.placement import open_placement, read_placement
-from lsdseg.engine.post.steps.grid import begun_labels, block_step, create_labels
+from lsdseg.engine.post.steps.grid import begun_labels, block_step, create_labels, seal_labels
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.errors import UserError
 from lsdseg.rag import open_store
@@ -59,7 +58,7 @@ def extract_fragments_blockwise(cfg: CfgNode) -> None:
             step = fragments_step(sample)
             run_blocks(cfg, step)
             store.finish_nodes()
-            seal_array(sample.output, FRAGMENTS)
+            seal_labels(sample, FRAGMENTS, step, sample.affinities)
             print(f"{FRAGMENTS} in {sample.output}, nodes in {store}")
 
 

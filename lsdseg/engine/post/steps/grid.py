@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 from funlib.geometry import Coordinate, Roi
+from funlib.persistence import Array
 
 from lsdseg.data_utils.records import START_OVER, Record, record_of
-from lsdseg.data_utils.volumes import chunk_shape, create_array, has_array, open_array
+from lsdseg.data_utils.volumes import MISSING, chunk_shape, create_array, has_array, open_array, seal_array
+from lsdseg.engine.blocks.markers import missing_blocks
 from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.engine.sample import Sample
 from lsdseg.errors import UserError
@@ -100,3 +102,9 @@ def create_labels(sample: Sample, dataset: str, attributes: dict[str, Any]) -> N
             chunk_shape=chunk_shape(sample.cfg.INS_SEGMENT.BLOCK_SIZE, shape, LARGEST_CHUNK),
             attributes=attributes,
         )
+
+
+def seal_labels(sample: Sample, dataset: str, step: BlockStep, source: Array) -> None:
+    """Record that labels are complete, and which blocks are missing: in them, or in the array they were made from."""
+    missing = [*missing_blocks(step.markers), *source.attrs.get(MISSING, [])]
+    seal_array(sample.output, dataset, [place for n, place in enumerate(missing) if place not in missing[:n]])

@@ -12,14 +12,14 @@ from yacs.config import CfgNode
 
 from lsdseg.data_utils.layout import FRAGMENTS, final_segmentation_name
 from lsdseg.data_utils.records import Record
-from lsdseg.data_utils.volumes import open_array, read, require_whole, seal_array, voxels_of
+from lsdseg.data_utils.volumes import open_array, read, require_whole, voxels_of
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import blocks_left, discard_markers
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.engine.post.methods import method_that_scores
 from lsdseg.engine.post.steps.fragments import require_fragments
-from lsdseg.engine.post.steps.grid import begun_labels, block_step, create_labels
+from lsdseg.engine.post.steps.grid import begun_labels, block_step, create_labels, seal_labels
 from lsdseg.engine.post.steps.tables import tables_name
 from lsdseg.engine.post.tables import check_lut, existing_lut, load_lut, lut_record, relabel
 from lsdseg.engine.sample import Sample, samples_of
@@ -45,7 +45,7 @@ def extract_segmentation(cfg: CfgNode, merge_function: str, threshold: float) ->
                 create_labels(sample, name, made_by | {"threshold": threshold} | record.attributes)
             step = _relabel_step(sample, name, path, (begun or record).id)
             run_blocks(cfg, step)
-            seal_array(sample.output, name)
+            seal_labels(sample, name, step, open_array(sample.output, sample.fragments_dataset))
             print(f"{name} in {sample.output}")
 
 
