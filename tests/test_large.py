@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -457,6 +458,33 @@ def test_the_steps_go_on_without_blocks_that_cannot_be_read_if_they_may(home, ca
     np.testing.assert_array_equal(segmentation == 0, missing | (segmentation == 0))
     assert not segmentation[missing].any()
     assert segmentation[~missing].any()
+
+
+def test_a_run_that_starts_over_goes_on_after_an_interruption(home, capsys):
+    path, cfg = output(home), config(home)
+    before = whole_way(cfg)
+    chunk = read_header(path / "volumes/fragments").chunk_file((1, 1, 1))
+    whole, anew = chunk.read_bytes(), config(home, DATA__DROP_DS_MONGOTABLE=True, CLUSTER__SAME_ERRORS=100)
+
+    def done_before(step):
+        step()
+        return [int(n) for n in re.findall(r"64 blocks, (\d+) of them done before", capsys.readouterr().out)]
+
+    for step, reads_the_chunk in [
+        (lambda: agglomerate_blockwise(anew), 27),
+        (lambda: find_segments(anew, MERGE_FUNCTION, THRESHOLD), 0),
+        (lambda: extract_segmentation(anew, MERGE_FUNCTION, THRESHOLD), 1),
+    ]:
+        if reads_the_chunk:
+            chunk.write_bytes(whole[:40])
+            with pytest.raises(UserError, match=f"{reads_the_chunk} of 64 blocks are not done"):
+                step()
+            capsys.readouterr()
+            chunk.write_bytes(whole)
+            assert done_before(step) == [64 - reads_the_chunk]
+            assert done_before(step) == [0]
+        step()
+    np.testing.assert_array_equal(read(open_array(path, FINAL)), before)
 
 
 def test_a_graph_of_others_is_never_dropped_unasked(home):

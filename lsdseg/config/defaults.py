@@ -77,7 +77,8 @@ _C.DATA.DISAGREEMENT = False
 _C.DATA.DB_HOST = ""
 # MongoDB database. Empty: lsd_parallel_fragments.
 _C.DATA.DB_NAME = ""
-# Start over: delete the output datasets and graph collections of an earlier run.
+# Start over: delete the output datasets and graph collections of an earlier run. The same command, given again after an
+# interruption, goes on.
 _C.DATA.DROP_DS_MONGOTABLE = False
 
 # ------------------------------------------------------------------------------------------------------------

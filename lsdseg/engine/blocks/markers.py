@@ -13,10 +13,11 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,9 @@ UNTIMED = np.dtype([("block", "<u8"), ("seconds", "<f4"), ("megabytes", "<f4")])
 RECORD = np.dtype([*UNTIMED.descr, ("time", "<f8")])
 TIMED = ".timed"
 GIVEN_UP = "given_up.json"
+BEGUN_ANEW = "begun_anew"  # there until a step that was started over is complete
+
+Found = TypeVar("Found")
 
 
 def new_record_file(markers: Path) -> Path:
@@ -153,6 +157,33 @@ def discard_markers(markers: Path) -> None:
     """
     with step_lock(markers):
         shutil.rmtree(markers, ignore_errors=True)
+
+
+def begun_before(anew: bool, markers: Path, find: Callable[..., Found | None], *arguments: Any) -> Found | None:
+    """Return what an earlier run has begun and this one goes on with, None if it has to start over.
+
+    A run that starts over, and is ended, goes on when the same command is given again.
+
+    Args:
+        anew: start over (DATA.DROP_DS_MONGOTABLE).
+        markers: of the step.
+        find: returns what was begun, None if nothing was.
+        arguments: for `find`.
+
+    Raises:
+        UserError: of `find`, unless the run starts over.
+    """
+    if not anew:
+        return find(*arguments)
+    if (markers / BEGUN_ANEW).is_file():
+        with suppress(UserError):
+            return find(*arguments)
+    return None
+
+
+def complete(step: BlockStep) -> None:
+    """Record that nothing is left of a step: the next run that is to start over does."""
+    (step.markers / BEGUN_ANEW).unlink(missing_ok=True)
 
 
 def read_settings(step: BlockStep) -> dict[str, Any]:

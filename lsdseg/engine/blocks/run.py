@@ -30,6 +30,7 @@ from lsdseg.config.loader import dump_config
 from lsdseg.engine.blocks.life import Listener
 from lsdseg.engine.blocks.lock import run_lock, step_lock
 from lsdseg.engine.blocks.markers import (
+    BEGUN_ANEW,
     blocks_left,
     check_settings,
     finished,
@@ -67,6 +68,8 @@ def run_blocks(cfg: CfgNode, step: BlockStep) -> Summary:
     with step_lock(step.markers), run_lock(step.folder / "lock", f"in {step.folder}"):
         with room_on_disk(step.markers), room_on_disk(step.folder):
             check_settings(step)
+            if cfg.DATA.DROP_DS_MONGOTABLE:
+                (step.markers / BEGUN_ANEW).touch()
             _prepare_folder(cfg, step)
         total, left = math.prod(step.grid), blocks_left(step)
         if not left:

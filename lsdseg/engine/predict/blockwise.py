@@ -21,7 +21,7 @@ from lsdseg.data_utils.masks import open_mask, read_mask
 from lsdseg.data_utils.records import Record, record_of
 from lsdseg.data_utils.volumes import is_stored, list_arrays, open_array, voxels_of
 from lsdseg.engine.blocks.lock import working_on
-from lsdseg.engine.blocks.markers import missing_blocks
+from lsdseg.engine.blocks.markers import begun_before, complete, missing_blocks
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.engine.network import load_network
@@ -61,7 +61,7 @@ def predict_blockwise(cfg: CfgNode, skip_empty: bool = False) -> None:
     for sample in samples:
         with working_on(sample.output, "predict"):
             step, record = _predict_step(sample), prediction_record(sample, masked=skip_empty)
-            begun = None if cfg.DATA.DROP_DS_MONGOTABLE else begun_prediction(sample, record)
+            begun = begun_before(cfg.DATA.DROP_DS_MONGOTABLE, step.markers, begun_prediction, sample, record)
             if begun is None and not cfg.DATA.DROP_DS_MONGOTABLE and is_predicted(sample, record):
                 print(f"{sample.output} is predicted already; to predict it again, set DATA.DROP_DS_MONGOTABLE True")
                 continue
@@ -72,6 +72,7 @@ def predict_blockwise(cfg: CfgNode, skip_empty: bool = False) -> None:
                 step.skip = _blocks_to_skip(sample, step)
             run_blocks(cfg, step)
             finalize_predictions(sample, missing_blocks(step.markers))
+            complete(step)
             print(f"{', '.join(sorted(names))} in {sample.output}")
 
 

@@ -23,7 +23,7 @@ from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.data_utils.records import START_OVER, Record, identity
 from lsdseg.data_utils.volumes import open_array, read, voxels_of
 from lsdseg.engine.blocks.lock import working_on
-from lsdseg.engine.blocks.markers import blocks_left, discard_markers
+from lsdseg.engine.blocks.markers import begun_before, blocks_left, complete, discard_markers
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.engine.post.contacts import find_contacts
@@ -57,7 +57,14 @@ def agglomerate_blockwise(cfg: CfgNode) -> None:
             check_block_settings(sample)
             store = open_store(cfg, sample.output, "r+", fragments)
             record = _record(sample, merge_function, fragments)
-            begun = None if cfg.DATA.DROP_DS_MONGOTABLE else _begun(store, merge_function, record)
+            begun = begun_before(
+                cfg.DATA.DROP_DS_MONGOTABLE,
+                sample.markers(edges_name(merge_function)),
+                _begun,
+                store,
+                merge_function,
+                record,
+            )
             if begun is None:
                 discard_markers(sample.markers(edges_name(merge_function)))
                 store.drop_edges(merge_function)
@@ -67,6 +74,7 @@ def agglomerate_blockwise(cfg: CfgNode) -> None:
             if method_that_scores(merge_function).scores_whole_graph and not _is_scored(step):
                 _score_whole_graph(sample, step, store, merge_function)
             store.finish_edges(merge_function)
+            complete(step)
             print(f"edges of {merge_function} in {store}")
 
 

@@ -19,7 +19,7 @@ from lsdseg.data_utils.volumes import (
     voxels_of,
 )
 from lsdseg.engine.blocks.lock import working_on
-from lsdseg.engine.blocks.markers import blocks_left, discard_markers
+from lsdseg.engine.blocks.markers import begun_before, blocks_left, complete, discard_markers
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.engine.post.graph import fragments_of_block
@@ -47,7 +47,7 @@ def extract_fragments_blockwise(cfg: CfgNode) -> None:
         with working_on(sample.output, NAME, reads=["predict"]):
             check_block_settings(sample)
             record = _record(sample)
-            begun = None if cfg.DATA.DROP_DS_MONGOTABLE else begun_fragments(sample)
+            begun = begun_before(cfg.DATA.DROP_DS_MONGOTABLE, sample.markers(NAME), begun_fragments, sample)
             if begun is None:
                 discard_markers(sample.markers(NAME))
                 mode: Mode = "w" if cfg.DATA.DROP_DS_MONGOTABLE else "x"
@@ -59,6 +59,7 @@ def extract_fragments_blockwise(cfg: CfgNode) -> None:
             run_blocks(cfg, step)
             store.finish_nodes()
             seal_labels(sample, FRAGMENTS, step, sample.affinities)
+            complete(step)
             print(f"{FRAGMENTS} in {sample.output}, nodes in {store}")
 
 

@@ -14,7 +14,7 @@ from lsdseg.data_utils.layout import FRAGMENTS, final_segmentation_name
 from lsdseg.data_utils.records import Record
 from lsdseg.data_utils.volumes import open_array, read, require_whole, voxels_of
 from lsdseg.engine.blocks.lock import working_on
-from lsdseg.engine.blocks.markers import blocks_left, discard_markers
+from lsdseg.engine.blocks.markers import begun_before, blocks_left, complete, discard_markers
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.engine.post.methods import method_that_scores
@@ -38,7 +38,14 @@ def extract_segmentation(cfg: CfgNode, merge_function: str, threshold: float) ->
         reads = ["predict", "fragments", tables_name(merge_function)]
         with working_on(sample.output, _step_name(name), reads=reads):
             record = _record(path, require_fragments(sample), merge_function, threshold)
-            begun = None if cfg.DATA.DROP_DS_MONGOTABLE else begun_labels(sample, name, record)
+            begun = begun_before(
+                cfg.DATA.DROP_DS_MONGOTABLE,
+                sample.markers(_step_name(name)),
+                begun_labels,
+                sample,
+                name,
+                record,
+            )
             if begun is None:
                 discard_markers(sample.markers(_step_name(name)))
                 made_by = {"method": method_that_scores(merge_function).name, "merge_function": merge_function}
@@ -46,6 +53,7 @@ def extract_segmentation(cfg: CfgNode, merge_function: str, threshold: float) ->
             step = _relabel_step(sample, name, path, (begun or record).id)
             run_blocks(cfg, step)
             seal_labels(sample, name, step, open_array(sample.output, sample.fragments_dataset))
+            complete(step)
             print(f"{name} in {sample.output}")
 
 
