@@ -29,7 +29,8 @@ from lsdseg.data_utils.layout import data_folder
 from lsdseg.data_utils.phantom import write_phantom
 from lsdseg.data_utils.volumes import open_array
 from lsdseg.engine.device import Precision
-from lsdseg.engine.predict.tiles import TilePredictor, tile_voxels
+from lsdseg.engine.predict.tile_size import tile_voxels
+from lsdseg.engine.predict.tiles import TilePredictor
 from lsdseg.models import build_model
 
 

@@ -36,7 +36,6 @@ _C.MODEL_ISO.KERNEL_SIZE_UP = None
 # With "same" padding, every voxel of a small patch is supervised.
 _C.MODEL_ISO.PAD_CONV = "same"
 _C.MODEL_ISO.INPUT_SHAPE = (48, 48, 48)
-_C.MODEL_ISO.GROW_INPUT = (8, 8, 8)
 # For DATA.DIM_2D True.
 _C.MODEL_ISO.DOWNSAMPLE_FACTORS_2D = [[2, 2], [2, 2], [2, 2]]
 _C.MODEL_ISO.INPUT_SHAPE_2D = (96, 96)

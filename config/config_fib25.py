@@ -42,7 +42,6 @@ _C.MODEL_ISO.PAD_CONV = "same"
 # The few channels that die nevertheless can come back.
 _C.MODEL_ISO.ACTIVATION = "leaky_relu"
 _C.MODEL_ISO.INPUT_SHAPE = (64, 64, 64)
-_C.MODEL_ISO.GROW_INPUT = (40, 40, 40)
 # For DATA.DIM_2D True.
 _C.MODEL_ISO.DOWNSAMPLE_FACTORS_2D = [[2, 2], [2, 2], [2, 2]]
 _C.MODEL_ISO.INPUT_SHAPE_2D = (128, 128)

@@ -192,12 +192,8 @@ def test_defaults_are_the_published_ones():
     assert (cfg.TRAIN.EPOCHS, cfg.TRAIN.SAVE_EVERY, cfg.TRAIN.INITIAL_LR) == (20, 5, 0.5e-4)
     assert len(cfg.TRAIN.LR_NEIGHBORHOOD) == 9
     iso, aniso = cfg.MODEL_ISO, cfg.MODEL_ANISO
-    assert (iso.INPUT_SHAPE, iso.OUTPUT_SHAPE, iso.GROW_INPUT) == ((196,) * 3, (72,) * 3, (36,) * 3)
-    assert (aniso.INPUT_SHAPE, aniso.OUTPUT_SHAPE, aniso.GROW_INPUT) == (
-        (132, 268, 268),
-        (72, 144, 144),
-        (36,) * 3,
-    )
+    assert (iso.INPUT_SHAPE, iso.OUTPUT_SHAPE, iso.GROW_INPUT) == ((196,) * 3, (72,) * 3, None)
+    assert (aniso.INPUT_SHAPE, aniso.OUTPUT_SHAPE, aniso.GROW_INPUT) == ((132, 268, 268), (72, 144, 144), None)
     assert (iso.OUTPUT_SHAPE_2D, iso.VOXEL_SIZE, aniso.VOXEL_SIZE) == ((72, 72), (8, 8, 8), (40, 4, 4))
     assert iso.KERNEL_SIZE_DOWN == [[(3, 3, 3)] * 2] * 4
     assert aniso.KERNEL_SIZE_DOWN == [[(1, 3, 3)] * 2] + [[(3, 3, 3)] * 2] * 3

@@ -33,8 +33,10 @@ from lsdseg.engine.post.steps.relabel import extract_segmentation
 from lsdseg.engine.post.steps.tables import find_segments
 from lsdseg.engine.post.tables import load_lut, save_lut
 from lsdseg.engine.post.whole import segment
+from lsdseg.engine.predict import tile_size
 from lsdseg.engine.predict.blockwise import predict_blockwise
 from lsdseg.engine.predict.predict import predict
+from lsdseg.engine.predict.tile_size import tile_voxels
 from lsdseg.errors import UserError
 from lsdseg.models import build_model
 from lsdseg.models.checkpoint import save_untrained
@@ -538,8 +540,8 @@ def test_bad_input_is_refused(home):
         extract_fragments_blockwise(config(home))
 
 
-def test_blockwise_prediction_is_the_prediction_and_skips_what_is_empty(home, tmp_path, labels):
-    cfg = config(home)
+def test_blockwise_prediction_is_the_prediction_and_skips_what_is_empty(home, tmp_path, labels, monkeypatch):
+    cfg = config(home, MODEL_ISO__GROW_INPUT=None)
     torch.manual_seed(0)
     save_untrained(cfg.TRAIN.CHECKPOINT, build_model(cfg), cfg)
     predict(cfg)
@@ -552,6 +554,9 @@ def test_blockwise_prediction_is_the_prediction_and_skips_what_is_empty(home, tm
     assert not [name for name in list_arrays(output(home)) if name.endswith(".partial")]
     for records in (output(home).with_suffix(".blocks") / "predict" / "done").iterdir():
         records.write_bytes(b"")  # lost: all blocks are done again, in place
+    before = tile_voxels(cfg, labels[0].shape, workers=2)
+    monkeypatch.setattr(tile_size, "SHARE", 0.0)  # and as large as they were
+    assert tile_voxels(cfg, labels[0].shape, workers=2) < before
     predict_blockwise(cfg)
     np.testing.assert_array_equal(read(open_array(output(home), names[0])), expected[0])
 

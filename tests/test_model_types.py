@@ -24,7 +24,8 @@ from lsdseg.engine.network import complete_network, first_network_config
 from lsdseg.engine.post.whole import segment
 from lsdseg.engine.predict.blockwise import predict_blockwise
 from lsdseg.engine.predict.predict import predict
-from lsdseg.engine.predict.tiles import TilePredictor
+from lsdseg.engine.predict.tile_size import tile_voxels
+from lsdseg.engine.predict.tiles import TilePredictor, begins
 from lsdseg.engine.training.pipeline import training_batches
 from lsdseg.engine.training.ranks import Ranks
 from lsdseg.engine.training.train import train
@@ -256,7 +257,8 @@ def test_auto_context_tiles_fit_together(home, model_type, flat, case):
     raw = open_array(sample, "volumes/raw")
 
     tiled = np.zeros((3 - flat, *raw.shape), np.float32)
-    for begin, shape in predictor.tiles(raw.shape):
+    shape = tile_voxels(cfg, raw.shape)
+    for begin in begins(shape, raw.shape):
         where = tuple(slice(b, b + s) for b, s in zip(begin, shape, strict=True))
         target = tiled[:, *where]
         target[:] = predictor(raw, begin, shape)["affs"][:, *map(slice, target.shape[1:])]

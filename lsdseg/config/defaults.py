@@ -227,7 +227,7 @@ _C.MODEL_ISO.INPUT_SHAPE_2D = (196, 196)
 _C.MODEL_ISO.OUTPUT_SHAPE = None
 _C.MODEL_ISO.OUTPUT_SHAPE_2D = None
 # Voxels to add to both shapes in prediction, which needs less memory than training. Must be multiples of the product of
-# the factors. None: 36, or the next lower multiple.
+# the factors. None: as many as fit into memory, as far as larger tiles are faster.
 _C.MODEL_ISO.GROW_INPUT = None
 _C.MODEL_ISO.GROW_INPUT_2D = None
 # Voxel size in nm. Data with another voxel size is refused. VOXEL_SIZE_2D None: the y and x of VOXEL_SIZE.

@@ -55,8 +55,6 @@ PUBLISHED_KEYS = (
 )
 # Keys of MODEL_* that describe the network, in the order of the arguments of `network_shapes`.
 NETWORK = ("DOWNSAMPLE_FACTORS", "KERNEL_SIZE_DOWN", "KERNEL_SIZE_UP", "PAD_CONV")
-# Default of GROW_INPUT, if the network can take it.
-GROW_INPUT = 36
 # Config files in YAML have a few thousand bytes. Reading a larger one would take minutes.
 MOST_BYTES = 10**6
 # A network with more weights fits no GPU. The published one has 2e8.
@@ -313,7 +311,7 @@ def _resolve_model(cfg: CfgNode, section: str, dims: int, used: str, origins: Ma
 
 
 def _derive_shapes(model: CfgNode, section: str, suffix: str, origins: Mapping[str, str]) -> None:
-    """Compute OUTPUT_SHAPE and GROW_INPUT from the network and INPUT_SHAPE, or check those that are given."""
+    """Compute OUTPUT_SHAPE from the network and INPUT_SHAPE, or check that and GROW_INPUT if they are given."""
 
     def value(name: str) -> Any:
         return model.get(name + suffix, model[name])
@@ -344,9 +342,7 @@ def _derive_shapes(model: CfgNode, section: str, suffix: str, origins: Mapping[s
 
     steps = total_factor(network[0])
     grow = value("GROW_INPUT")
-    if grow is None:
-        model["GROW_INPUT" + suffix] = tuple(GROW_INPUT // step * step for step in steps)
-    elif any(g % step for g, step in zip(grow, steps, strict=True)):
+    if grow is not None and any(g % step for g, step in zip(grow, steps, strict=True)):
         reason = f"the network can grow only by multiples of {steps}"
         raise _bad_value(f"{section}.GROW_INPUT{suffix}", grow, origins, reason)
 

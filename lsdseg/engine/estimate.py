@@ -21,7 +21,8 @@ from lsdseg.engine.chain import BYTES_PER_VOXEL, Chain
 from lsdseg.engine.post.steps.edges import edges_name
 from lsdseg.engine.post.steps.fragments import NAME as FRAGMENTS_STEP
 from lsdseg.engine.predict.predict import prediction_channels
-from lsdseg.engine.predict.tiles import TilePredictor, tile_voxels
+from lsdseg.engine.predict.tile_size import count_tiles, tile_bytes, tile_voxels
+from lsdseg.engine.predict.tiles import TilePredictor
 from lsdseg.errors import UserError
 from lsdseg.files import byte_count, room_on_disk
 
@@ -63,12 +64,20 @@ def estimates(chain: Chain) -> list[Estimate]:
     cfg, raw = chain.cfg, open_array(chain.raw, chain.cfg.DATA.RAW)
     shape = [-(-size // voxel) for size, voxel in zip(raw.roi.shape, cfg.MODEL.VOXEL_SIZE, strict=True)]
     voxels = math.prod(shape)
-    tile = tile_voxels(cfg, shape)
-    tiles = math.prod(-(-size // t) for size, t in zip(shape, tile, strict=True))
-    seconds, network_bytes = _time_tile(cfg, tile)
+    tile = tile_voxels(cfg, shape, max(1, cfg.SYSTEM.NUM_WORKERS) if chain.blockwise else 1)
+    tiles, seconds = count_tiles(tile, shape), _time_tile(cfg, tile)
     bytes_per_value = np.dtype(cfg.DATA.AFFS_DTYPE).itemsize
     predictions = voxels * sum(prediction_channels(cfg).values()) * bytes_per_value
-    found = [Estimate("prediction", tiles, seconds * tiles, int(predictions * PREDICTION_SHARE), network_bytes, True)]
+    found = [
+        Estimate(
+            "prediction",
+            tiles,
+            seconds * tiles,
+            int(predictions * PREDICTION_SHARE),
+            WITH_NETWORK + tile_bytes(cfg, tile),
+            True,
+        )
+    ]
 
     settings = cfg.INS_SEGMENT
     block = settings.BLOCK_SIZE if chain.blockwise else shape
@@ -110,15 +119,14 @@ def show_estimates(chain: Chain) -> None:
     )
 
 
-def _time_tile(cfg: CfgNode, tile: tuple[int, ...]) -> tuple[float, int]:
-    """Return the seconds of one tile, and about how much memory it takes."""
+def _time_tile(cfg: CfgNode, tile: tuple[int, ...]) -> float:
+    """Return the seconds of one tile."""
     predictor = TilePredictor(cfg)
     shape = predictor.input_shape(tile)
     voxels = np.random.default_rng(0).random(shape, np.float32) * 2 - 1
     began = time.monotonic()
     predictor.predict_voxels(voxels, tile)
-    # The finest level: what comes from its way down, from below, both together, and what is computed of them.
-    return time.monotonic() - began, WITH_NETWORK + math.prod(shape) * 4 * 5 * cfg.MODEL.NUM_FMAPS
+    return time.monotonic() - began
 
 
 def _mean_seconds(markers: Path) -> float:

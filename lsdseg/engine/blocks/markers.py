@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from funlib.geometry import Coordinate
 from numpy.typing import NDArray
 
 from lsdseg.engine.blocks.lock import step_lock
@@ -33,6 +34,7 @@ UNTIMED = np.dtype([("block", "<u8"), ("seconds", "<f4"), ("megabytes", "<f4")])
 RECORD = np.dtype([*UNTIMED.descr, ("time", "<f8")])
 TIMED = ".timed"
 GIVEN_UP = "given_up.json"
+WRITTEN = "block without context (nm)"  # the setting with the place and shape of the first block
 BEGUN_ANEW = "begun_anew"  # there until a step that was started over is complete
 
 Found = TypeVar("Found")
@@ -125,7 +127,7 @@ def finished(step: BlockStep) -> NDArray[np.bool_]:
     done = np.zeros(math.prod(step.grid), bool)
     if not step.markers.is_dir():
         return done.reshape(step.grid)
-    before = read_settings(step)
+    before = read_settings(step.markers)
     changed = [key for key, roi in _rois(step).items() if before and before.get(key) != roi]
     if changed:
         raise UserError(
@@ -186,13 +188,23 @@ def complete(step: BlockStep) -> None:
     (step.markers / BEGUN_ANEW).unlink(missing_ok=True)
 
 
-def read_settings(step: BlockStep) -> dict[str, Any]:
+def block_begun(markers: Path) -> Coordinate | None:
+    """The shape in nm of the blocks that finished ones have, None if there are none yet.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    recorded = read_settings(markers).get(WRITTEN)
+    return None if recorded is None else Coordinate(recorded[1])
+
+
+def read_settings(markers: Path) -> dict[str, Any]:
     """The settings that the finished blocks were made with, empty if there are none yet.
 
     Raises:
         UserError: the file is damaged.
     """
-    file = step.markers / "settings.json"
+    file = markers / "settings.json"
     if not file.is_file():
         return {}
     return read_json(file, "set DATA.DROP_DS_MONGOTABLE True to do this step anew")
@@ -205,7 +217,7 @@ def check_settings(step: BlockStep) -> None:
         UserError: they were made with other settings.
     """
     settings = json.loads(json.dumps(_rois(step) | step.settings))
-    before = read_settings(step)
+    before = read_settings(step.markers)
     if not before:
         with write_whole(step.markers / "settings.json") as partial:
             partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
@@ -225,7 +237,7 @@ def check_settings(step: BlockStep) -> None:
 
 def _rois(step: BlockStep) -> dict[str, list[list[int]]]:
     """What the grid of blocks depends on."""
-    rois = {"volume (nm)": step.total_roi, "block (nm)": step.read_roi, "block without context (nm)": step.write_roi}
+    rois = {"volume (nm)": step.total_roi, "block (nm)": step.read_roi, WRITTEN: step.write_roi}
     return {key: [[int(n) for n in roi.offset], [int(n) for n in roi.shape]] for key, roi in rois.items()}
 
 

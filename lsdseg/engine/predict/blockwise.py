@@ -21,7 +21,7 @@ from lsdseg.data_utils.masks import open_mask, read_mask
 from lsdseg.data_utils.records import Record, record_of
 from lsdseg.data_utils.volumes import is_stored, list_arrays, open_array, voxels_of
 from lsdseg.engine.blocks.lock import working_on
-from lsdseg.engine.blocks.markers import begun_before, complete, missing_blocks
+from lsdseg.engine.blocks.markers import begun_before, block_begun, complete, missing_blocks
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.engine.network import load_network
@@ -33,7 +33,8 @@ from lsdseg.engine.predict.predict import (
     prediction_record,
     write_tile,
 )
-from lsdseg.engine.predict.tiles import TilePredictor, tile_voxels
+from lsdseg.engine.predict.tile_size import tile_voxels
+from lsdseg.engine.predict.tiles import TilePredictor
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.engine.sections import along_zyx
 from lsdseg.engine.statistics import warn_if_unlike
@@ -60,13 +61,17 @@ def predict_blockwise(cfg: CfgNode, skip_empty: bool = False) -> None:
     warn_if_unlike(samples)
     for sample in samples:
         with working_on(sample.output, "predict"):
-            step, record = _predict_step(sample), prediction_record(sample, masked=skip_empty)
-            begun = begun_before(cfg.DATA.DROP_DS_MONGOTABLE, step.markers, begun_prediction, sample, record)
+            record = prediction_record(sample, masked=skip_empty)
+            begun = begun_before(
+                cfg.DATA.DROP_DS_MONGOTABLE, sample.markers("predict"), begun_prediction, sample, record
+            )
             if begun is None and not cfg.DATA.DROP_DS_MONGOTABLE and is_predicted(sample, record):
                 print(f"{sample.output} is predicted already; to predict it again, set DATA.DROP_DS_MONGOTABLE True")
                 continue
+            tile = _tile(sample, begun is not None)
             if begun is None:
-                create_predictions(sample, record)
+                create_predictions(sample, record, tile)
+            step = _predict_step(sample, tile)
             step.settings = {"the prediction": (begun or record).id}
             if skip_empty:
                 step.skip = _blocks_to_skip(sample, step)
@@ -121,11 +126,17 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
     return process
 
 
-def _predict_step(sample: Sample) -> BlockStep:
-    """Describe the step that predicts a sample, one tile per block."""
+def _tile(sample: Sample, begun: bool) -> Coordinate:
+    """Return the voxels of a tile: as before where a run has begun, since the memory that is free may have changed."""
     cfg, raw = sample.cfg, sample.raw
-    tile = Coordinate(tile_voxels(cfg, raw.shape))
-    context = Coordinate(along_zyx(cfg.MODEL.CONTEXT, 0)) * raw.voxel_size
+    before = block_begun(sample.markers("predict")) if begun and cfg.MODEL.GROW_INPUT is None else None
+    return before / raw.voxel_size if before else Coordinate(tile_voxels(cfg, raw.shape, cfg.SYSTEM.NUM_WORKERS or 1))
+
+
+def _predict_step(sample: Sample, tile: Coordinate) -> BlockStep:
+    """Describe the step that predicts a sample, one tile per block."""
+    raw = sample.raw
+    context = Coordinate(along_zyx(sample.cfg.MODEL.CONTEXT, 0)) * raw.voxel_size
     write_roi = Roi(raw.roi.begin, tile * raw.voxel_size)
     return BlockStep(
         name="predict",

@@ -23,7 +23,8 @@ from lsdseg.data_utils.records import Record, file_fingerprint, identity, record
 from lsdseg.data_utils.volumes import chunk_shape, create_array, list_arrays, open_array, rename_array, require_whole
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import discard_markers
-from lsdseg.engine.predict.tiles import TilePredictor, one_ahead, tile_voxels
+from lsdseg.engine.predict.tile_size import tile_voxels
+from lsdseg.engine.predict.tiles import TilePredictor, one_ahead
 from lsdseg.engine.predict.views import views_of
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.engine.statistics import prediction_window, warn_if_unlike
@@ -109,13 +110,14 @@ def predict_sample(predictor: TilePredictor, sample: Sample, record: Record) -> 
     """
     cfg, raw = sample.cfg, sample.raw
     with working_on(sample.output, "predict"):
-        arrays = create_predictions(sample, record)
+        tile = tile_voxels(cfg, raw.shape)
+        arrays = create_predictions(sample, record, tile)
         with (
             tqdm(total=math.prod(raw.shape), unit="voxel", unit_scale=True) as bar,
             ThreadPoolExecutor(max_workers=1) as writer,
         ):
-            tiles = predictor.predict_tiles(raw, (0,) * len(raw.shape), raw.shape)
-            writes = (writer.submit(write_tile, cfg, arrays, tile, begin, raw.shape) for begin, tile in tiles)
+            tiles = predictor.predict_tiles(raw, (0,) * len(raw.shape), raw.shape, tile)
+            writes = (writer.submit(write_tile, cfg, arrays, values, begin, raw.shape) for begin, values in tiles)
             for written in one_ahead(writes):
                 bar.update(written)
         return finalize_predictions(sample)
@@ -143,7 +145,7 @@ def prediction_channels(cfg: CfgNode) -> dict[str, int]:
     return channels
 
 
-def create_predictions(sample: Sample, record: Record) -> dict[str, Array]:
+def create_predictions(sample: Sample, record: Record, tile: Sequence[int]) -> dict[str, Array]:
     """Create empty datasets on raw's voxels, in chunks that no two tiles share.
 
     Their names end in PARTIAL until `finalize_predictions`. The markers of blocks in earlier datasets are deleted.
@@ -151,6 +153,7 @@ def create_predictions(sample: Sample, record: Record) -> dict[str, Array]:
     Args:
         sample: the sample.
         record: what `prediction_record` returned.
+        tile: voxels of a tile along z, y, x.
 
     Returns:
         Name, as in `prediction_channels` -> array.
@@ -175,7 +178,7 @@ def create_predictions(sample: Sample, record: Record) -> dict[str, Array]:
                 voxel_size=raw.voxel_size,
                 offset=raw.offset,
                 dtype=dtype,
-                chunk_shape=(count, *chunk_shape(tile_voxels(cfg, raw.shape), raw.shape)),
+                chunk_shape=(count, *chunk_shape(tile, raw.shape)),
                 attributes=(TASKS[task].attributes(cfg) if task in TASKS else {}) | window | record.attributes,
             )
             for task, count in channels.items()

@@ -7,7 +7,6 @@ not depend on the tile that contains it. A volume can be cut into tiles of any s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -28,6 +27,7 @@ from lsdseg.engine.device import Precision, explain_device_errors, resolve_devic
 from lsdseg.engine.fastest import find_precision
 from lsdseg.engine.intensity import network_intensity, raw_window
 from lsdseg.engine.network import load_network
+from lsdseg.engine.predict.tile_size import count_tiles, tile_voxels
 from lsdseg.engine.predict.views import Combination, margins, turned_back, views_of
 from lsdseg.engine.sections import along_zyx
 from lsdseg.engine.statistics import prediction_window
@@ -36,7 +36,6 @@ from lsdseg.models.inside import Box
 Shape = tuple[int, ...]
 Result = TypeVar("Result")
 
-SECTIONS_PER_TILE = 8
 # Voxels along each axis of the tile with which precisions are timed, rounded up to what the network takes.
 SMALL_TILE = 32
 
@@ -129,7 +128,7 @@ class TilePredictor:
         batch = torch.from_numpy(np.ascontiguousarray(voxels))
         batch = batch[:, None] if self.cfg.DATA.DIM_2D else batch[None, None]
         inside = box[-(batch.ndim - 2) :] if self.keeps_size else None
-        with explain_device_errors("reduce GROW_INPUT in the network's section"), precision.autocast():
+        with explain_device_errors("set a smaller GROW_INPUT in the network's section"), precision.autocast():
             outputs = model(precision.place(batch), inside)
         # Without padding, the context is missing already.
         first = [b - (0 if self.keeps_size else c) for (b, _), c in zip(box, self.context, strict=True)]
@@ -149,19 +148,25 @@ class TilePredictor:
         return list(self._run(model, precision, voxels, box).values())
 
     def predict_tiles(
-        self, raw: Array, begin: Sequence[int], shape: Sequence[int]
-    ) -> Iterator[tuple[tuple[int, ...], dict[str, NDArray[np.float32]]]]:
-        """Predict a box of a volume, arguments as for `predict_box`. The next tile is read while one is computed.
+        self, raw: Array, begin: Sequence[int], shape: Sequence[int], tile: Shape
+    ) -> Iterator[tuple[Shape, dict[str, NDArray[np.float32]]]]:
+        """Predict a box of a volume. The next tile is read while one is computed.
+
+        Args:
+            raw: (z, y, x) array.
+            begin: first voxel of the box in `raw`.
+            shape: voxels of the box.
+            tile: voxels of a tile, see `tile_voxels`.
 
         Yields:
             The first voxel of a tile in the box, and its prediction, which may reach beyond the end of the box.
         """
         with ThreadPoolExecutor(max_workers=1) as reader:
 
-            def read_tile(first: Shape, tile: Shape) -> tuple[Shape, Shape, NDArray[np.float32]]:
-                return first, tile, self.read(raw, [b + f for b, f in zip(begin, first, strict=True)], tile)
+            def read_tile(first: Shape) -> tuple[Shape, NDArray[np.float32]]:
+                return first, self.read(raw, [b + f for b, f in zip(begin, first, strict=True)], tile)
 
-            for first, tile, voxels in one_ahead(reader.submit(read_tile, *place) for place in self.tiles(shape)):
+            for first, voxels in one_ahead(reader.submit(read_tile, first) for first in begins(tile, shape)):
                 yield first, self.predict_voxels(voxels, tile)
 
     def predict_box(self, raw: Array, begin: Sequence[int], shape: Sequence[int]) -> dict[str, NDArray[np.float32]]:
@@ -179,41 +184,19 @@ class TilePredictor:
             UserError: there is not enough memory.
         """
         results: dict[str, NDArray[np.float32]] = {}
-        tiles = self.predict_tiles(raw, begin, shape)
-        count = math.prod(-(-size // tile) for size, tile in zip(shape, tile_voxels(self.cfg, shape), strict=True))
+        tile = tile_voxels(self.cfg, shape)
+        tiles, count = self.predict_tiles(raw, begin, shape, tile), count_tiles(tile, shape)
         for first, predicted in tqdm(tiles, total=count, desc="predicting", unit="tile", delay=10, leave=False):
             for task, values in predicted.items():
                 whole = results.setdefault(task, np.empty((len(values), *shape), np.float32))
-                tile = whole[:, *(slice(f, f + size) for f, size in zip(first, values.shape[1:], strict=True))]
-                tile[:] = values[:, *map(slice, tile.shape[1:])]
+                place = whole[:, *(slice(f, f + size) for f, size in zip(first, values.shape[1:], strict=True))]
+                place[:] = values[:, *map(slice, place.shape[1:])]
         return results
 
-    def tiles(self, volume_shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Yield (begin, shape) in voxels of the tiles that cover a volume. The last ones may reach beyond its end."""
-        shape = tile_voxels(self.cfg, volume_shape)
-        for begin in product(*(range(0, size, s) for size, s in zip(volume_shape, shape, strict=True))):
-            yield begin, shape
 
-
-def tile_voxels(cfg: CfgNode, volume_shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the output voxels of a tile along z, y, x.
-
-    A tile has OUTPUT_SHAPE + GROW_INPUT voxels, or fewer, so that the tiles of the volume are equally large: what lies
-    beyond its end is computed for nothing. In 2D, it is a few sections that go through the network as one batch.
-    """
-    network = cfg.MODEL
-    sizes = zip(
-        along_zyx(network.OUTPUT_SHAPE, SECTIONS_PER_TILE),
-        along_zyx(network.GROW_INPUT, 0),
-        volume_shape,
-        along_zyx(total_factor(network.DOWNSAMPLE_FACTORS), 1),
-        strict=True,
-    )
-    tile = []
-    for output, grow, size, factor in sizes:
-        tiles, steps = -(-size // (output + grow)), -(-size // factor)
-        tile.append(-(-steps // tiles) * factor)
-    return tuple(tile)
+def begins(tile: Shape, volume_shape: Sequence[int]) -> Iterator[Shape]:
+    """Yield the first voxels of the tiles that cover a volume. The last ones may reach beyond its end."""
+    return product(*(range(0, size, width) for size, width in zip(volume_shape, tile, strict=True)))
 
 
 def one_ahead(futures: Iterator[Future[Result]]) -> Iterator[Result]:
