@@ -4,13 +4,14 @@ import time
 
 import pytest
 import torch
-from test_predict import config, home  # noqa: F401
+from test_predict import ANEW, config, home  # noqa: F401
 from torch import nn
 
 from lsdseg.data_utils.volumes import open_array
 from lsdseg.engine import fastest
 from lsdseg.engine.device import Precision
 from lsdseg.engine.fastest import find_precision, time_precisions
+from lsdseg.engine.predict.predict import predict
 from lsdseg.engine.predict.tiles import TilePredictor
 from lsdseg.engine.training.trainer import training_precision
 
@@ -88,3 +89,11 @@ def test_auto_leaves_the_random_numbers_of_a_training_as_they_are(home):  # noqa
         training_precision(config(home, "TRAIN.MIXED_PRECISION", name), CPU)
         drawn.append(torch.rand(3))
     assert torch.equal(*drawn)
+
+
+def test_a_prediction_says_how_long_it_will_take_once_it_is_known(home, capsys):  # noqa: F811
+    cfg = config(home, *ANEW)
+    for known in (False, True):
+        predict(cfg)
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tiles: ")]
+        assert ("about" in line) == known

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ def find_precision(name: str, device: torch.device, network: nn.Module, run: Pas
         UserError: fp16 on a CPU.
     """
     if name == "auto":
-        with _kept(_key(device, network, run)) as kept:
+        with measured(device, network, run) as kept:
             if kept.get("precision") not in CANDIDATES:
                 kept["precision"] = time_precisions(device, network, run)
             name = kept["precision"]
@@ -92,13 +93,14 @@ def _key(device: torch.device, network: nn.Module, run: Pass) -> str:
 
 
 @contextmanager
-def _kept(key: str) -> Iterator[dict[str, str]]:
-    """Yield what is kept for a key, and keep what the body leaves in it. Others with the same key wait meanwhile.
+def measured(device: torch.device, network: nn.Module, run: Pass) -> Iterator[dict[str, Any]]:
+    """Yield what is kept of a network on a device, and keep what the body leaves in it. Others wait meanwhile.
 
     Without a home folder to write to, nothing is kept.
     """
+    key = _key(device, network, run)
     cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    path = Path(cache) / "lsdseg" / f"precision_{key}.json"
+    path = Path(cache) / "lsdseg" / f"network_{key}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115

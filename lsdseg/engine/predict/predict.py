@@ -23,7 +23,8 @@ from lsdseg.data_utils.records import Record, file_fingerprint, identity, record
 from lsdseg.data_utils.volumes import chunk_shape, create_array, list_arrays, open_array, rename_array, require_whole
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import discard_markers
-from lsdseg.engine.predict.tile_size import tile_voxels
+from lsdseg.engine.blocks.status import duration
+from lsdseg.engine.predict.tile_size import count_tiles, tile_voxels
 from lsdseg.engine.predict.tiles import TilePredictor, one_ahead
 from lsdseg.engine.predict.views import views_of
 from lsdseg.engine.sample import Sample, samples_of
@@ -111,15 +112,20 @@ def predict_sample(predictor: TilePredictor, sample: Sample, record: Record) -> 
     cfg, raw = sample.cfg, sample.raw
     with working_on(sample.output, "predict"):
         tile = tile_voxels(cfg, raw.shape)
-        arrays = create_predictions(sample, record, tile)
+        arrays, tiles = create_predictions(sample, record, tile), count_tiles(tile, raw.shape)
+        expected = predictor.expected_seconds(tile, tiles)
+        about = "" if expected is None else f", about {duration(expected)}"
+        print(f"tiles: {tiles} of {' x '.join(map(str, tile))} voxels{about}", flush=True)
+        began = time.monotonic()
         with (
             tqdm(total=math.prod(raw.shape), unit="voxel", unit_scale=True) as bar,
             ThreadPoolExecutor(max_workers=1) as writer,
         ):
-            tiles = predictor.predict_tiles(raw, (0,) * len(raw.shape), raw.shape, tile)
-            writes = (writer.submit(write_tile, cfg, arrays, values, begin, raw.shape) for begin, values in tiles)
+            predicted = predictor.predict_tiles(raw, (0,) * len(raw.shape), raw.shape, tile)
+            writes = (writer.submit(write_tile, cfg, arrays, values, begin, raw.shape) for begin, values in predicted)
             for written in one_ahead(writes):
                 bar.update(written)
+        predictor.keep_seconds(tile, tiles, time.monotonic() - began)
         return finalize_predictions(sample)
 
 
