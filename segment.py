@@ -1,7 +1,7 @@
 """Segment a volume with the shipped weights: python segment.py volume.zarr (or `make segment RAW=volume.zarr`).
 
-A network works on voxels of one size. The volume is rescaled to that size, and the segmentation back to the voxels of
-the volume. The script prints and runs commands that a user could type in the checkout. Run it again after an
+A network works on voxels of one size. A volume with others is rescaled to that size, and the segmentation back to the
+voxels of the volume. The script prints and runs commands that a user could type in the checkout. Run it again after an
 interruption or with other settings: it does what is left, and what has changed.
 """
 
@@ -27,7 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the input and the output."""
     parser.add_argument("--raw", metavar="VOLUME", help="the volume, if it is not the first word")
     parser.add_argument("--out", metavar="ZARR", help="zarr to write (default: NAME_segmentation.zarr beside --raw)")
-    size = "voxel size in nm, of a TIFF that does not say"
+    size = "voxel size in nm, of a volume that does not say or is wrong"
     parser.add_argument("--resolution", nargs=3, metavar=("Z", "Y", "X"), help=size)
     parser.add_argument("--dry-run", action="store_true", help="say what it would cost, and do nothing")
     parser.add_argument("--skip-failed", action="store_true", help="go on without blocks that fail each time")
@@ -37,8 +37,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 if __name__ == "__main__":
     run_script(
         main,
-        description="Segment an isotropic volume (a zarr, or what data_utils/to_zarr.py reads), at each of "
-        "INS_SEGMENT.THRESHOLDS.",
+        description="Segment an isotropic volume, a path or a URL (zarr, OME-Zarr, N5, precomputed, HDF5, TIFF), "
+        "at each of INS_SEGMENT.THRESHOLDS.",
         example="python segment.py volume.zarr DATA.RAW volumes/em INS_SEGMENT.THRESHOLDS 0.6",
         default_config="pretrained/config_fib25.py",
         add_arguments=add_arguments,

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-from lsdseg.cli import add_conversion, command_parser, run_command
-from lsdseg.data_utils.convert import FORMATS, convert_files
+from lsdseg.cli import add_conversion, command_parser, deferred, run_command
+from lsdseg.data_utils.formats import FORMATS
+
+convert_files = deferred("lsdseg.data_utils.convert:convert_files")
 
 
 def main() -> None:

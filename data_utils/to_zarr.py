@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-from lsdseg.cli import add_conversion, command_parser, run_command
-from lsdseg.data_utils.convert import FOLDERS, FORMATS, convert_volume
+from lsdseg.cli import add_conversion, command_parser, deferred, run_command
+from lsdseg.data_utils.formats import FOLDERS, FORMATS
+
+convert_volume = deferred("lsdseg.data_utils.convert:convert_volume")
 
 
 def main() -> None:

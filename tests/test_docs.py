@@ -92,7 +92,7 @@ def test_every_function_fits_on_a_screen():
 
 
 SLOW = {"dask", "funlib", "numba", "scipy", "torch"}  # what takes most of a second to import
-LISTS_FORMATS = {"export.py", "hdf_to_zarr.py", "to_zarr.py"}  # their help names the entries of a table
+LISTS_FORMATS = {"export.py"}  # its help names the entries of a table
 
 
 def test_scripts_import_what_does_the_work_only_when_it_is_called():

@@ -3,14 +3,12 @@
 A volume is copied slab by slab under a temporary name, so memory stays constant and a zarr of the final name is
 complete. Sections are counted in `volumes/raw`. The same region is cut out of the other datasets, because CREMI's
 labels cover only part of raw.
-
-A format is a module with one function and an entry in FORMATS.
 """
 
 import math
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +17,7 @@ from funlib.geometry import Coordinate
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lsdseg.config.implementations import resolve
+from lsdseg.data_utils.formats import Source, Volume, choose_volume, open_source
 from lsdseg.data_utils.labels import create_labels_mask
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW
 from lsdseg.data_utils.placement import read_placement
@@ -30,50 +28,6 @@ from lsdseg.files import room_on_disk
 
 # Begin and end in sections of raw. None: from the first, to the last.
 Sections = tuple[int | None, int | None]
-
-
-# Suffix of a file -> "module:function", a context manager that takes the file's path and gives a `Source`, or raises
-# UserError if the file cannot be used. The first one is for files of any other suffix.
-FORMATS = {
-    ".hdf": "lsdseg.data_utils.hdf:open_hdf",
-    ".hdf5": "lsdseg.data_utils.hdf:open_hdf",
-    ".h5": "lsdseg.data_utils.hdf:open_hdf",
-    ".tif": "lsdseg.data_utils.tiff:open_tiff",
-    ".tiff": "lsdseg.data_utils.tiff:open_tiff",
-}
-# The same for folders, by a file that they hold: what the format is called, and its function. A folder without any of
-# these files may be one of TIFFs.
-FOLDERS = {
-    "info": ("Neuroglancer precomputed", "lsdseg.data_utils.tensorstores:open_precomputed"),
-    "attributes.json": ("N5", "lsdseg.data_utils.tensorstores:open_n5"),
-    "zarr.json": ("zarr 3", "lsdseg.data_utils.tensorstores:open_zarr"),
-    ".zgroup": ("zarr 2", "lsdseg.data_utils.tensorstores:open_zarr"),
-    ".zarray": ("zarr 2", "lsdseg.data_utils.tensorstores:open_zarr"),
-}
-
-
-class Volume(NamedTuple):
-    """One volume of a file.
-
-    Attributes:
-        name: name of its dataset in the zarr, such as volumes/raw.
-        data: the voxels, ([channel,] z, y, x): anything with shape and dtype whose slices are numpy arrays.
-        attributes: attributes for the zarr, of types that JSON can hold; `resolution` and `offset` (nm) are among them
-            if the file says so.
-        stored_bytes: size in the file, compressed if it is compressed there.
-    """
-
-    name: str
-    data: Any
-    attributes: dict[str, Any]
-    stored_bytes: int
-
-
-class Source(NamedTuple):
-    """What a file holds: its volumes, and the names of datasets that are none."""
-
-    volumes: list[Volume]
-    others: list[str]
 
 
 class Part(NamedTuple):
@@ -112,7 +66,7 @@ class Part(NamedTuple):
     @property
     def stored_bytes(self) -> int:
         """Size of the part in the file."""
-        return self.volume.stored_bytes * (self.end - self.begin) // self.volume.data.shape[-3]
+        return self.volume.stored_bytes() * (self.end - self.begin) // self.volume.data.shape[-3]
 
     def read(self, slab: tuple[slice, ...]) -> NDArray[Any]:
         """Read a slab of the part; slices count the voxels of `shape`."""
@@ -177,29 +131,19 @@ def convert_volume(
     wanted = parse_sections(sections)
     (checked,) = target_paths([source], target, overwrite)
     with ExitStack() as files:
-        volumes = [_named(files.enter_context(open_source(source)), RAW, dataset, source)]
+        volumes = [_taken(source, RAW, dataset, files)]
         if labels is not None:
-            volumes.append(_named(files.enter_context(open_source(labels)), LABELS, None, labels))
+            volumes.append(_taken(labels, LABELS, None, files))
         _convert(Source(volumes, []), source, checked, wanted, resolution)
     for name in list_arrays(checked):
         array = open_array(checked, name)
         print(f"{checked}: {name} {array.dtype} {array.shape}, {tuple(array.voxel_size)} nm")
 
 
-def _named(source: Source, name: str, dataset: str | None, path: Path) -> Volume:
-    """Return the only volume of a source, or that of a name, with a new name.
-
-    Raises:
-        UserError: there are several, and none is chosen; or none of that name.
-    """
-    wanted = [volume for volume in source.volumes if volume.name == (dataset or name)]
-    found = wanted or ([] if dataset else source.volumes)
-    if len(found) != 1:
-        raise UserError(
-            f"{path} holds {', '.join(volume.name for volume in source.volumes) or 'no volume'}: name the one to take "
-            "with --dataset"
-        )
-    return found[0]._replace(name=name)
+def _taken(path: Path, name: str, dataset: str | None, files: ExitStack) -> Volume:
+    """Open a file until `files` are closed, and return its volume of that dataset under a new name."""
+    chosen = choose_volume(files.enter_context(open_source(path)), name, dataset, path, "with --dataset")
+    return chosen._replace(name=name)
 
 
 def convert(
@@ -254,26 +198,6 @@ def _copy(part: Part, path: Path, zarr: Path, bar: tqdm) -> None:
             raise UserError(f"{part.volume.name} in {path} cannot be read ({reason}): use another copy") from error
         array[slab] = data
         bar.update(data.size)
-
-
-def open_source(path: Path) -> AbstractContextManager[Source]:
-    """Open a file of any of the FORMATS, by its suffix, or a folder of any of the FOLDERS.
-
-    Raises:
-        UserError: it does not exist, is damaged, or is of another format.
-    """
-    source: AbstractContextManager[Source]
-    if path.is_dir():
-        formats = [function for name, (_, function) in FOLDERS.items() if (path / name).is_file()]
-        if not formats and not any(FORMATS.get(file.suffix.lower()) == FORMATS[".tif"] for file in path.iterdir()):
-            others = ", ".join(f"no {name} of {format_name}" for name, (format_name, _) in FOLDERS.items())
-            raise UserError(f"{path} is a folder of none of the formats: it holds no TIFFs, {others}")
-        source = resolve(formats[0] if formats else FORMATS[".tif"])(path)
-        return source
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: give the path of a file ({', '.join(FORMATS)})")
-    source = resolve(FORMATS.get(path.suffix.lower(), next(iter(FORMATS.values()))))(path)
-    return source
 
 
 def select_parts(

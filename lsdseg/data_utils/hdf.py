@@ -10,7 +10,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from lsdseg.data_utils.convert import Source, Volume
+from lsdseg.data_utils.formats import Source, Volume
 from lsdseg.data_utils.replace import array_folder
 from lsdseg.data_utils.stored import MAX_BYTES
 from lsdseg.errors import UserError
@@ -79,7 +79,8 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 def _volume(dataset: h5py.Dataset) -> Volume:
     attributes = json.loads(json.dumps(dict(dataset.attrs), default=_to_json))
-    return Volume(_name(dataset), dataset, attributes, int(dataset.id.get_storage_size()))
+    chunks = dataset.chunks or dataset.shape
+    return Volume(_name(dataset), dataset, attributes, dataset.id.get_storage_size, chunks)
 
 
 def _name(dataset: h5py.Dataset) -> str:

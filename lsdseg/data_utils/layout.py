@@ -18,6 +18,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from lsdseg.config.defaults import get_cfg_defaults
+from lsdseg.data_utils.formats import is_volume
 from lsdseg.errors import UserError
 from lsdseg.files import explain_os_errors
 
@@ -43,12 +44,13 @@ def data_folder(cfg: CfgNode, split: str) -> Path:
 
 
 def volumes_in(cfg: CfgNode, split: str) -> list[Path]:
-    """Return the volumes `*.zarr` in `data_folder(cfg, split)`, sorted by name.
+    """Return the volumes in `data_folder(cfg, split)`, sorted by name: `*.zarr`, to predict in any of the formats.
 
-    In 2D, volumes in data_3d are used if data_2d has none. Sections are then taken from them.
+    A volume in another format is left out where a zarr has its name: that may be a copy of it. In 2D, volumes in
+    data_3d are used if data_2d has none. Sections are then taken from them.
 
     Raises:
-        UserError: DATA.HOME or the folder is missing, or the folder holds no zarr.
+        UserError: DATA.HOME or the folder is missing, or the folder holds no volume.
     """
     home = cfg.DATA.HOME
     if not home or not Path(home).is_dir():
@@ -63,8 +65,12 @@ def volumes_in(cfg: CfgNode, split: str) -> list[Path]:
             "or set DATA.DATA_DIR_PATH and DATA.BRAIN_VOL"
         )
     volumes = sorted(volume for volume in folder.glob("*.zarr") if volume.is_dir())
+    if split == "test":
+        copied = {volume.stem for volume in volumes}
+        others = (path for path in folder.glob("[!.]*") if path.suffix != ".zarr" and path.stem not in copied)
+        volumes = sorted([*volumes, *filter(is_volume, others)])
     if not volumes:
-        raise UserError(f"no *.zarr in {folder}: put a volume there, for example with data_utils/hdf_to_zarr.py")
+        raise UserError(f"no *.zarr in {folder}: put a volume there, for example with data_utils/to_zarr.py")
     return volumes
 
 

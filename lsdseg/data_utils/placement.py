@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from funlib.geometry import Coordinate
+from funlib.persistence import Array
 
 from lsdseg.data_utils.stored import read_json
 from lsdseg.errors import UserError
@@ -61,6 +62,27 @@ def read_placement(
     if min(voxel_size) <= 0:
         raise UserError(f"{where} has voxel size {tuple(voxel_size)} nm: correct its attribute resolution")
     return voxel_size, offset
+
+
+def place_array(data: Any, voxel_size: Sequence[int], offset: Sequence[int]) -> Array:
+    """Return voxels as an array with a place.
+
+    Args:
+        data: anything with shape, dtype, ndim and chunks whose slices are numpy arrays.
+        voxel_size: in nm, of the last axes, which are spatial. Axes before them are channels.
+        offset: in nm, of the same axes.
+    """
+    dims = len(voxel_size)
+    channels = data.ndim - dims
+    return Array(
+        data,
+        offset=Coordinate(offset),
+        voxel_size=Coordinate(voxel_size),
+        axis_names=["c^"] * channels + ["z", "y", "x"][-dims:],
+        units=["nm"] * dims,
+        types=["channel"] * channels + ["space"] * dims,
+        chunks=data.chunks,
+    )
 
 
 def _from_attributes(attributes: Mapping[str, Any], where: str) -> Placement | None:

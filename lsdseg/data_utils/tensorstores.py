@@ -1,10 +1,12 @@
-"""N5, Neuroglancer precomputed and zarr volumes on disk, as volumes to convert. tensorstore reads them.
+"""N5, Neuroglancer precomputed and zarr volumes. tensorstore reads them.
 
 The first two store x, y, z; everything here is z, y, x.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 import tensorstore
 from numpy.typing import NDArray
 
-from lsdseg.data_utils.convert import Source, Volume
+from lsdseg.data_utils.formats import Source, Volume
 from lsdseg.data_utils.layout import LABELS, RAW
 from lsdseg.data_utils.placement import multiscales_of, read_ome_placement, stored_attributes
 from lsdseg.data_utils.replace import is_array
@@ -20,6 +22,19 @@ from lsdseg.errors import UserError
 from lsdseg.files import read_json
 
 ANOTHER = "use another copy"
+SECONDS = 300  # to wait for voxels
+# A server that does not answer is asked again, for some seconds.
+RETRIES = {"max_retries": 3, "initial_delay": "0.5s", "max_delay": "2s"}
+CONTEXT = {f"{kind}_request_retries": RETRIES for kind in ("http", "gcs", "s3")}
+
+
+# The kvstore of tensorstore for a folder.
+Store = Callable[[Path], Any]
+
+
+def on_disk(path: Path) -> dict[str, str]:
+    """Return the kvstore of a folder on disk."""
+    return {"driver": "file", "path": f"{path.absolute()}/"}
 
 
 class _Lazy:
@@ -35,12 +50,12 @@ class _Lazy:
         self.dtype = np.dtype(store.dtype.numpy_dtype)
 
     def __getitem__(self, where: tuple[slice, ...]) -> NDArray[Any]:
-        values: NDArray[Any] = self.store[where].read().result()
+        values: NDArray[Any] = self.store[where].read().result(SECONDS)
         return values
 
 
 @contextmanager
-def open_precomputed(path: Path) -> Iterator[Source]:
+def open_precomputed(path: Path, store: Store = on_disk) -> Iterator[Source]:
     """Open the finest scale of a precomputed volume, plain or sharded.
 
     Raises:
@@ -57,12 +72,12 @@ def open_precomputed(path: Path) -> Iterator[Source]:
         raise UserError(f"{path / 'info'} describes no precomputed volume ({error}): use another folder") from None
     if channels != 1:
         raise UserError(f"{path} has {channels} channels: convert it to gray values first")
-    store = _open(path, "neuroglancer_precomputed")
-    yield Source([_volume(path, name, store[..., 0].T, attributes)], [])
+    array = _open(path, store, "neuroglancer_precomputed")
+    yield Source([_volume(path, name, array[..., 0].T, attributes)], [])
 
 
 @contextmanager
-def open_n5(path: Path) -> Iterator[Source]:
+def open_n5(path: Path, store: Store = on_disk) -> Iterator[Source]:
     """Open an N5 container, or one dataset of it: every dataset with three axes, and of a pyramid the finest level.
 
     Voxel sizes are those of `pixelResolution` or `resolution`, in nm, offsets those of `offset`; x, y, z.
@@ -71,19 +86,22 @@ def open_n5(path: Path) -> Iterator[Source]:
         UserError: it is damaged, or has no dataset with three axes.
     """
     volumes, others = [], []
-    for file in sorted(path.rglob("attributes.json")):
-        attributes, name = read_json(file, ANOTHER), str(file.parent.relative_to(path))
-        if "dimensions" not in attributes:
-            continue
-        if len(attributes["dimensions"]) == 3 and not (file.parent.name[1:].isdigit() and file.parent.name != "s0"):
+    for folder in _folders(path, lambda folder: "dimensions" in _n5_attributes(folder)):
+        attributes, name = _n5_attributes(folder), str(folder.relative_to(path))
+        if len(attributes["dimensions"]) == 3 and not (folder.name[1:].isdigit() and folder.name != "s0"):
             # A level s0 is what its folder is called.
             name = name.removesuffix("/s0") if name not in (".", "s0") else RAW
-            volumes.append(_volume(file.parent, name, _open(file.parent, "n5").T, _n5_placement(attributes)))
+            volumes.append(_volume(folder, name, _open(folder, store, "n5").T, _n5_placement(attributes)))
         else:
             others.append(name)
     if not volumes:
         raise UserError(f"{path} holds no N5 dataset with three axes: give the folder of the container")
     yield Source(volumes, others)
+
+
+def _n5_attributes(folder: Path) -> dict[str, Any]:
+    file = folder / "attributes.json"
+    return read_json(file, ANOTHER) if file.is_file() else {}
 
 
 def _n5_placement(attributes: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +114,7 @@ def _n5_placement(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def open_zarr(path: Path) -> Iterator[Source]:
+def open_zarr(path: Path, store: Store = on_disk) -> Iterator[Source]:
     """Open a zarr of format 2 or 3: every array with the axes z, y, x, and of an OME-Zarr pyramid the finest level.
 
     Axes of length 1 may lie before them, such as time and channel.
@@ -104,21 +122,20 @@ def open_zarr(path: Path) -> Iterator[Source]:
     Raises:
         UserError: it is damaged, has no such array, or several channels or points in time.
     """
-    arrays = {file.parent for name in (".zarray", "zarr.json") for file in path.rglob(name) if is_array(file.parent)}
     volumes, others = [], []
-    for folder in sorted(arrays):
+    for folder in _folders(path, is_array):
         name, where = str(folder.relative_to(path)), f"{folder.relative_to(path)} in {path}"
         finest, axes = _pyramid(folder.parent)
         if finest not in (None, folder.name):
             continue
-        store = _open(folder, "zarr" if (folder / ".zarray").is_file() else "zarr3")
-        if store.rank < 3:
+        array = _open(folder, store, "zarr" if (folder / ".zarray").is_file() else "zarr3")
+        if array.rank < 3:
             others.append(name)
             continue
         if finest is not None:
             name = str(folder.parent.relative_to(path))
-        axes = axes or ["?"] * (store.rank - 3) + ["z", "y", "x"]
-        spatial, attributes = _spatial(store, axes, where), _zarr_placement(folder, axes, where)
+        axes = axes or ["?"] * (array.rank - 3) + ["z", "y", "x"]
+        spatial, attributes = _spatial(array, axes, where), _zarr_placement(folder, axes, where)
         volumes.append(_volume(folder, RAW if name == "." else name, spatial, attributes))
     if not volumes:
         raise UserError(f"{path} holds no zarr array with the axes z, y, x: give the folder that ends in .zarr")
@@ -161,20 +178,38 @@ def _spatial(store: Any, axes: list[str], where: str) -> Any:
     return store[tensorstore.d[single][0]][tensorstore.d[[left.index(name) for name in "zyx"]].transpose[:]]
 
 
-def _open(path: Path, driver: str) -> Any:
+def _open(path: Path, store: Store, driver: str) -> Any:
     """Open an array with tensorstore.
+
+    Args:
+        path: folder with what describes it.
+        store: says where its voxels are.
+        driver: of its format.
 
     Raises:
         UserError: it is damaged, or compressed in a way that tensorstore does not know.
     """
     try:
-        spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{path.absolute()}/"}}
-        return tensorstore.open(spec, read=True, open=True).result()
+        spec = {"driver": driver, "kvstore": store(path)}
+        return tensorstore.open(spec, read=True, open=True, context=tensorstore.Context(CONTEXT)).result(SECONDS)
     except Exception as error:  # ValueError or RuntimeError, whatever is wrong; its last words say what
         reason = str(error).partition(" [tensorstore_spec")[0][-150:]
         raise UserError(f"{path} cannot be read ({reason}): {ANOTHER}") from error
 
 
+def _folders(path: Path, is_array: Callable[[Path], bool]) -> list[Path]:
+    """Return the sorted folders of arrays. What is in them, which may be millions of chunks, is not looked at."""
+    found = []
+    for name, below, _ in os.walk(path):
+        if is_array(Path(name)):
+            found.append(Path(name))
+            below.clear()
+    return sorted(found)
+
+
+def _total_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def _volume(path: Path, name: str, store: Any, attributes: dict[str, Any]) -> Volume:
-    stored = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return Volume(name, _Lazy(store), attributes, stored)
+    return Volume(name, _Lazy(store), attributes, partial(_total_bytes, path), store.chunk_layout.read_chunk.shape)

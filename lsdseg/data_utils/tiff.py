@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -11,7 +12,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from lsdseg.data_utils import placement
-from lsdseg.data_utils.convert import Source, Volume
+from lsdseg.data_utils.formats import Source, Volume
 from lsdseg.data_utils.layout import RAW
 from lsdseg.errors import UserError
 
@@ -69,8 +70,12 @@ def open_tiff(path: Path) -> Iterator[Source]:
             raise UserError(f"{path} is no TIFF or damaged ({str(error)[:100]}): use another copy") from error
         data = Sections(pages, str(path))
         attributes = {"resolution": voxel_size, "offset": offset} if voxel_size else {}
-        stored = sum(file.stat().st_size for file in files)
-        yield Source([Volume(RAW, data, attributes, stored)], [])
+        size = partial(_total_bytes, files)
+        yield Source([Volume(RAW, data, attributes, size, (1, *data.shape[1:]))], [])
+
+
+def _total_bytes(files: list[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
 
 
 def _voxel_size(tiff: tifffile.TiffFile) -> list[float]:

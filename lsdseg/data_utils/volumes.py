@@ -15,12 +15,23 @@ import dask.array
 import numcodecs
 import numpy as np
 import zarr
-from funlib.geometry import Coordinate, Roi
+from funlib.geometry import Roi
 from funlib.persistence import Array
 from numpy.typing import DTypeLike, NDArray
 from yacs.config import CfgNode
 
-from lsdseg.data_utils.placement import Placement, read_ome_placement, read_placement, whole_nanometers
+from lsdseg.data_utils.formats import PLACE, Volume
+from lsdseg.data_utils.in_place import (
+    REMOTE,
+    Place,
+    is_in_place,
+    is_zarr,
+    names_in_place,
+    open_box,
+    open_in_place,
+    read_place,
+)
+from lsdseg.data_utils.placement import Placement, place_array, read_ome_placement, read_placement, whole_nanometers
 from lsdseg.data_utils.replace import (
     array_folder,
     check_replaceable_array,
@@ -58,6 +69,8 @@ def open_array(
 ) -> Array:
     """Open an existing array of a zarr. `array[slices]` and `array[roi]` give and take numpy arrays.
 
+    Arrays in other formats are opened to read, see `in_place`.
+
     The voxel size comes from the array's attribute `resolution` (CREMI) or `voxel_size` (funlib), together with
     `offset`; otherwise from the OME-NGFF scale in the group above; otherwise from the defaults. At most the last three
     axes are spatial. Axes before them are channels, named `c^`.
@@ -77,35 +90,36 @@ def open_array(
         UserError: there is no such array; its voxel size is unknown; voxel size or offset are not in whole nanometers;
             a section in between is missing, or differs from the first one.
     """
+    path, dataset, place = _followed(path, dataset)
     where = f"{dataset} in {path}"
     if sections := _section_names(array_folder(path, dataset)):
         defaults = SourceDefaults(
             default_voxel_size=default_voxel_size, default_offset=default_offset, default_key=default_key
         )
         return _stack({int(name): open_array(path, f"{dataset}/{name}", mode, **defaults) for name in sections}, where)
-    source = _open_zarr(Path(path), dataset, mode)
-    fallback: Placement | None = read_ome_placement(Path(path) / dataset, where)
-    if fallback is None and default_voxel_size is not None:
-        fallback = default_voxel_size, default_offset or (0,) * len(default_voxel_size)
+    given: Placement | None = None
+    if default_voxel_size is not None:
+        given = default_voxel_size, default_offset or (0,) * len(default_voxel_size)
+    if _is_elsewhere(path, dataset):
+        return open_in_place(path, dataset, given, default_key)
+    source = _open_zarr(path, dataset, mode)
+    fallback = read_ome_placement(path / dataset, where) or given
+    if place is not None:
+        volume = Volume(dataset, source, dict(source.attrs), lambda: 0, source.chunks)
+        return open_box(volume, place, fallback=fallback, or_set=default_key)
     voxel_size, offset = read_placement(source.attrs, where, fallback, default_key)
     dims = min(len(voxel_size), source.ndim, 3)
     if dims < 2:
         raise UserError(f"{where} has voxel size {tuple(voxel_size)} nm: its attribute resolution needs z, y, x")
-    channels = source.ndim - dims
-    return Array(
-        source,
-        offset=Coordinate(offset[-dims:]),
-        voxel_size=Coordinate(voxel_size[-dims:]),
-        axis_names=["c^"] * channels + ["z", "y", "x"][-dims:],
-        units=["nm"] * dims,
-        types=["channel"] * channels + ["space"] * dims,
-        chunks=source.chunks,
-    )
+    return place_array(source, voxel_size[-dims:], offset[-dims:])
 
 
 def has_array(path: Path | str, dataset: str) -> bool:
     """Return whether a zarr holds what `open_array` can open: an array or sections of that name."""
+    path, dataset, _ = _followed(path, dataset)
     folder = array_folder(path, dataset)
+    if _is_elsewhere(path, dataset):
+        return dataset in names_in_place(path)
     return is_array(folder) or bool(_section_names(folder))
 
 
@@ -303,7 +317,7 @@ def voxels_of(array: Array, roi: Roi) -> tuple[slice, ...]:
 
 
 def list_arrays(path: Path | str) -> list[str]:
-    """Return the sorted names of the datasets in a zarr. There are none if the zarr does not exist.
+    """Return the sorted names of the datasets in a zarr or another volume. There are none if it does not exist.
 
     Links are followed to arrays and groups, but to no plain folders. A group that links reach several times is listed
     once, so links that form a loop end.
@@ -311,6 +325,8 @@ def list_arrays(path: Path | str) -> list[str]:
     Raises:
         UserError: a folder cannot be read, or there are more folders than a zarr can have groups.
     """
+    if not is_zarr(Path(path)) and is_in_place(Path(path)):
+        return names_in_place(Path(path))
     names, folders, seen = [], [Path(path)], set()
     while folders:
         folder = folders.pop()
@@ -342,8 +358,14 @@ def name_arrays(path: Path | str, most: int = 10) -> str:
 
 
 def is_stored(path: Path | str, dataset: str, voxels: Sequence[slice]) -> bool:
-    """Return whether any chunk of a box of voxels was ever written. Voxels of other chunks have the fill value."""
+    """Return whether any chunk of a box of voxels was ever written. Voxels of other chunks have the fill value.
+
+    Of a volume that is no zarr, nobody knows, so it is.
+    """
+    path, dataset, place = _followed(path, dataset)
     folder = array_folder(path, dataset)
+    if place is not None or _is_elsewhere(path, dataset):
+        return True
     if sections := _section_names(folder):
         return any(is_stored(path, f"{dataset}/{name}", voxels[1:]) for name in sections[voxels[0]])
     header = read_header(folder)
@@ -381,6 +403,26 @@ def slabs(array: Array, max_bytes: int = 2**28) -> Slabs:
         chunks_that_fit = max_bytes // (math.prod(step) * array.dtype.itemsize)
         step[axis] *= min(max(1, chunks_that_fit), math.ceil(array.shape[axis] / step[axis]))
     return Slabs(array.shape, step)
+
+
+def _followed(path: Path | str, dataset: str) -> tuple[Path, str, Place | None]:
+    """Return the zarr and dataset that a file NAME.volume names, and what else it says; any other path as it is."""
+    path = Path(path)
+    if path.suffix.lower() != PLACE or not path.is_file():
+        return path, dataset, None
+    place = read_place(path)
+    there = Path(place.location)
+    if REMOTE.match(place.location) or not there.is_dir() or is_in_place(there):
+        return path, dataset, None
+    named = dataset if is_array(array_folder(there, dataset)) else place.dataset or dataset
+    return there, named, None if place == Place(place.location, place.dataset) else place
+
+
+def _is_elsewhere(path: Path, dataset: str) -> bool:
+    """Return whether the zarr library does not open a dataset, but others do."""
+    folder = array_folder(path, dataset)
+    readable = is_array(folder) and (ZARR_VERSION >= 3 or (folder / ".zarray").is_file())
+    return not readable and not _section_names(folder) and is_in_place(path)
 
 
 def _section_names(folder: Path) -> list[str]:

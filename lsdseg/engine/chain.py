@@ -8,14 +8,17 @@ threshold costs a look-up table, another network everything.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from yacs.config import CfgNode
 
 from lsdseg.config.model_types import task_channels
+from lsdseg.data_utils.formats import PLACE
+from lsdseg.data_utils.in_place import place_of, write_place
 from lsdseg.data_utils.layout import data_folder, final_segmentation_name
 from lsdseg.data_utils.records import Record, is_made
 from lsdseg.data_utils.rescale import rescale_record
@@ -36,6 +39,8 @@ from lsdseg.files import byte_count
 ANEW = ("DATA.DROP_DS_MONGOTABLE", "True")
 # Most memory for a voxel when a volume is segmented at once, beside the predictions in it, by INS_SEGMENT.METHOD.
 BYTES_PER_VOXEL = {"waterz": 60, "mutex": 600}
+# Voxels along an axis. A volume in wider chunks, such as whole sections, is copied before its tiles are predicted.
+WIDEST_CHUNK = 1024
 # Share of the free memory that may be taken.
 SHARE = 0.7
 # At which blocks are joined where a method has no threshold.
@@ -63,10 +68,16 @@ class Chain:
     config: tuple[str, ...]
     blockwise: bool
 
-    @property
+    @cached_property
     def rescaled(self) -> Path:
-        """The zarr with the volume on the voxels of the network."""
-        return data_folder(self.cfg, "test") / f"{self.out.stem}.zarr"
+        """The zarr with the volume on the voxels of the network, or where it has these, a file that names it."""
+        suffix = PLACE if self._is_read_in_place() else ".zarr"
+        return data_folder(self.cfg, "test") / f"{self.out.stem}{suffix}"
+
+    def _is_read_in_place(self) -> bool:
+        """Return whether the volume is predicted without a copy: its voxels fit, and tiles read no chunk many times."""
+        raw = open_array(self.raw, self.cfg.DATA.RAW)
+        return tuple(raw.voxel_size) == tuple(self.cfg.MODEL.VOXEL_SIZE) and max(raw.chunk_shape) <= WIDEST_CHUNK
 
     @property
     def sample(self) -> Sample:
@@ -91,7 +102,10 @@ class Chain:
         """Yield the commands that are left, one by one: which one is next may depend on what the last one did."""
         key = self.cfg.DATA.RAW
         raw, size = open_array(self.raw, key), tuple(self.cfg.MODEL.VOXEL_SIZE)
-        if not _is_made(self.rescaled, key, rescale_record(raw, size, labels=False)):
+        if self.rescaled.suffix == PLACE:
+            shutil.rmtree(self.rescaled.with_suffix(".zarr"), ignore_errors=True)  # of a network for other voxels
+            write_place(self.rescaled, place_of(self.raw, key))
+        elif not _is_made(self.rescaled, key, rescale_record(raw, size, labels=False)):
             there = ("--voxel-size", *map(str, size), "--overwrite")
             yield "data_utils/rescale.py", str(self.raw), str(self.rescaled), "--dataset", key, *there
         yield from self._in_blocks() if self.blockwise else self._in_memory()

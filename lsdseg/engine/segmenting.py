@@ -1,21 +1,21 @@
 """Segmentation of one volume by one command, which goes on where it stopped.
 
-A network works on voxels of one size. The volume is rescaled to that size, and the segmentation back to the voxels of
-the volume. What lies between, and the logs, are in a work folder beside the segmentation.
+A network works on voxels of one size. A volume with others is rescaled to that size, and the segmentation back to the
+voxels of the volume. What lies between, and the logs, are in a work folder beside the segmentation.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 
 from lsdseg.config.loader import dump_config, find_config, load_config
+from lsdseg.data_utils.formats import PLACE
+from lsdseg.data_utils.in_place import REMOTE, Place, is_in_place, place_of, write_place
 from lsdseg.data_utils.layout import RAW
-from lsdseg.data_utils.placement import multiscales_of
-from lsdseg.data_utils.replace import HEADERS
-from lsdseg.data_utils.stored import ZARR_VERSION
-from lsdseg.data_utils.volumes import has_array
 from lsdseg.engine.blocks.lock import run_lock
-from lsdseg.engine.chain import Chain, Command, fits_in_memory
+from lsdseg.engine.chain import Chain, fits_in_memory
 from lsdseg.engine.estimate import show_estimates
 from lsdseg.engine.evaluate.figure import draw_sample
 from lsdseg.engine.predict.check import check_before_segmenting
@@ -40,7 +40,7 @@ def segment_volume(
     The config is loaded with a work folder as DATA.HOME. The output keeps the segmentations at other thresholds.
 
     Args:
-        volume: a zarr, or what data_utils/to_zarr.py reads, which is copied to a zarr first.
+        volume: a volume in any of the formats, or a URL.
         config: config file.
         overrides: KEY VALUE pairs.
         call: runs a script, see `lsdseg.cli.call_script`.
@@ -53,29 +53,24 @@ def segment_volume(
     Raises:
         UserError: before anything is written, if the volume or a setting cannot be used, or the output is another's.
     """
-    volume = Path(volume).absolute()
-    out = Path(out or volume.with_name(f"{volume.stem}_segmentation.zarr")).absolute()
+    volume = str(volume) if REMOTE.match(str(volume)) else str(Path(volume).absolute())
+    beside = Path.cwd() if REMOTE.match(volume) else Path(volume).parent
+    out = Path(out or beside / f"{PurePosixPath(volume).stem}_segmentation.zarr").absolute()
     work = out.with_name(f"{out.stem}_work")
     options = ("-c", str(find_config(config)), *overrides, "DATA.HOME", str(work))
     options += ("CLUSTER.SKIP_FAILED", "True") if skip_failed else ()
     cfg = load_config(options[1], options[2:])
-    raw = volume
-    if _is_other_format(volume, cfg.DATA.RAW):
+    with TemporaryDirectory() as scratch:
+        raw = _named(volume, Path(scratch), cfg.DATA.RAW, resolution)
+        chain = Chain(cfg, raw, out, options, blockwise=blockwise)
+        check_before_segmenting(raw, out, cfg, list(chain.results))
+        chain = Chain(cfg, raw, out, options, blockwise=blockwise or not fits_in_memory(cfg, raw))
         if dry_run:
-            raise UserError(f"--dry-run needs a zarr: convert {volume} with data_utils/to_zarr.py first")
-        with run_lock(work / "lock", f"in {work}"):
-            _keep_volume(work, volume)
-            for script, *arguments in _conversion(volume, work, cfg.DATA.RAW, resolution):
-                call(script, *arguments)
-        raw = _converted(work)
-    chain = Chain(cfg, raw, out, options, blockwise=blockwise)
-    check_before_segmenting(raw, out, cfg, list(chain.results))
-    chain = Chain(cfg, raw, out, options, blockwise=blockwise or not fits_in_memory(cfg, raw))
-    if dry_run:
-        show_estimates(chain)
-        return
+            show_estimates(chain)
+            return
     with run_lock(work / "lock", f"in {work}"):
         _keep_volume(work, volume)
+        chain = replace(chain, raw=_named(volume, work, cfg.DATA.RAW, resolution))
         _run(chain, work, call)
     _show_results(chain, work)
 
@@ -106,53 +101,28 @@ def _show_results(chain: Chain, work: Path) -> None:
     print(f"affinities are in {chain.sample.output}; delete {work} if you do not need them")
 
 
-def _is_other_format(volume: Path, raw: str) -> bool:
-    """Return whether a volume must be converted: a file, or a folder that is no zarr with that dataset.
-
-    An OME-Zarr is such a folder, and so is any of format 3 for a zarr library that does not read it.
-    """
-    if not volume.is_dir():
-        return volume.is_file()
-    if not any((volume / name).is_file() for name in HEADERS):
-        return True
-    if ZARR_VERSION < 3 and (volume / "zarr.json").is_file():
-        return True
-    return bool(multiscales_of(volume)) and not has_array(volume, raw)
-
-
-def _converted(work: Path) -> Path:
-    """Return the zarr in a work folder that a volume in another format is copied to."""
-    return work / "volume.zarr"
+def _named(volume: str, work: Path, dataset: str, resolution: Sequence[str] | None) -> Path:
+    """Return the zarr, or a file in a work folder that names the volume, if that is no zarr or says no voxel size."""
+    path = Path(volume)
+    remote = REMOTE.match(volume)
+    if not (remote or resolution or is_in_place(path)):
+        return path
+    place = Place(volume, None if dataset == RAW else dataset) if remote else place_of(path, dataset)
+    if resolution:
+        place = place._replace(voxel_size=[float(size) for size in resolution])
+    named = work / f"{PurePosixPath(volume).stem}{PLACE}"
+    write_place(named, place)
+    return named
 
 
-def _conversion(volume: Path, work: Path, dataset: str, resolution: Sequence[str] | None) -> Iterator[Command]:
-    """Yield the command that copies a volume in another format, unless that is done and the volume is the same.
-
-    Args:
-        volume: a file or folder.
-        work: the work folder.
-        dataset: what raw is called in the config, and in the volume if it has several datasets.
-        resolution: z, y, x voxel size in nm, where the volume does not say.
-    """
-    newest = max(file.stat().st_mtime_ns for file in (volume, *volume.rglob("*")))
-    stamp, note = f"{newest} {resolution}", work / "converted.txt"
-    if _converted(work).is_dir() and note.is_file() and note.read_text(encoding="utf-8") == stamp:
-        return
-    options = ("--resolution", *resolution) if resolution else ()
-    options += () if dataset == RAW else ("--dataset", dataset)
-    yield "data_utils/to_zarr.py", str(volume), str(_converted(work)), "--overwrite", *options
-    with write_whole(note) as file:
-        file.write_text(stamp)
-
-
-def _keep_volume(work: Path, raw: Path) -> None:
+def _keep_volume(work: Path, volume: str) -> None:
     """Note in a work folder which volume it is for.
 
     Raises:
         UserError: it is for another one, whose results would be replaced.
     """
     note = work / "volume.txt"
-    if note.is_file() and (before := note.read_text(encoding="utf-8")) != str(raw):
+    if note.is_file() and (before := note.read_text(encoding="utf-8")) != volume:
         raise UserError(f"{work} belongs to the segmentation of {before}: delete it, or name another output (--out)")
     with write_whole(note) as file:
-        file.write_text(str(raw), encoding="utf-8")
+        file.write_text(volume, encoding="utf-8")

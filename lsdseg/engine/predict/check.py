@@ -34,7 +34,7 @@ def check_before_segmenting(path: Path, output: Path, cfg: CfgNode, names: Seque
             the output holds one of the datasets, or something else; the weights or the device cannot be used; the disk
             has no room.
     """
-    raw = open_array(path, cfg.DATA.RAW)
+    raw = open_array(path, cfg.DATA.RAW, default_key="--resolution Z Y X")
     where, own, trained = f"{cfg.DATA.RAW} in {path}", tuple(raw.voxel_size), cfg.MODEL.VOXEL_SIZE
     if own != (own[0],) * 3:
         raise UserError(
