@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tensorstore
 import zarr
 from funlib.geometry import Coordinate, Roi
 from funlib.persistence import open_ds
@@ -340,3 +341,15 @@ def test_full_disk_while_writing(tmp_path):
     with pytest.raises(OSError, match="other") as error, room_on_disk(tmp_path):
         raise OSError(errno.EIO, "other")
     assert not isinstance(error.value, UserError)
+
+
+def test_others_read_our_zarrs_and_chunks_hold_checksums(tmp_path):
+    voxels = np.random.default_rng(0).integers(0, 200, (20, 30, 70)).astype(np.uint64)
+    write_array(tmp_path / "a.zarr", "em", voxels, voxel_size=(8, 8, 8), offset=(0, 0, 0))
+    open_array(tmp_path / "a.zarr", "em", "r+")[:5] = voxels[:5]  # written by what the metadata say
+    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{tmp_path}/a.zarr/em/"}}
+    np.testing.assert_array_equal(tensorstore.open(spec).result().read().result(), voxels)
+    has_checksum = 0b100  # RFC 8878, 3.1.1.1.1: Frame_Header_Descriptor
+    chunks = [file for file in (tmp_path / "a.zarr/em").rglob("*") if file.is_file() and file.name.isdigit()]
+    assert len(chunks) == 2
+    assert all(chunk.read_bytes()[4] & has_checksum for chunk in chunks)

@@ -12,7 +12,6 @@ from typing import Any, TypedDict
 
 import dask
 import dask.array
-import numcodecs
 import numpy as np
 import zarr
 from funlib.geometry import Roi
@@ -39,7 +38,15 @@ from lsdseg.data_utils.replace import (
     replace_folder,
     replacing_array,
 )
-from lsdseg.data_utils.stored import ZARR_VERSION, CheckedArray, count_chunks, open_checked, read_header, read_json
+from lsdseg.data_utils.stored import (
+    ZARR_VERSION,
+    CheckedArray,
+    ChecksumZstd,
+    count_chunks,
+    open_checked,
+    read_header,
+    read_json,
+)
 from lsdseg.errors import UserError
 
 # Indexing a funlib Array computes a dask graph. Dask's thread pool hangs in a process that is forked after the pool was
@@ -50,8 +57,7 @@ CHUNKS = "stored_chunks"  # attribute of a complete array: how many chunks it ha
 MISSING = "missing_blocks"  # begin and shape in nm of the blocks of an array that could not be made
 MAX_GROUPS = 10_000  # a folder with more is no zarr but half a disk
 # Higher levels save a few percent on labels and read several times slower.
-# The checksum costs a tenth of the compression's time, and every reader of zstd checks it.
-COMPRESSOR = numcodecs.Zstd(level=1, checksum=True)
+COMPRESSOR = ChecksumZstd(level=1)
 CODECS_3 = [
     {"name": "bytes", "configuration": {"endian": "little"}},
     {"name": "zstd", "configuration": {"level": 1, "checksum": True}},
