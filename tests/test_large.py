@@ -30,13 +30,14 @@ from lsdseg.engine.post.fragments import extract_fragments
 from lsdseg.engine.post.steps.edges import agglomerate_blockwise
 from lsdseg.engine.post.steps.fragments import extract_fragments_blockwise
 from lsdseg.engine.post.steps.relabel import extract_segmentation
-from lsdseg.engine.post.steps.tables import find_segments
+from lsdseg.engine.post.steps.tables import find_segments, tables_left
 from lsdseg.engine.post.tables import load_lut, save_lut
 from lsdseg.engine.post.whole import segment
 from lsdseg.engine.predict import tile_size
 from lsdseg.engine.predict.blockwise import predict_blockwise
 from lsdseg.engine.predict.predict import predict
 from lsdseg.engine.predict.tile_size import tile_voxels
+from lsdseg.engine.sample import samples_of
 from lsdseg.errors import UserError
 from lsdseg.models import build_model
 from lsdseg.models.checkpoint import save_untrained
@@ -191,6 +192,28 @@ def test_four_workers_and_a_second_run_give_the_same(home, undisturbed, capsys):
     assert "agglomerate_hist_quant_75_up_1 of" in capsys.readouterr().out
     whole_way(cfg)
     assert capsys.readouterr().out.count("nothing to do") == 3
+
+
+def test_tables_in_parts_give_the_same(home, undisturbed, capsys):
+    cfg = config(home, INS_SEGMENT__FRAGMENTS_IN_MEMORY=30)
+    assert_as_undisturbed(cfg, whole_way(cfg), undisturbed)
+    shown = capsys.readouterr().out
+    assert "tables_hist_quant_75_up_1 of" in shown
+    folder = lut_path(output(home), MERGE_FUNCTION, THRESHOLD).with_suffix("")
+    assert f"segments at {THRESHOLD:g}, in parts for each block, in {folder}" in shown
+    assert tables_left(samples_of(cfg)[0], MERGE_FUNCTION, [THRESHOLD, 0.1]) == [0.1]
+
+    part = next(folder.glob("*/*.npz"))
+    part.write_bytes(part.read_bytes()[:50])
+    with pytest.raises(UserError, match=f"{part} is not a look-up table; run 04_find_segments_full.py again"):
+        extract_segmentation(config(home, DATA__DROP_DS_MONGOTABLE=True), MERGE_FUNCTION, THRESHOLD)
+
+    find_segments(config(home), MERGE_FUNCTION, THRESHOLD)
+    assert not folder.exists()
+    extract_segmentation(config(home, DATA__DROP_DS_MONGOTABLE=True), MERGE_FUNCTION, THRESHOLD)
+    EditLog(edits_path(output(home)), record_of(open_array(output(home), "volumes/fragments")).id).merge(1, 2)
+    with pytest.raises(UserError, match="holds edits, which need the whole graph in memory: raise INS_SEGMENT"):
+        find_segments(cfg, MERGE_FUNCTION, THRESHOLD)
 
 
 def test_mongodb_gives_the_same(home, undisturbed, tmp_path):

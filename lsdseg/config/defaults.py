@@ -354,6 +354,9 @@ _C.INS_SEGMENT.CONTEXT = (24, 24, 24)
 # So many pairs of fragments that touch are agglomerated at once, with about 0.6 kB of memory for each. If there are
 # more, workers first merge what they can decide in boxes of several blocks. The result is the same.
 _C.INS_SEGMENT.CONTACTS_IN_MEMORY = 5_000_000
+# A graph with more fragments than this is joined by workers, in a tree of blocks, and each look-up table is a folder
+# with a part for each block. With nine thresholds, 04 takes about 80 bytes of memory for each fragment of smaller ones.
+_C.INS_SEGMENT.FRAGMENTS_IN_MEMORY = 100_000_000
 
 # ------------------------------------------------------------------------------------------------------------
 # Workers of the blockwise scripts

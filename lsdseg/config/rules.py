@@ -338,6 +338,7 @@ RULES: dict[str, Rule] = {
     "INS_SEGMENT.BLOCK_SIZE": sequence(integer(1, voxels), 3, kind=tuple).on(FRAGMENTS),
     "INS_SEGMENT.CONTEXT": sequence(integer(0, voxels), 3, kind=tuple).on(FRAGMENTS),
     "INS_SEGMENT.CONTACTS_IN_MEMORY": integer(1).on(),
+    "INS_SEGMENT.FRAGMENTS_IN_MEMORY": integer(1).on(),
     "CLUSTER.TYPE": choice(*SCHEDULERS).on(),
     "CLUSTER.PARTITION": text.on(),
     "CLUSTER.ACCOUNT": text.on(),

@@ -179,6 +179,16 @@ class RagStore(ABC):
         table = EDGES + merge_function
         return _edges(self._checked(table, self._read(table, first_id, last_id)))
 
+    def count_nodes(self) -> int:
+        """Return how many fragments there are.
+
+        Raises:
+            UserError: not as many as were written.
+        """
+        rows = self._count(NODES)
+        self._require_rows(NODES, rows)
+        return rows
+
     def node_ids(self) -> Iterator[Ids]:
         """Stream all fragment ids. Call this after the last write.
 

@@ -6,6 +6,7 @@ threshold has a union-find, edges stream through all of them once, in any order,
 
 import json
 import os
+import shutil
 import struct
 import zipfile
 from bisect import bisect_left, bisect_right
@@ -19,11 +20,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from lsdseg.data_utils.layout import lut_path
 from lsdseg.data_utils.records import ATTRIBUTE, Record
+from lsdseg.engine.post.block_tree import Position, numbered
 from lsdseg.engine.post.graph import Edges
 from lsdseg.errors import UserError
-from lsdseg.files import write_whole
+from lsdseg.files import read_json, write_whole
 
 KEY = "fragment_segment_lut"
+RECORD = "record.json"  # in the folder of a LUT in parts, once all are there
+RUN_AGAIN = "run 04_find_segments_full.py again"
 
 
 def connected_segments(
@@ -147,7 +151,7 @@ def _require_lut(shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
 
 
 def _no_lut(path: Path | str) -> UserError:
-    return UserError(f"{path} is not a look-up table; run 04_find_segments_full.py again")
+    return UserError(f"{path} is not a look-up table; {RUN_AGAIN}")
 
 
 def check_lut(path: Path | str, lut: NDArray[np.uint64]) -> None:
@@ -166,16 +170,19 @@ def check_lut(path: Path | str, lut: NDArray[np.uint64]) -> None:
     except Exception as error:
         raise _no_lut(path) from error
     if damaged:
-        raise UserError(f"{path} is damaged: its checksum is wrong; run 04_find_segments_full.py again")
+        raise UserError(f"{path} is damaged: its checksum is wrong; {RUN_AGAIN}")
+    check_fragments(path, lut)
     ids, segments = np.asarray(lut)
-    if (ids[:1] == 0).any() or (ids[1:] <= ids[:-1]).any():
-        raise UserError(f"the fragments in {path} do not ascend: run 04_find_segments_full.py again")
     own, unknown = _translate(segments, ids, segments, _runs(ids))
     if unknown or (own != segments).any():
-        raise UserError(
-            f"{path} is damaged: segments in it do not have the id of one of their fragments; "
-            "run 04_find_segments_full.py again"
-        )
+        raise UserError(f"{path} is damaged: segments in it do not have the id of one of their fragments; {RUN_AGAIN}")
+
+
+def check_fragments(path: Path | str, lut: NDArray[np.uint64]) -> None:
+    """Check that the fragments of a LUT ascend; raise UserError if not."""
+    ids = np.asarray(lut[0])
+    if (ids[:1] == 0).any() or (ids[1:] <= ids[:-1]).any():
+        raise UserError(f"the fragments in {path} do not ascend: {RUN_AGAIN}")
 
 
 def existing_lut(output: Path, merge_function: str, threshold: float) -> Path:
@@ -195,6 +202,8 @@ def existing_lut(output: Path, merge_function: str, threshold: float) -> Path:
     path = lut_path(output, merge_function, threshold)
     if path.is_file():
         return path
+    if lut_record(in_blocks(path)) is not None:
+        return in_blocks(path)
     of_published_scripts = lut_path(output, merge_function, int(threshold * 100) / 100)
     if of_published_scripts.is_file() and lut_record(of_published_scripts) is None:
         return of_published_scripts
@@ -207,8 +216,49 @@ def existing_lut(output: Path, merge_function: str, threshold: float) -> Path:
     )
 
 
-def lut_record(path: Path | str) -> Record | None:
-    """Return what a LUT was made from, None if it does not say: others made it."""
+def in_blocks(path: Path) -> Path:
+    """Return the folder that holds a LUT in parts, one for each block, instead of the file `path`."""
+    return path.with_suffix("")
+
+
+def save_part(folder: Path, position: Position, grid: Position, lut: NDArray[np.uint64]) -> None:
+    """Write the part of a LUT for the fragments of a block at a position in the grid of blocks."""
+    save_lut(folder / numbered(position, grid), lut)
+
+
+def load_part(folder: Path, position: Position, grid: Position) -> NDArray[np.uint64]:
+    """Read the part of a LUT for the fragments of a block; one that has none has no part.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = folder / numbered(position, grid)
+    if not file.is_file():
+        return np.empty((2, 0), np.uint64)
+    lut = load_lut(file)
+    check_fragments(file, lut)
+    return lut
+
+
+def finish_parts(folder: Path, record: Record) -> None:
+    """Record that the LUT in a folder is complete, and what it was made from."""
+    with write_whole(folder / RECORD) as partial:
+        partial.write_text(json.dumps(record.to_json()), encoding="utf-8")
+
+
+def remove_lut(path: Path) -> None:
+    """Remove the file or the folder of a LUT, if there is one."""
+    if path.is_dir():
+        (path / RECORD).unlink(missing_ok=True)
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def lut_record(path: Path) -> Record | None:
+    """Return what a LUT, a file or a folder, was made from, None if it does not say: others made it."""
+    if path.is_dir():
+        file = path / RECORD
+        return Record.from_json(read_json(file, RUN_AGAIN)) if file.is_file() else None
     try:
         with np.load(path) as arrays:
             return Record.from_json(json.loads(str(arrays[ATTRIBUTE])))

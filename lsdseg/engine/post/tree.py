@@ -10,54 +10,29 @@ Nodes know each other by files only, so the nodes of one level can be done in an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import product
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from lsdseg.engine.post.block_tree import LEFT, SETTLED, TOLD, TOP, BlockTree, Position
 from lsdseg.engine.post.contacts import Contacts, Settled, settle, simplified
 from lsdseg.engine.post.graph import Edges
-from lsdseg.errors import UserError
-from lsdseg.files import write_whole
-
-FILES_PER_FOLDER = 1000
-# Files of a node: the contacts that it leaves, what became of those that it had, and when those that it left merge.
-LEFT, SETTLED, SCORES = "left", "settled", "scores"
-
-Position = tuple[int, ...]
-TOP: Position = ()  # of the node above all nodes of the last level, which may be more than eight
 
 
 @dataclass(frozen=True)
-class Tree:
-    """A tree over a grid of blocks. Level 0 are the blocks, and each level above has half as many along each axis.
+class Tree(BlockTree):
+    """A tree over a grid of blocks that agglomerates their fragments.
 
     Attributes:
-        folder: where the files go.
-        grid: number of blocks along z, y, x.
         merge_function: scores contacts.
     """
 
-    folder: Path
-    grid: tuple[int, ...]
     merge_function: str
-
-    def level_grid(self, level: int) -> Position:
-        """Number of nodes of a level along z, y, x."""
-        return tuple(-(-size // 2**level) for size in self.grid)
-
-    def size(self, level: int) -> int:
-        """How many contacts all nodes of a level have left.
-
-        Raises:
-            UserError: a file is damaged.
-        """
-        return sum(int(_load(file, "count")["count"]) for file in self._files(level))
+    script: ClassVar[str] = "03_agglomerate_blockwise.py"
 
     def settle_block(self, position: Position, number: int, contacts: Contacts) -> None:
         """Settle the contacts of a block.
@@ -76,7 +51,7 @@ class Tree:
         Raises:
             UserError: a file is damaged.
         """
-        below = list(self._below(level, position))
+        below = list(self.below(level, position))
         if below:
             self._settle(level, position, below, [self._inner_sides(level - 1, place) for place in below])
 
@@ -86,10 +61,10 @@ class Tree:
         Raises:
             UserError: a file is damaged.
         """
-        top, places = level + 1, [place for place in np.ndindex(self.level_grid(level)) if self._has(level, place)]
+        top, places = level + 1, self.all_nodes(level)
         if places:
             rest = self._settle(top, TOP, places, None)
-            _save(self._file(top, SCORES, TOP), {"scores": np.full(len(rest.u), np.nan, np.float32)})
+            self.save(self.file(top, TOLD, TOP), {"scores": np.full(len(rest.u), np.nan, np.float32)})
             self._tell(top, TOP, places)
 
     def tell_node(self, level: int, position: Position) -> None:
@@ -98,7 +73,7 @@ class Tree:
         Raises:
             UserError: a file is damaged.
         """
-        if below := list(self._below(level, position)):
+        if below := list(self.below(level, position)):
             self._tell(level, position, below)
 
     def edges_of_block(self, position: Position) -> tuple[int, Edges] | None:
@@ -107,18 +82,18 @@ class Tree:
         Raises:
             UserError: a file is damaged.
         """
-        if not self._has(0, position):
+        if not self.has(0, position):
             return None
-        had = _load(self._file(0, SETTLED, position))
+        had = self.load(self.file(0, SETTLED, position))
         return int(had["number"]), (had["u"], had["v"], self._all_scores(0, position, had))
 
     def _settle(
         self, level: int, position: Position, below: Sequence[Position], inner_sides: Sequence[int] | None
     ) -> Contacts:
-        files = (self._file(level - 1, LEFT, place) for place in below)
+        files = (self.file(level - 1, LEFT, place) for place in below)
         columns = [column.name for column in fields(Contacts)]
         bar = tqdm(files, total=len(below), desc="reading contacts", unit="file", delay=10)
-        parts = [Contacts(**_load(file, *columns)) for file in bar]
+        parts = [Contacts(**self.load(file, *columns)) for file in bar]
         contacts, order = Contacts.of_all(parts, inner_sides)
         settled = settle(contacts, self.merge_function)
         self._keep(level, position, settled, order=order, lengths=np.array([len(part.u) for part in parts]))
@@ -126,62 +101,23 @@ class Tree:
 
     def _keep(self, level: int, position: Position, settled: Settled, **more: Any) -> None:
         """Write what became of the contacts of a node, and then what it leaves, which says that the node is done."""
-        _save(self._file(level, SETTLED, position), {"place": settled.place, "scores": settled.scores} | more)
+        self.save(self.file(level, SETTLED, position), {"place": settled.place, "scores": settled.scores} | more)
         rest = settled.rest
-        _save(self._file(level, LEFT, position), vars(rest) | {"count": np.int64(len(rest.u))})
+        self.save(self.file(level, LEFT, position), vars(rest) | {"count": np.int64(len(rest.u))})
 
     def _tell(self, level: int, position: Position, below: Sequence[Position]) -> None:
-        had = _load(self._file(level, SETTLED, position))
+        had = self.load(self.file(level, SETTLED, position))
         scores = np.empty(len(had["order"]), np.float32)
         scores[had["order"]] = self._all_scores(level, position, had)
         parts = np.split(scores, np.cumsum(had["lengths"])[:-1])
         for place, part in zip(below, parts, strict=True):
-            _save(self._file(level - 1, SCORES, place), {"scores": part})
+            self.save(self.file(level - 1, TOLD, place), {"scores": part})
 
     def _all_scores(self, level: int, position: Position, had: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
         """When the pairs that a node had become one: what it settled, and what it was told of the others."""
-        told = np.append(_load(self._file(level, SCORES, position))["scores"], np.float32(np.nan))
+        told = np.append(self.load(self.file(level, TOLD, position))["scores"], np.float32(np.nan))
         return np.where(had["place"] < 0, had["scores"], told[had["place"]])
-
-    def _below(self, level: int, position: Position) -> Iterator[Position]:
-        """The nodes below a node that have anything."""
-        grid = self.level_grid(level - 1)
-        ranges = (range(2 * at, min(2 * at + 2, size)) for at, size in zip(position, grid, strict=True))
-        return (place for place in product(*ranges) if self._has(level - 1, place))
 
     def _inner_sides(self, level: int, place: Position) -> int:
         """The sides on which a node touches others of the node above it, in bits as `Contacts.open_sides`."""
         return sum((1 if at % 2 else 2) << 2 * axis for axis, at in enumerate(place))
-
-    def _has(self, level: int, position: Position) -> bool:
-        return self._file(level, LEFT, position).is_file()
-
-    def _file(self, level: int, kind: str, position: Position) -> Path:
-        if position == TOP:
-            return self.folder / "top" / f"{kind}.npz"
-        number = int(np.ravel_multi_index(position, self.level_grid(level)))
-        return self.folder / str(level) / kind / str(number // FILES_PER_FOLDER) / f"{number}.npz"
-
-    def _files(self, level: int) -> Iterator[Path]:
-        return (self.folder / str(level) / LEFT).glob("*/*.npz")
-
-
-def _save(path: Path, arrays: dict[str, Any]) -> None:
-    """Write arrays to a file, which appears whole or not at all."""
-    with write_whole(path) as partial, open(partial, "wb") as file:
-        np.savez_compressed(file, **arrays)
-
-
-def _load(path: Path, *names: str) -> dict[str, NDArray[Any]]:
-    """Read what `_save` wrote, all of it or these arrays.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
-    try:
-        with np.load(path) as arrays:
-            return {name: arrays[name] for name in names or arrays}
-    except Exception as error:  # zipfile and numpy raise what they like at a damaged file
-        raise UserError(
-            f"{path} is missing or damaged: run 03_agglomerate_blockwise.py with DATA.DROP_DS_MONGOTABLE True"
-        ) from error

@@ -15,7 +15,7 @@ from typing import Any
 
 import daisy
 import numpy as np
-from funlib.geometry import Coordinate, Roi
+from funlib.geometry import Roi
 from tqdm import tqdm
 from yacs.config import CfgNode
 
@@ -26,12 +26,13 @@ from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import begun_before, blocks_left, complete, discard_markers
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
+from lsdseg.engine.post.block_tree import Position
 from lsdseg.engine.post.contacts import find_contacts
 from lsdseg.engine.post.graph import edges_of_block
 from lsdseg.engine.post.methods import method_of, method_that_scores
 from lsdseg.engine.post.steps.fragments import check_block_settings, require_fragments
-from lsdseg.engine.post.steps.grid import block_step
-from lsdseg.engine.post.tree import Position, Tree
+from lsdseg.engine.post.steps.grid import block_position, block_step
+from lsdseg.engine.post.tree import Tree
 from lsdseg.engine.sample import AFFINITIES, Sample, samples_of
 from lsdseg.errors import UserError
 from lsdseg.rag import RagStore, open_store
@@ -98,7 +99,7 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
         channels = method.channels(predicted, sample.offsets)
         if method.scores_whole_graph:
             contacts = find_contacts(channels, labels, *store.id_range(number))
-            tree.settle_block(_position(sample, block.write_roi.begin), number, contacts)
+            tree.settle_block(block_position(sample, block.write_roi.begin), number, contacts)
         else:
             edges = edges_of_block(method.edges(channels, labels, sample.offsets), *store.id_range(number))
             store.write_edges(merge_function, number, *edges)
@@ -175,12 +176,6 @@ def _tree(sample: Sample, merge_function: str) -> Tree:
     return Tree(sample.markers(name) / CONTACTS, block_step(sample, name, "").grid, merge_function)
 
 
-def _position(sample: Sample, begin: Coordinate, level: int = 0) -> Position:
-    """The position of the node of the tree whose box begins there, in nm."""
-    array, block = sample.affinities, Coordinate(sample.cfg.INS_SEGMENT.BLOCK_SIZE)
-    return tuple((begin - array.roi.begin) // (block * array.voxel_size * 2**level))
-
-
 def _is_scored(step: BlockStep) -> bool:
     return (step.markers / SCORED).is_file()
 
@@ -239,7 +234,7 @@ def open_level_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[dais
     store = open_store(cfg, sample.output, "r+", identity(open_array(sample.output, sample.fragments_dataset)))
 
     def process(block: daisy.Block) -> None:
-        position = _position(sample, block.write_roi.begin, level)
+        position = block_position(sample, block.write_roi.begin, level)
         if direction == UP:
             tree.settle_node(level, position)
         elif level:

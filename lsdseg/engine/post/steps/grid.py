@@ -11,6 +11,7 @@ from lsdseg.data_utils.records import START_OVER, Record, record_of
 from lsdseg.data_utils.volumes import MISSING, chunk_shape, create_array, has_array, open_array, seal_array
 from lsdseg.engine.blocks.markers import missing_blocks
 from lsdseg.engine.blocks.step import BlockStep
+from lsdseg.engine.post.block_tree import Position
 from lsdseg.engine.sample import Sample
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk
@@ -108,3 +109,9 @@ def seal_labels(sample: Sample, dataset: str, step: BlockStep, source: Array) ->
     """Record that labels are complete, and which blocks are missing: in them, or in the array they were made from."""
     missing = [*missing_blocks(step.markers), *source.attrs.get(MISSING, [])]
     seal_array(sample.output, dataset, [place for n, place in enumerate(missing) if place not in missing[:n]])
+
+
+def block_position(sample: Sample, begin: Coordinate, level: int = 0) -> Position:
+    """The position of the node of the tree whose box begins there, in nm."""
+    array, block = sample.affinities, Coordinate(sample.cfg.INS_SEGMENT.BLOCK_SIZE)
+    return tuple((begin - array.roi.begin) // (block * array.voxel_size * 2**level))

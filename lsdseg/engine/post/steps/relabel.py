@@ -19,9 +19,9 @@ from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.engine.post.methods import method_that_scores
 from lsdseg.engine.post.steps.fragments import require_fragments
-from lsdseg.engine.post.steps.grid import begun_labels, block_step, create_labels, seal_labels
+from lsdseg.engine.post.steps.grid import begun_labels, block_position, block_step, create_labels, seal_labels
 from lsdseg.engine.post.steps.tables import tables_name
-from lsdseg.engine.post.tables import check_lut, existing_lut, load_lut, lut_record, relabel
+from lsdseg.engine.post.tables import check_lut, existing_lut, load_lut, load_part, lut_record, relabel
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.errors import UserError
 
@@ -77,9 +77,11 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
     sample = Sample.of_arguments(cfg, arguments)
     fragments = open_array(sample.output, sample.fragments_dataset)
     segmentation = open_array(sample.output, arguments["segmentation"], "r+")
-    lut = load_lut(arguments["lut"])
+    path, grid = Path(arguments["lut"]), block_step(sample, "", "").grid
+    whole = None if path.is_dir() else load_lut(path)
 
     def process(block: daisy.Block) -> None:
+        lut = load_part(path, block_position(sample, block.write_roi.begin), grid) if whole is None else whole
         where = voxels_of(fragments, block.write_roi.intersect(fragments.roi))
         try:
             segmentation[where] = relabel(read(fragments, where), lut)
@@ -95,10 +97,15 @@ def _record(lut: Path, fragments: str, merge_function: str, threshold: float) ->
     Raises:
         UserError: there is no look-up table, it is damaged, or it was made from other fragments than these.
     """
-    table = load_lut(lut)
-    check_lut(lut, table)
-    inputs = {FRAGMENTS: fragments, "the look-up table": _digest(table)}
     made_from = lut_record(lut)
+    if lut.is_dir():
+        made = b"" if made_from is None else repr([made_from.inputs, made_from.settings]).encode()
+        digest = hashlib.blake2b(made, digest_size=8).hexdigest()
+    else:
+        table = load_lut(lut)
+        check_lut(lut, table)
+        digest = _digest(table)
+    inputs = {FRAGMENTS: fragments, "the look-up table": digest}
     if made_from is not None and made_from.inputs.get(FRAGMENTS) != fragments:
         raise UserError(
             f"{lut} was made from other fragments: run 03_agglomerate_blockwise.py and 04_find_segments_full.py again"

@@ -1,7 +1,8 @@
 """Step 3: the region adjacency graph to look-up tables (LUTs) from fragments to segments, one for each threshold."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,17 @@ from lsdseg.data_utils.layout import FRAGMENTS, edits_path, lut_path
 from lsdseg.data_utils.records import Record
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.post.methods import method_of
+from lsdseg.engine.post.steps.block_tables import find_segments_in_blocks
 from lsdseg.engine.post.steps.edges import edges_name, require_edges
 from lsdseg.engine.post.steps.fragments import require_fragments
-from lsdseg.engine.post.tables import connected_segments, lut_record, save_lut
+from lsdseg.engine.post.tables import connected_segments, in_blocks, lut_record, remove_lut, save_lut
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk
 from lsdseg.rag import open_store
 from lsdseg.rag.edits import Edit, EditLog, active
 from lsdseg.rag.proofread import apply_edits
-from lsdseg.rag.store import REMEDY, Edges
+from lsdseg.rag.store import REMEDY, Edges, RagStore
 
 EDGES = "the edges"
 EDITS = "the edits"
@@ -46,7 +48,7 @@ def find_segments(cfg: CfgNode, merge_function: str | None, threshold: float | N
     """
     merge_function = merge_function or method_of(cfg.INS_SEGMENT).merge_function(cfg.INS_SEGMENT)
     thresholds = cfg.INS_SEGMENT.THRESHOLDS if threshold is None else [threshold]
-    paths = []
+    paths: list[Path] = []
     for sample in samples_of(cfg):
         with working_on(
             sample.output, tables_name(merge_function), reads=["predict", "fragments", edges_name(merge_function)]
@@ -56,26 +58,52 @@ def find_segments(cfg: CfgNode, merge_function: str | None, threshold: float | N
             edits = active(log.read())
             inputs = _inputs(sample, merge_function, fragments, edits)
             store = open_store(cfg, sample.output, "r", fragments)
-            node_ids = np.sort(np.concatenate([np.empty(0, np.uint64), *store.node_ids()]))
-            print(f"{sample.output.name}: {len(node_ids)} fragments, {len(thresholds)} thresholds", flush=True)
-            try:
-                luts = connected_segments(node_ids, store.edges(merge_function), thresholds)
-            except ValueError as error:
-                raise UserError(f"the graph {store} is damaged ({error}): {REMEDY.format('02 and 03')}") from error
-            if edits:
-                print(f"{len(edits)} edits of {log.path} are made in every table")
-            for value, unedited in luts.items():
-                lut = _edited(unedited, store.edges(merge_function), log, edits, value)
-                path = lut_path(sample.output, merge_function, value)
-                settings = {"the merge function": merge_function, "the threshold": value}
-                record = Record("04_find_segments_full.py", inputs, settings)
-                with room_on_disk(path, lut.nbytes):
-                    save_lut(path, lut, record)
-                print(f"{len(np.unique(lut[1]))} segments at {value:g} in {path}")
-                paths.append(path)
+            made = partial(_record, merge_function, inputs)
+            if store.count_nodes() <= cfg.INS_SEGMENT.FRAGMENTS_IN_MEMORY:
+                paths += _find_at_once(sample, store, merge_function, thresholds, made, (log, edits))
+            elif edits:
+                raise UserError(
+                    f"{log.path} holds edits, which need the whole graph in memory: raise "
+                    "INS_SEGMENT.FRAGMENTS_IN_MEMORY on a machine that has it, or move the file away"
+                )
+            else:
+                paths += find_segments_in_blocks(sample, tables_name(merge_function), merge_function, thresholds, made)
     listed = ", ".join(f"{value:g}" for value in sorted(thresholds))
     print(f"for 05_extract_segmentation_from_lut.py: -mf {merge_function}, and -th one of {listed}")
     return paths
+
+
+def _find_at_once(
+    sample: Sample,
+    store: RagStore,
+    merge_function: str,
+    thresholds: Sequence[float],
+    made: Callable[[float], Record],
+    edited: tuple[EditLog, Sequence[Edit]],
+) -> Iterator[Path]:
+    """Write the look-up tables of a sample, made in this process."""
+    log, edits = edited
+    node_ids = np.sort(np.concatenate([np.empty(0, np.uint64), *store.node_ids()]))
+    print(f"{sample.output.name}: {len(node_ids)} fragments, {len(thresholds)} thresholds", flush=True)
+    try:
+        luts = connected_segments(node_ids, store.edges(merge_function), thresholds)
+    except ValueError as error:
+        raise UserError(f"the graph {store} is damaged ({error}): {REMEDY.format('02 and 03')}") from error
+    if edits:
+        print(f"{len(edits)} edits of {log.path} are made in every table")
+    for value, unedited in luts.items():
+        lut = _edited(unedited, store.edges(merge_function), log, edits, value)
+        path = lut_path(sample.output, merge_function, value)
+        with room_on_disk(path, lut.nbytes):
+            save_lut(path, lut, made(value))
+        remove_lut(in_blocks(path))
+        print(f"{len(np.unique(lut[1]))} segments at {value:g} in {path}")
+        yield path
+
+
+def _record(merge_function: str, inputs: dict[str, str], threshold: float) -> Record:
+    settings = {"the merge function": merge_function, "the threshold": threshold}
+    return Record("04_find_segments_full.py", inputs, settings)
 
 
 def tables_left(sample: Sample, merge_function: str, thresholds: Sequence[float]) -> list[float]:
@@ -86,7 +114,8 @@ def tables_left(sample: Sample, merge_function: str, thresholds: Sequence[float]
     """
     fragments = require_fragments(sample)
     inputs = _inputs(sample, merge_function, fragments, active(EditLog(edits_path(sample.output), fragments).read()))
-    made = {value: lut_record(lut_path(sample.output, merge_function, value)) for value in thresholds}
+    paths = {value: lut_path(sample.output, merge_function, value) for value in thresholds}
+    made = {value: lut_record(path) or lut_record(in_blocks(path)) for value, path in paths.items()}
     return [value for value, record in made.items() if record is None or record.inputs != inputs]
 
 
