@@ -85,7 +85,7 @@ def settle_blocks(tree: TableTree, edge: int) -> tuple[float, float]:
 def block_of(
     position: tuple[int, ...], grid: tuple[int, ...], edge: int
 ) -> tuple[NDArray[np.uint64], Edges, Edges, Any]:
-    """Return the fragments of a block, its own edges, those of its neighbors that reach it, and the ids of all these."""
+    """Return the fragments of a block, its own edges, those of its neighbors that reach it, and the ids of all."""
     around = list(product(*(range(max(0, at - 1), min(at + 2, size)) for at, size in zip(position, grid, strict=True))))
     numbers = [int(np.ravel_multi_index(place, grid)) for place in around]
     ranges = {number: (number * edge**3 + 1, (number + 1) * edge**3) for number in numbers}
