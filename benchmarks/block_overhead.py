@@ -1,8 +1,10 @@
 """Measure the overhead of a block: local workers process blocks that do nothing.
 
-    python benchmarks/block_overhead.py --blocks 2000 --workers 2
+    python benchmarks/block_overhead.py --blocks 100000 --workers 2
+    python benchmarks/block_overhead.py --blocks 640 --workers 64 --sleep 1
 
-Starting the workers does not count. It is measured in a run with one block per worker, and subtracted.
+Starting the workers does not count. It is measured in a run with one block per worker, and subtracted. The same is done
+with daisy alone, whose workers leave no record of what is done.
 """
 
 import argparse
@@ -17,11 +19,11 @@ from yacs.config import CfgNode
 
 
 def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[Any], None]:
-    """Open a worker that does nothing with its blocks."""
-    return lambda block: None
+    """Open a worker that does nothing with its blocks, for some time."""
+    return lambda block: time.sleep(arguments["seconds"])
 
 
-def seconds(blocks: int, workers: int) -> float:
+def seconds(blocks: int, workers: int, sleep: float) -> float:
     """Return the wall time of a run in an empty folder."""
     from funlib.geometry import Roi
 
@@ -39,7 +41,7 @@ def seconds(blocks: int, workers: int) -> float:
             read_roi=block,
             write_roi=block,
             open_worker="benchmarks.block_overhead:open_worker",
-            arguments={},
+            arguments={"seconds": sleep},
             markers=Path(folder, "markers"),
         )
         cfg = load_config(overrides=["SYSTEM.NUM_WORKERS", str(workers)])
@@ -48,19 +50,44 @@ def seconds(blocks: int, workers: int) -> float:
         return time.monotonic() - began
 
 
+def seconds_of_daisy(blocks: int, workers: int, sleep: float) -> float:
+    """Return the wall time of the same with daisy alone."""
+    import daisy
+    from funlib.geometry import Roi
+
+    def work() -> None:
+        client = daisy.Client()
+        while True:
+            with client.acquire_block() as block:
+                if block is None:
+                    return
+                time.sleep(sleep)
+
+    block = Roi((0, 0, 0), (8, 8, 8))
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        total = Roi((0, 0, 0), (8, 8, 8 * blocks))
+        task = daisy.Task("nothing", total, block, block, work, read_write_conflict=False, max_workers=workers)
+        began = time.monotonic()
+        daisy.Server().run_blockwise(task, progress=False, summary=False, block_tracking=False)
+        return time.monotonic() - began
+
+
 def main() -> None:
-    """Measure and print one line."""
+    """Measure and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=2000, help="number of blocks (default %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="number of workers (default %(default)s)")
+    parser.add_argument("--sleep", type=float, default=0.0, help="seconds that a block takes (default %(default)s)")
     args = parser.parse_args()
-    start = seconds(args.workers, args.workers)
-    total = seconds(args.blocks, args.workers)
-    each = (total - start) / (args.blocks - args.workers)
-    print(
-        f"{args.blocks} blocks on {args.workers} workers, {os.cpu_count()} cores: "
-        f"{each * 1000:.2f} ms per block, {start:.1f} s to start and end"
-    )
+    for what, run in {"this suite": seconds, "daisy alone": seconds_of_daisy}.items():
+        start = run(args.workers, args.workers, args.sleep)
+        total = run(args.blocks, args.workers, args.sleep)
+        each = (total - start) / (args.blocks - args.workers)
+        print(
+            f"{what}: {args.blocks} blocks on {args.workers} workers, {os.cpu_count()} cores: "
+            f"{each * 1000:.3f} ms per block, {start:.1f} s to start and end"
+        )
 
 
 if __name__ == "__main__":
