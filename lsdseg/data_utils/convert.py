@@ -40,6 +40,7 @@ FORMATS = {
     ".h5": "lsdseg.data_utils.hdf:open_hdf",
     ".tif": "lsdseg.data_utils.tiff:open_tiff",
     ".tiff": "lsdseg.data_utils.tiff:open_tiff",
+    ".npy": "lsdseg.data_utils.npy:open_npy",
 }
 # The same for folders, by a file that they hold: what the format is called, and its function. A folder without any of
 # these files may be one of TIFFs.
@@ -177,16 +178,16 @@ def convert_volume(
     wanted = parse_sections(sections)
     (checked,) = target_paths([source], target, overwrite)
     with ExitStack() as files:
-        volumes = [_named(files.enter_context(open_source(source)), RAW, dataset, source)]
+        volumes = [only_volume(files.enter_context(open_source(source)), RAW, dataset, source)]
         if labels is not None:
-            volumes.append(_named(files.enter_context(open_source(labels)), LABELS, None, labels))
+            volumes.append(only_volume(files.enter_context(open_source(labels)), LABELS, None, labels))
         _convert(Source(volumes, []), source, checked, wanted, resolution)
     for name in list_arrays(checked):
         array = open_array(checked, name)
         print(f"{checked}: {name} {array.dtype} {array.shape}, {tuple(array.voxel_size)} nm")
 
 
-def _named(source: Source, name: str, dataset: str | None, path: Path) -> Volume:
+def only_volume(source: Source, name: str, dataset: str | None, path: Path) -> Volume:
     """Return the only volume of a source, or that of a name, with a new name.
 
     Raises:

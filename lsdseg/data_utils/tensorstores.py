@@ -16,13 +16,14 @@ from lsdseg.data_utils.convert import Source, Volume
 from lsdseg.data_utils.layout import LABELS, RAW
 from lsdseg.data_utils.placement import multiscales_of, read_ome_placement, stored_attributes
 from lsdseg.data_utils.replace import is_array
+from lsdseg.data_utils.stored import open_checked
 from lsdseg.errors import UserError
 from lsdseg.files import read_json
 
 ANOTHER = "use another copy"
 
 
-class _Lazy:
+class LazyStore:
     """An array of tensorstore that reads what is sliced, counted from 0.
 
     Args:
@@ -57,7 +58,7 @@ def open_precomputed(path: Path) -> Iterator[Source]:
         raise UserError(f"{path / 'info'} describes no precomputed volume ({error}): use another folder") from None
     if channels != 1:
         raise UserError(f"{path} has {channels} channels: convert it to gray values first")
-    store = _open(path, "neuroglancer_precomputed")
+    store = open_store(path, "neuroglancer_precomputed")
     yield Source([_volume(path, name, store[..., 0].T, attributes)], [])
 
 
@@ -78,7 +79,7 @@ def open_n5(path: Path) -> Iterator[Source]:
         if len(attributes["dimensions"]) == 3 and not (file.parent.name[1:].isdigit() and file.parent.name != "s0"):
             # A level s0 is what its folder is called.
             name = name.removesuffix("/s0") if name not in (".", "s0") else RAW
-            volumes.append(_volume(file.parent, name, _open(file.parent, "n5").T, _n5_placement(attributes)))
+            volumes.append(_volume(file.parent, name, open_store(file.parent, "n5").T, _n5_placement(attributes)))
         else:
             others.append(name)
     if not volumes:
@@ -92,7 +93,8 @@ def _n5_placement(attributes: dict[str, Any]) -> dict[str, Any]:
         return {}
     units = [found.get("unit", "nm")] * 3 if isinstance(found, dict) else ["nm"] * 3
     sizes = found["dimensions"] if isinstance(found, dict) else found
-    return {"resolution": sizes[::-1], "offset": attributes.get("offset", [0, 0, 0])[::-1], "units": units}
+    offset = {"offset": attributes["offset"][::-1]} if "offset" in attributes else {}
+    return {"resolution": sizes[::-1], "units": units, **offset}
 
 
 @contextmanager
@@ -111,7 +113,7 @@ def open_zarr(path: Path) -> Iterator[Source]:
         finest, axes = _pyramid(folder.parent)
         if finest not in (None, folder.name):
             continue
-        store = _open(folder, "zarr" if (folder / ".zarray").is_file() else "zarr3")
+        store = _open_zarr_2(folder) if (folder / ".zarray").is_file() else open_store(folder, "zarr3")
         if store.rank < 3:
             others.append(name)
             continue
@@ -161,7 +163,21 @@ def _spatial(store: Any, axes: list[str], where: str) -> Any:
     return store[tensorstore.d[single][0]][tensorstore.d[[left.index(name) for name in "zyx"]].transpose[:]]
 
 
-def _open(path: Path, driver: str) -> Any:
+def _open_zarr_2(folder: Path) -> Any:
+    """Open an array of format 2. zarr itself reads those of zstd with checksums, a setting that tensorstore refuses."""
+    compressor = read_json(folder / ".zarray", ANOTHER).get("compressor")
+    if not (isinstance(compressor, dict) and "checksum" in compressor):
+        return open_store(folder, "zarr")
+    array = open_checked(folder.parent, folder.name, "r")
+
+    def fill(domain: Any, chunk: NDArray[Any], _: Any) -> None:
+        chunk[...] = array[domain.index_exp]
+
+    layout = tensorstore.ChunkLayout(read_chunk_shape=array.chunks)
+    return tensorstore.virtual_chunked(fill, dtype=array.dtype, shape=array.shape, chunk_layout=layout)
+
+
+def open_store(path: Path, driver: str) -> Any:
     """Open an array with tensorstore.
 
     Raises:
@@ -177,4 +193,4 @@ def _open(path: Path, driver: str) -> Any:
 
 def _volume(path: Path, name: str, store: Any, attributes: dict[str, Any]) -> Volume:
     stored = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return Volume(name, _Lazy(store), attributes, stored)
+    return Volume(name, LazyStore(store), attributes, stored)
