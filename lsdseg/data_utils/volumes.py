@@ -20,6 +20,7 @@ from funlib.persistence import Array
 from numpy.typing import DTypeLike, NDArray
 from yacs.config import CfgNode
 
+from lsdseg.data_utils.layout import LABELS, LABELS_MASK
 from lsdseg.data_utils.placement import Placement, read_ome_placement, read_placement, whole_nanometers
 from lsdseg.data_utils.replace import (
     array_folder,
@@ -36,6 +37,8 @@ from lsdseg.errors import UserError
 dask.config.set(scheduler="synchronous")
 
 CHUNKS = "stored_chunks"  # attribute of a complete array: how many chunks it has on disk
+# Names of sections in zarrs that the published scripts wrote, where they are not those of volumes.
+PUBLISHED_SECTIONS = {LABELS: "volumes/labels", LABELS_MASK: "volumes/labels_mask"}
 MISSING = "missing_blocks"  # begin and shape in nm of the blocks of an array that could not be made
 MAX_GROUPS = 10_000  # a folder with more is no zarr but half a disk
 # Higher levels save a few percent on labels and read several times slower.
@@ -63,7 +66,8 @@ def open_array(
     axes are spatial. Axes before them are channels, named `c^`.
 
     A dataset of sections, DATASET/m ... DATASET/n, opens as one stack (z, y, x) that can only be read. Sections have no
-    thickness of their own, so the voxel size in z is that in x. Section 0 is at 0 nm, wherever the stack begins.
+    thickness of their own, so the voxel size in z is that in x. Section 0 is at 0 nm, wherever the stack begins. Labels
+    and their mask are also found under the names of the published scripts, volumes/labels/n and volumes/labels_mask/n.
 
     Args:
         path: the zarr.
@@ -77,6 +81,7 @@ def open_array(
         UserError: there is no such array; its voxel size is unknown; voxel size or offset are not in whole nanometers;
             a section in between is missing, or differs from the first one.
     """
+    dataset = _stored_name(path, dataset)
     where = f"{dataset} in {path}"
     if sections := _section_names(array_folder(path, dataset)):
         defaults = SourceDefaults(
@@ -105,7 +110,7 @@ def open_array(
 
 def has_array(path: Path | str, dataset: str) -> bool:
     """Return whether a zarr holds what `open_array` can open: an array or sections of that name."""
-    folder = array_folder(path, dataset)
+    folder = array_folder(path, _stored_name(path, dataset))
     return is_array(folder) or bool(_section_names(folder))
 
 
@@ -343,6 +348,7 @@ def name_arrays(path: Path | str, most: int = 10) -> str:
 
 def is_stored(path: Path | str, dataset: str, voxels: Sequence[slice]) -> bool:
     """Return whether any chunk of a box of voxels was ever written. Voxels of other chunks have the fill value."""
+    dataset = _stored_name(path, dataset)
     folder = array_folder(path, dataset)
     if sections := _section_names(folder):
         return any(is_stored(path, f"{dataset}/{name}", voxels[1:]) for name in sections[voxels[0]])
@@ -381,6 +387,15 @@ def slabs(array: Array, max_bytes: int = 2**28) -> Slabs:
         chunks_that_fit = max_bytes // (math.prod(step) * array.dtype.itemsize)
         step[axis] *= min(max(1, chunks_that_fit), math.ceil(array.shape[axis] / step[axis]))
     return Slabs(array.shape, step)
+
+
+def _stored_name(path: Path | str, dataset: str) -> str:
+    """Return the name that a zarr has for a dataset: that in PUBLISHED_SECTIONS, if only that has sections."""
+    published = PUBLISHED_SECTIONS.get(dataset)
+    folder = array_folder(path, dataset)
+    if published is None or is_array(folder) or _section_names(folder):
+        return dataset
+    return published if _section_names(array_folder(path, published)) else dataset
 
 
 def _section_names(folder: Path) -> list[str]:
