@@ -18,6 +18,7 @@ from lsdseg.data_utils.formats import Source, Volume
 from lsdseg.data_utils.layout import LABELS, RAW
 from lsdseg.data_utils.placement import multiscales_of, read_ome_placement, stored_attributes
 from lsdseg.data_utils.replace import is_array
+from lsdseg.data_utils.stored import open_checked
 from lsdseg.errors import UserError
 from lsdseg.files import read_json
 
@@ -37,7 +38,7 @@ def on_disk(path: Path) -> dict[str, str]:
     return {"driver": "file", "path": f"{path.absolute()}/"}
 
 
-class _Lazy:
+class LazyStore:
     """An array of tensorstore that reads what is sliced, counted from 0.
 
     Args:
@@ -72,7 +73,7 @@ def open_precomputed(path: Path, store: Store = on_disk) -> Iterator[Source]:
         raise UserError(f"{path / 'info'} describes no precomputed volume ({error}): use another folder") from None
     if channels != 1:
         raise UserError(f"{path} has {channels} channels: convert it to gray values first")
-    array = _open(path, store, "neuroglancer_precomputed")
+    array = open_store(path, store, "neuroglancer_precomputed")
     yield Source([_volume(path, name, array[..., 0].T, attributes)], [])
 
 
@@ -91,7 +92,7 @@ def open_n5(path: Path, store: Store = on_disk) -> Iterator[Source]:
         if len(attributes["dimensions"]) == 3 and not (folder.name[1:].isdigit() and folder.name != "s0"):
             # A level s0 is what its folder is called.
             name = name.removesuffix("/s0") if name not in (".", "s0") else RAW
-            volumes.append(_volume(folder, name, _open(folder, store, "n5").T, _n5_placement(attributes)))
+            volumes.append(_volume(folder, name, open_store(folder, store, "n5").T, _n5_placement(attributes)))
         else:
             others.append(name)
     if not volumes:
@@ -110,7 +111,8 @@ def _n5_placement(attributes: dict[str, Any]) -> dict[str, Any]:
         return {}
     units = [found.get("unit", "nm")] * 3 if isinstance(found, dict) else ["nm"] * 3
     sizes = found["dimensions"] if isinstance(found, dict) else found
-    return {"resolution": sizes[::-1], "offset": attributes.get("offset", [0, 0, 0])[::-1], "units": units}
+    offset = {"offset": attributes["offset"][::-1]} if "offset" in attributes else {}
+    return {"resolution": sizes[::-1], "units": units, **offset}
 
 
 @contextmanager
@@ -128,7 +130,8 @@ def open_zarr(path: Path, store: Store = on_disk) -> Iterator[Source]:
         finest, axes = _pyramid(folder.parent)
         if finest not in (None, folder.name):
             continue
-        array = _open(folder, store, "zarr" if (folder / ".zarray").is_file() else "zarr3")
+        is_format_2 = (folder / ".zarray").is_file()
+        array = _open_zarr_2(folder, store) if is_format_2 else open_store(folder, store, "zarr3")
         if array.rank < 3:
             others.append(name)
             continue
@@ -178,7 +181,21 @@ def _spatial(store: Any, axes: list[str], where: str) -> Any:
     return store[tensorstore.d[single][0]][tensorstore.d[[left.index(name) for name in "zyx"]].transpose[:]]
 
 
-def _open(path: Path, store: Store, driver: str) -> Any:
+def _open_zarr_2(folder: Path, store: Store) -> Any:
+    """Open an array of format 2. zarr itself reads those of zstd with checksums, a setting that tensorstore refuses."""
+    compressor = read_json(folder / ".zarray", ANOTHER).get("compressor")
+    if store is not on_disk or not (isinstance(compressor, dict) and "checksum" in compressor):
+        return open_store(folder, store, "zarr")
+    array = open_checked(folder.parent, folder.name, "r")
+
+    def fill(domain: Any, chunk: NDArray[Any], _: Any) -> None:
+        chunk[...] = array[domain.index_exp]
+
+    layout = tensorstore.ChunkLayout(read_chunk_shape=array.chunks)
+    return tensorstore.virtual_chunked(fill, dtype=array.dtype, shape=array.shape, chunk_layout=layout)
+
+
+def open_store(path: Path, store: Store, driver: str) -> Any:
     """Open an array with tensorstore.
 
     Args:
@@ -212,4 +229,4 @@ def _total_bytes(folder: Path) -> int:
 
 
 def _volume(path: Path, name: str, store: Any, attributes: dict[str, Any]) -> Volume:
-    return Volume(name, _Lazy(store), attributes, partial(_total_bytes, path), store.chunk_layout.read_chunk.shape)
+    return Volume(name, LazyStore(store), attributes, partial(_total_bytes, path), store.chunk_layout.read_chunk.shape)
