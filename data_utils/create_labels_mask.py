@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from lsdseg.cli import argument, command_parser, deferred, run_command
-from lsdseg.config.rules import integer
+from lsdseg.cli import ID, argument, command_parser, deferred, run_command
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK
 from lsdseg.errors import UserError
 
@@ -23,7 +22,7 @@ def main() -> None:
         "-labels_ds", "--labels", dest="labels", default=LABELS, help="dataset of the labels (default: %(default)s)"
     )
     parser.add_argument("--mask", default=LABELS_MASK, help="dataset to write (default: %(default)s)")
-    parser.add_argument("-bg_val", type=argument(integer()), help="id of voxels that nobody has labeled, such as 0")
+    parser.add_argument("-bg_val", type=argument(ID), help="id of voxels that nobody has labeled, such as 0")
     run_command(parser, create)
 
 

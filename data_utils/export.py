@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lsdseg.cli import command_parser, run_command
 from lsdseg.data_utils.export import FORMATS, export_dataset
+from lsdseg.data_utils.regions import FORM
 
 
 def main() -> None:
@@ -18,6 +19,10 @@ def main() -> None:
     parser.add_argument("target", metavar="OUT", type=Path)
     parser.add_argument("--to", metavar="FORMAT", choices=FORMATS, required=True, help="one of the formats below")
     parser.add_argument("--dataset", metavar="NAME", help="dataset to export (default: the only segmentation)")
+    parser.add_argument("--region", metavar=FORM, help="export this part only: begin and end in nm")
+    parser.add_argument(
+        "--renumber", dest="renumbered", action="store_true", help="give segments the ids 1, 2, 3 ..., for few bits"
+    )
     parser.add_argument("--mesh", action="store_true", help="write meshes of the segments, too (precomputed)")
     parser.add_argument("--overwrite", action="store_true", help="replace an export that exists")
     run_command(parser, lambda arguments: export_dataset(**vars(arguments)))

@@ -15,8 +15,10 @@ from typing import Any, NoReturn
 
 from lsdseg.config.implementations import resolve
 from lsdseg.config.loader import CHECKOUT, CONFIG_SUFFIXES, EXPERIMENT, load_config
-from lsdseg.config.rules import Rule, number, pattern, read_value
+from lsdseg.config.rules import Rule, choice, integer, number, pattern, read_value
 from lsdseg.errors import DeviceError, UserError, quoted, without_secrets
+
+ID = integer(0, 2**64 - 1)  # rule for the id of a label
 
 
 class _Parser(argparse.ArgumentParser):
@@ -164,6 +166,20 @@ def add_merge_function(parser: argparse.ArgumentParser, default: str | None = No
         type=argument(pattern("[A-Za-z0-9_]{1,100}", "a name such as hist_quant_50")),
         default=default,
         help=f"merge function that 03 was run with (default: {default or 'that of the config'})",
+    )
+
+
+def add_corrections(parser: argparse.ArgumentParser, only: str, axes: str) -> None:
+    """Add what all imports of corrected labels have: the option `only` for a table of ids, and --axes."""
+    parser.add_argument(
+        only, dest="only", metavar="FILE", type=Path, help="CSV with the ids that are right; all others are unknown"
+    )
+    parser.add_argument(
+        "--axes",
+        metavar="ORDER",
+        type=argument(choice("zyx", "yxz", "xyz")),
+        default=axes,
+        help="order in which the file stores its axes; yxz in a .npy of Seg2Link (default: %(default)s)",
     )
 
 

@@ -18,8 +18,10 @@ from funlib.persistence import Array
 from numpy.typing import NDArray
 
 from lsdseg.config.implementations import resolve
+from lsdseg.data_utils.labels import renumber
 from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS
 from lsdseg.data_utils.records import Record, identity
+from lsdseg.data_utils.regions import check_region, crop, parse_region
 from lsdseg.data_utils.replace import check_apart, write_folder
 from lsdseg.data_utils.volumes import list_arrays, name_arrays, open_array, read, require_whole
 from lsdseg.errors import UserError
@@ -68,6 +70,12 @@ FORMATS = {
         "lsdseg.data_utils.export_tiff:write_tiff",
         "lsdseg.data_utils.export_tiff:is_own",
         folder=False,
+    ),
+    "tiff-sections": Format(
+        "folder of TIFFs",
+        "lsdseg.data_utils.export_tiff:write_sections",
+        "lsdseg.data_utils.export_tiff:is_own_folder",
+        folder=True,
     ),
     "hdf5": Format(
         "HDF5 in CREMI's layout",
@@ -150,13 +158,21 @@ class Export(NamedTuple):
                 wrong = least if least < 0 else most
                 raise UserError(
                     f"{self.dataset} holds the id {wrong}, which is no {dtype} and cannot be written in this format: "
-                    "export it --to hdf5"
+                    "export it with --renumber or --to hdf5"
                 )
         return values.astype(dtype, copy=False)
 
 
 def export_dataset(
-    source: Path, target: Path, *, to: str, dataset: str | None, overwrite: bool, mesh: bool = False
+    source: Path,
+    target: Path,
+    *,
+    to: str,
+    dataset: str | None,
+    overwrite: bool,
+    mesh: bool = False,
+    region: str | None = None,
+    renumbered: bool = False,
 ) -> None:
     """Export one dataset of a zarr, and print what was written.
 
@@ -167,10 +183,13 @@ def export_dataset(
         dataset: its name. None: the segmentation, if there is only one.
         overwrite: replace a target that exists.
         mesh: write meshes of the segments, too.
+        region: the part to export, as `parse_region` takes it. None: all.
+        renumbered: give the segments the ids 1, 2, 3 ...
 
     Raises:
-        UserError: there is no such dataset, or none is chosen; it has other axes than z, y, x and a channel; the target
-            exists, or was not written by this suite; the format cannot hold the dataset; there is no room on disk.
+        UserError: there is no such dataset, or none is chosen; it has other axes than z, y, x and a channel; the region
+            is not in it; the target exists, or was not written by this suite; the format cannot hold the dataset; there
+            is no room on disk.
     """
     written_as, name = FORMATS[to], dataset or only_segmentation(source)
     array = open_array(source, name)
@@ -178,6 +197,8 @@ def export_dataset(
         raise UserError(f"{name} in {source} has shape {array.shape}: only ([channel,] z, y, x) can be exported")
     require_whole(source, name)
     labels = is_labels(name, array)
+    if renumbered and not labels:
+        raise UserError(f"--renumber is for ids, but {name} is {array.dtype}: leave it out")
     if mesh and not (labels and to == "precomputed" and len(array.shape) == 3):
         raise UserError(f"meshes are made of a segmentation and written --to precomputed: leave out --mesh for {name}")
     if target.exists() and not overwrite:
@@ -192,7 +213,14 @@ def export_dataset(
             )
 
     check()
-    record = Record(STEP, {"the dataset": identity(array)}, {"dataset": name, "format": to})
+    settings = {"dataset": name, "format": to, "region": region, "renumbered": renumbered}
+    record = Record(STEP, {"the dataset": identity(array)}, settings)
+    if region is not None:
+        roi = parse_region(region)
+        check_region(roi, array, f"{name} in {source}")
+        array = crop(array, roi)
+    if renumbered:
+        array = renumber(array, f"{name} in {source}")
     with ExitStack() as opened:
         opened.enter_context(room_on_disk(target))
         path = opened.enter_context(write_folder(target, check) if written_as.folder else write_whole(target))

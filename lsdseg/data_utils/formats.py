@@ -19,6 +19,7 @@ FORMATS = {
     ".h5": "lsdseg.data_utils.hdf:open_hdf",
     ".tif": "lsdseg.data_utils.tiff:open_tiff",
     ".tiff": "lsdseg.data_utils.tiff:open_tiff",
+    ".npy": "lsdseg.data_utils.npy:open_npy",
 }
 # The same for folders, by a file that they hold: what the format is called, and its function. A folder without any of
 # these files may be one of TIFFs.

@@ -8,12 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
+import dask.array
+import fastremap
 import numpy as np
+from funlib.persistence import Array
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK
+from lsdseg.data_utils.placement import place_array
 from lsdseg.data_utils.volumes import SourceDefaults, create_array, has_array, open_array, read, rename_array, slabs
+from lsdseg.errors import UserError
 from lsdseg.files import PARTIAL, room_on_disk
 
 FIRST_UNLABELED = np.uint64(2**64 - 3)
@@ -30,6 +35,29 @@ def is_labeled(labels: NDArray[Any]) -> NDArray[np.bool_]:
     """
     labeled: NDArray[np.bool_] = labels < FIRST_UNLABELED
     return labeled
+
+
+def as_ids(values: NDArray[Any], where: str) -> NDArray[np.uint64]:
+    """Return labels of any type as uint64, if no id changes or falls together with another.
+
+    Args:
+        values: integers, booleans or floats of any shape. -1, -2 and -3 become CREMI's ids for unlabeled voxels.
+        where: their name, for the message.
+
+    Raises:
+        UserError: there are smaller numbers, fractions, NaN, or floats so large that neighboring integers are the same
+            float.
+    """
+    if values.dtype.kind in "bu":
+        return values.astype(np.uint64, copy=False)
+    bad = values < -3
+    if values.dtype.kind == "f":
+        exact = 2 ** (np.finfo(values.dtype).nmant + 1)
+        bad |= ~np.isfinite(values) | (values != np.rint(values)) | (values > exact)
+    if bad.any():
+        remedy = "store labels as unsigned integers, e.g. uint64"
+        raise UserError(f"{where} is {values.dtype} and holds {values[bad][0]}, which is no exact id: {remedy}")
+    return values.astype(np.int64).astype(np.uint64)
 
 
 def grow_boundary(
@@ -59,6 +87,34 @@ def grow_boundary(
             boundary[after] |= differs
         grown[boundary] = 0
     return grown
+
+
+def renumber(labels: Array, where: str) -> Array:
+    """Return labels with the ids 1, 2, 3 ... in the order of the old ones, of the smallest type. 0 stays 0.
+
+    Args:
+        labels: unsigned or signed integers, of any shape. They are read once to find the ids.
+        where: their name, for the message.
+
+    Returns:
+        An array of uint8, uint16 or uint32 that reads what is sliced. It cannot be written.
+
+    Raises:
+        UserError: some voxels are unlabeled, and would get the id of a segment; there are more than 2**32 - 1 ids.
+    """
+    covered = tqdm(slabs(labels), desc="ids", unit="slab", delay=2)
+    ids = fastremap.unique(np.concatenate([fastremap.unique(read(labels, slab)) for slab in covered]))
+    if ids[0] < 0 or not is_labeled(ids[-1:]).all():
+        raise UserError(f"{where} holds ids for unlabeled voxels, which cannot be renumbered: leave out --renumber")
+    ids = ids[ids != 0]
+    dtype = np.min_scalar_type(len(ids))
+    if dtype.itemsize > 4:
+        raise UserError(f"{where} holds {len(ids)} ids, more than 32 bits can tell apart: export a smaller --region")
+
+    def numbered(old: NDArray[Any]) -> NDArray[Any]:
+        return np.where(old == 0, 0, np.searchsorted(ids, old) + 1).astype(dtype)
+
+    return place_array(dask.array.map_blocks(numbered, labels.data, dtype=dtype), labels.voxel_size, labels.offset)
 
 
 def create_labels_masks(

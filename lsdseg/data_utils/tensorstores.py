@@ -37,7 +37,7 @@ def on_disk(path: Path) -> dict[str, str]:
     return {"driver": "file", "path": f"{path.absolute()}/"}
 
 
-class _Lazy:
+class LazyStore:
     """An array of tensorstore that reads what is sliced, counted from 0.
 
     Args:
@@ -72,7 +72,7 @@ def open_precomputed(path: Path, store: Store = on_disk) -> Iterator[Source]:
         raise UserError(f"{path / 'info'} describes no precomputed volume ({error}): use another folder") from None
     if channels != 1:
         raise UserError(f"{path} has {channels} channels: convert it to gray values first")
-    array = _open(path, store, "neuroglancer_precomputed")
+    array = open_store(path, store, "neuroglancer_precomputed")
     yield Source([_volume(path, name, array[..., 0].T, attributes)], [])
 
 
@@ -91,7 +91,7 @@ def open_n5(path: Path, store: Store = on_disk) -> Iterator[Source]:
         if len(attributes["dimensions"]) == 3 and not (folder.name[1:].isdigit() and folder.name != "s0"):
             # A level s0 is what its folder is called.
             name = name.removesuffix("/s0") if name not in (".", "s0") else RAW
-            volumes.append(_volume(folder, name, _open(folder, store, "n5").T, _n5_placement(attributes)))
+            volumes.append(_volume(folder, name, open_store(folder, store, "n5").T, _n5_placement(attributes)))
         else:
             others.append(name)
     if not volumes:
@@ -110,7 +110,8 @@ def _n5_placement(attributes: dict[str, Any]) -> dict[str, Any]:
         return {}
     units = [found.get("unit", "nm")] * 3 if isinstance(found, dict) else ["nm"] * 3
     sizes = found["dimensions"] if isinstance(found, dict) else found
-    return {"resolution": sizes[::-1], "offset": attributes.get("offset", [0, 0, 0])[::-1], "units": units}
+    offset = {"offset": attributes["offset"][::-1]} if "offset" in attributes else {}
+    return {"resolution": sizes[::-1], "units": units, **offset}
 
 
 @contextmanager
@@ -128,7 +129,7 @@ def open_zarr(path: Path, store: Store = on_disk) -> Iterator[Source]:
         finest, axes = _pyramid(folder.parent)
         if finest not in (None, folder.name):
             continue
-        array = _open(folder, store, "zarr" if (folder / ".zarray").is_file() else "zarr3")
+        array = open_store(folder, store, "zarr" if (folder / ".zarray").is_file() else "zarr3")
         if array.rank < 3:
             others.append(name)
             continue
@@ -178,7 +179,7 @@ def _spatial(store: Any, axes: list[str], where: str) -> Any:
     return store[tensorstore.d[single][0]][tensorstore.d[[left.index(name) for name in "zyx"]].transpose[:]]
 
 
-def _open(path: Path, store: Store, driver: str) -> Any:
+def open_store(path: Path, store: Store, driver: str) -> Any:
     """Open an array with tensorstore.
 
     Args:
@@ -212,4 +213,4 @@ def _total_bytes(folder: Path) -> int:
 
 
 def _volume(path: Path, name: str, store: Any, attributes: dict[str, Any]) -> Volume:
-    return Volume(name, _Lazy(store), attributes, partial(_total_bytes, path), store.chunk_layout.read_chunk.shape)
+    return Volume(name, LazyStore(store), attributes, partial(_total_bytes, path), store.chunk_layout.read_chunk.shape)

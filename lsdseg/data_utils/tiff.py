@@ -69,7 +69,9 @@ def open_tiff(path: Path) -> Iterator[Source]:
         except Exception as error:  # tifffile and the parser of XML raise what they like
             raise UserError(f"{path} is no TIFF or damaged ({str(error)[:100]}): use another copy") from error
         data = Sections(pages, str(path))
-        attributes = {"resolution": voxel_size, "offset": offset} if voxel_size else {}
+        attributes = {"resolution": voxel_size} if voxel_size else {}
+        if voxel_size and offset:
+            attributes["offset"] = offset
         size = partial(_total_bytes, files)
         yield Source([Volume(RAW, data, attributes, size, (1, *data.shape[1:]))], [])
 
@@ -95,10 +97,10 @@ def _voxel_size(tiff: tifffile.TiffFile) -> list[float]:
 
 
 def _offset(tiff: tifffile.TiffFile) -> list[float]:
-    """Return z, y, x in whole nm, 0 if the file does not say. Positions in other units are those of a stage."""
+    """Return z, y, x in whole nm, empty if the file does not say. Positions in other units are those of a stage."""
     plane = ElementTree.fromstring(tiff.ome_metadata).find(".//{*}Plane") if tiff.ome_metadata else None
     if plane is None or any(plane.get(f"Position{axis}Unit") != "nm" for axis in "ZYX"):
-        return [0, 0, 0]
+        return []
     return [round(float(plane.get(f"Position{axis}", 0))) for axis in "ZYX"]
 
 

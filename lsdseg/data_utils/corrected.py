@@ -1,0 +1,388 @@
+"""Ground truth from a segmentation that somebody corrected in another program.
+
+The corrected ids are placed on the voxels of the raw volume that was sent out, and get a mask: 1 where they are known
+to be right. What comes back holds no more than ids, so the user says which region they cover if the file does not.
+"""
+
+import csv
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from funlib.geometry import Coordinate, Roi
+from funlib.persistence import Array
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from lsdseg.data_utils.convert import target_paths
+from lsdseg.data_utils.formats import Volume, choose_volume, open_source
+from lsdseg.data_utils.labels import as_ids, is_labeled
+from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW
+from lsdseg.data_utils.placement import read_placement
+from lsdseg.data_utils.records import Record, identity
+from lsdseg.data_utils.regions import FORM, check_region, crop, parse_region, region_text
+from lsdseg.data_utils.replace import array_folder, check_replaceable_array, write_zarr
+from lsdseg.data_utils.volumes import create_array, has_array, open_array, read, rename_array, slabs
+from lsdseg.data_utils.webknossos import open_annotation
+from lsdseg.errors import UserError
+from lsdseg.files import PARTIAL, room_on_disk
+
+STEP = "data_utils/import_proofread.py"
+STORED = ("zyx", "yxz", "xyz")  # orders in which programs store axes; Seg2Link's .npy is y, x, z
+
+
+class Corrected(NamedTuple):
+    """Corrected ids, and where they lie.
+
+    Attributes:
+        name: of the file, for messages.
+        read: takes slices that count the voxels of `roi`, and gives uint64 ids, and bool: whether they are known.
+        roi: in nm.
+        voxel_size: in nm.
+    """
+
+    name: str
+    read: Callable[[tuple[slice, ...]], tuple[NDArray[np.uint64], NDArray[np.bool_]]]
+    roi: Roi
+    voxel_size: Coordinate
+
+
+def import_proofread(
+    corrected: Path,
+    target: Path,
+    *,
+    sample: Path,
+    raw: str = RAW,
+    region: str | None = None,
+    before: Path | None = None,
+    unknown: Sequence[int] = (),
+    only: Path | None = None,
+    axes: str = STORED[0],
+    context: Sequence[int] = (0, 0, 0),
+    overwrite: bool = False,
+) -> None:
+    """Make a volume to train on of raw and corrected labels, and print what was written.
+
+    Args:
+        corrected: ids in any format that `open_source` takes, or an annotation of webKnossos.
+        target: the zarr: raw in the region and around it, labels and their mask in the region.
+        sample: the zarr that was proofread.
+        raw: its dataset of raw.
+        region: the part that was corrected, as `parse_region` takes it. None: as the file says, or all of raw.
+        before: what was sent out, in any format: where an annotation stores nothing, it did not change. None: there
+            nothing is known.
+        unknown: ids of voxels that are not known to be right. CREMI's are unknown anyway.
+        only: a table with the only ids that are right, see `read_ids`.
+        axes: order in which the file stores its axes, one of STORED.
+        context: voxels of raw to keep around the region along each axis, where there are any.
+        overwrite: replace a zarr that exists.
+
+    Raises:
+        UserError: a file cannot be read; the region is unknown, or not on voxels of raw; the file holds another number
+            of voxels; its numbers are no ids; no voxel is known; the zarr exists; there is no room on disk.
+    """
+    (checked,) = target_paths([corrected], target, overwrite)
+    image = _open_image(sample, raw)
+    select = _selection(unknown, only)
+    with _open_corrected(corrected, before, axes, region, image, f"{raw} in {sample}") as labels:
+        margin = Coordinate(context) * image.voxel_size
+        kept = crop(image, labels.roi.grow(margin, margin).intersect(image.roi))
+        settings = {"region": region_text(labels.roi), "unknown": list(map(int, unknown)), "only": only is not None}
+        record = Record(STEP, {"raw": identity(image)}, settings)
+        with room_on_disk(checked), write_zarr(checked, [sample, corrected, *([before] if before else [])]) as zarr:
+            written = create_array(
+                zarr, RAW, kept.shape, voxel_size=kept.voxel_size, offset=kept.offset, dtype=kept.dtype
+            )
+            for slab in tqdm(slabs(written), desc=RAW, unit="slab", delay=2):
+                written[slab] = read(kept, slab)
+            counted = _write_labels(zarr, LABELS, LABELS_MASK, labels, select, record)
+    print(f"{checked}: {RAW} {kept.dtype} {kept.shape}, {tuple(kept.offset)} nm")
+    print(f"{checked}: {counted}")
+
+
+def add_ground_truth(
+    corrected: Path,
+    target: Path,
+    *,
+    dataset: str = LABELS,
+    resolution: Sequence[float] | None = None,
+    offset: Sequence[float] | None = None,
+    only: Path | None = None,
+    axes: str = "yxz",
+) -> None:
+    """Write corrected labels and their mask to a zarr, beside what it holds, and print what was written.
+
+    Args:
+        corrected: ids, as for `import_proofread`.
+        target: the zarr. It is created if it does not exist; labels and mask that this suite wrote are replaced.
+        dataset: dataset of the labels.
+        resolution: z, y, x in nm. None: as raw in the zarr.
+        offset: z, y, x in nm. None: as raw in the zarr, 0 if there is none.
+        only: as for `import_proofread`.
+        axes: as for `import_proofread`.
+
+    Raises:
+        UserError: as for `import_proofread`; the zarr has no raw, and there is no resolution.
+    """
+    for name in (dataset, LABELS_MASK):
+        check_replaceable_array(target, name)
+    select = _selection((), only)
+    placed = open_array(target, RAW) if has_array(target, RAW) else None
+    if resolution is None and placed is None:
+        raise UserError(f"{target} holds no {RAW} that says where the labels lie: give -res Z,Y,X and -off Z,Y,X")
+    size, begin = (placed.voxel_size, placed.offset) if placed else ((0, 0, 0), (0, 0, 0))
+    given = {"resolution": list(resolution or size), "offset": list(offset or begin)}
+    with ExitStack() as files:
+        volume = _ordered(
+            choose_volume(files.enter_context(open_source(corrected)), LABELS, None, corrected, "in a file of its own"),
+            axes,
+        )
+        voxel_size, begin = read_placement(given, f"-res and -off of {corrected}")
+        roi = Roi(begin, Coordinate(volume.data.shape) * voxel_size)
+        labels = Corrected(str(corrected), _reader(volume, (0, 0, 0), None, str(corrected)), roi, voxel_size)
+        record = Record("data_utils/make_gt_from_seg2link_vols.py", {}, {"region": region_text(roi)})
+        with room_on_disk(target):
+            counted = _write_labels(target, dataset, LABELS_MASK, labels, select, record)
+    print(f"{target}: {counted}")
+
+
+def read_ids(path: Path) -> NDArray[np.uint64]:
+    """Read ids from a table: those in columns whose name begins with "ID", or all numbers if there are no such names.
+
+    Args:
+        path: text with commas, semicolons or tabs between cells. Lines before the names are skipped, and so are empty
+            cells.
+
+    Returns:
+        uint64, sorted, each id once.
+
+    Raises:
+        UserError: the file cannot be read, a cell is no id, or there are no ids.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no table of ids ({error}): save it as CSV") from error
+    rows = list(csv.reader(text.replace(";", ",").replace("\t", ",").splitlines()))
+    header = next((n for n, row in enumerate(rows) if any(_is_name(cell) for cell in row)), -1)
+    columns = [n for n, cell in enumerate(rows[header]) if _is_name(cell)] if header >= 0 else None
+    ids = set()
+    for number, row in enumerate(rows[header + 1 :], start=header + 2):
+        for cell in row if columns is None else [row[n] for n in columns if n < len(row)]:
+            # Programs write 12.0 where a column has empty cells.
+            match = re.fullmatch(r"([0-9]+)(\.0*)?", cell.strip())
+            if match and int(match[1]) < 2**64:
+                ids.add(int(match[1]))
+            elif cell.strip():
+                raise UserError(f"{path}, line {number}: {cell.strip()[:40]!r} is no id: correct or empty that cell")
+    if not ids:
+        raise UserError(f"{path} holds no ids: name their column ID, or write one in each line")
+    return np.array(sorted(ids), np.uint64)
+
+
+def _is_name(cell: str) -> bool:
+    return cell.strip().upper().startswith("ID")
+
+
+def _selection(unknown: Sequence[int], only: Path | None) -> Callable[[NDArray[np.uint64]], NDArray[np.bool_]]:
+    """Return a function that says which ids are right."""
+    wrong = np.array(sorted(unknown), np.uint64)
+    right = read_ids(only) if only is not None else None
+
+    def known(ids: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        among = is_labeled(ids) if right is None else np.isin(ids, right)
+        return among & ~np.isin(ids, wrong)
+
+    return known
+
+
+def _open_image(sample: Path, raw: str) -> Array:
+    """Open raw, or raise UserError if its axes are not z, y, x."""
+    image = open_array(sample, raw)
+    if not len(image.shape) == image.voxel_size.dims == 3:
+        raise UserError(f"{raw} in {sample} has shape {image.shape}: name a dataset with the axes z, y, x (--raw)")
+    return image
+
+
+@contextmanager
+def _open_corrected(
+    path: Path, before: Path | None, axes: str, region: str | None, image: Array, where: str
+) -> Iterator[Corrected]:
+    """Open what was corrected, and find its place on the voxels of `image`, which is called `where`."""
+    with ExitStack() as files:
+        volume = _ordered(_open_volume(files, path), axes)
+        roi, first = _place(volume, path, region, image, where)
+        earlier = None
+        if before is not None:
+            sent = _open_volume(files, before)
+            _, begin = _place(sent, before, region_text(roi), image, where)
+            earlier = _reader(sent, begin, None, str(before))
+        yield Corrected(str(path), _reader(volume, first, earlier, str(path)), roi, image.voxel_size)
+
+
+def _open_volume(files: ExitStack, path: Path) -> Volume:
+    """Open the only volume of a file, or its labels, until `files` is closed."""
+    if path.suffix.lower() == ".zip":
+        return files.enter_context(open_annotation(path))
+    return choose_volume(files.enter_context(open_source(path)), LABELS, None, path, "in a file of its own")
+
+
+class _Reordered:
+    """An array whose axes are stored in another order than z, y, x.
+
+    Args:
+        data: anything with shape and dtype whose slices are numpy arrays.
+        axes: the order in which it stores them.
+    """
+
+    def __init__(self, data: Any, axes: str) -> None:
+        self.data = data
+        self.order = [axes.index(axis) for axis in "zyx"]
+        self.shape = tuple(data.shape[n] for n in self.order)
+        self.dtype = data.dtype
+
+    def __getitem__(self, voxels: tuple[slice, ...]) -> NDArray[Any]:
+        stored = tuple(voxels[self.order.index(n)] for n in range(3))
+        return np.transpose(self.data[stored], self.order)
+
+
+def _ordered(volume: Volume, axes: str) -> Volume:
+    """Return a volume of ids with the axes z, y, x, or raise UserError if it has others."""
+    if len(volume.data.shape) != 3:
+        raise UserError(f"{volume.name} has shape {volume.data.shape}: corrected ids need the axes z, y, x")
+    return volume if axes == STORED[0] else volume._replace(data=_Reordered(volume.data, axes))
+
+
+def _place(volume: Volume, path: Path, region: str | None, image: Array, where: str) -> tuple[Roi, tuple[int, ...]]:
+    """Find where a file lies.
+
+    Args:
+        volume: what the file holds, (z, y, x).
+        path: the file.
+        region: where the user says that it lies, or which part of it to take. None: nothing is said.
+        image: raw.
+        where: names raw, for messages.
+
+    Returns:
+        The region to take in nm, and its first voxel in the file.
+
+    Raises:
+        UserError: the file does not say, holds another number of voxels, or has other voxels than raw.
+    """
+    shape, size = tuple(map(int, volume.data.shape)), image.voxel_size
+    own = _own_roi(volume, path, size, where)
+    if region is not None:
+        roi = parse_region(region)
+    elif own is None and shape != tuple(image.shape):
+        raise UserError(f"{path} does not say where it lies in {where}: add --region {FORM}, as it was exported")
+    else:
+        roi = own or image.roi
+    check_region(roi, image, where)
+    wanted = tuple(roi.shape / size)
+    if shape == wanted:
+        return roi, (0, 0, 0)
+    if own is not None and own.contains(roi) and not any((roi.begin - own.begin) % size):
+        return roi, tuple((roi.begin - own.begin) / size)
+    turned = [axes for axes in STORED if tuple(shape[axes.index(axis)] for axis in "zyx") == wanted]
+    remedy = f"add --axes {turned[0]}" if turned else "give the --region that was exported"
+    raise UserError(f"{path} holds {shape} voxels, but region {region_text(roi)} has {wanted}: {remedy}")
+
+
+def _own_roi(volume: Volume, path: Path, voxel_size: Coordinate, where: str) -> Roi | None:
+    """Return where a file says that it lies, None if it says nothing of an offset.
+
+    Raises:
+        UserError: it has other voxels than raw.
+    """
+    attributes = volume.attributes
+    if "offset" not in attributes or not attributes.keys() & {"resolution", "voxel_size"}:
+        return None
+    own_size, offset = read_placement(attributes, str(path))
+    if own_size != voxel_size:
+        raise UserError(
+            f"{path} has voxels of {tuple(own_size)} nm, but {where} of {tuple(voxel_size)}: import the finest level"
+        )
+    return Roi(offset, Coordinate(volume.data.shape) * voxel_size)
+
+
+def _reader(
+    volume: Volume, first: Sequence[int], earlier: Callable[[tuple[slice, ...]], Any] | None, name: str
+) -> Callable[[tuple[slice, ...]], tuple[NDArray[np.uint64], NDArray[np.bool_]]]:
+    """Return the function that reads ids; see `Corrected`. It counts voxels from `first`.
+
+    Args:
+        volume: the ids.
+        first: first voxel to read.
+        earlier: reads what was there before; it fills voxels that the volume does not store.
+        name: of the file, for messages.
+    """
+
+    def read_part(voxels: tuple[slice, ...]) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+        part = tuple(slice(v.start + f, v.stop + f) for v, f in zip(voxels, first, strict=True))
+        try:
+            values = np.asarray(volume.data[part])
+        except Exception as error:
+            raise UserError(f"{name} cannot be read ({str(error)[:200]}): use another copy") from error
+        ids = as_ids(values, name)
+        if not hasattr(volume.data, "stored"):
+            return ids, np.ones(ids.shape, bool)
+        stored = volume.data.stored(part)
+        if earlier is None:
+            return ids, stored
+        filled, known = earlier(voxels)
+        return np.where(stored, ids, filled), stored | known
+
+    return read_part
+
+
+def _write_labels(
+    zarr: Path,
+    dataset: str,
+    mask_dataset: str,
+    labels: Corrected,
+    select: Callable[[NDArray[np.uint64]], NDArray[np.bool_]],
+    record: Record,
+) -> str:
+    """Write labels and mask, and say what they hold. Voxels that are not known are 0 in both.
+
+    Raises:
+        UserError: no voxel is known. Labels and mask of these names are not replaced then.
+    """
+    shape = labels.roi.shape / labels.voxel_size
+    names = [f"{name}{PARTIAL}" for name in (dataset, mask_dataset)]
+    neurons, count = np.zeros(0, np.uint64), 0
+    try:
+        ids_array, mask = (
+            create_array(
+                zarr,
+                name,
+                shape,
+                voxel_size=labels.voxel_size,
+                offset=labels.roi.begin,
+                dtype=dtype,
+                attributes=record.attributes,
+            )
+            for name, dtype in zip(names, (np.uint64, np.uint8), strict=True)
+        )
+        for slab in tqdm(slabs(ids_array), desc="labels", unit="slab", delay=2):
+            ids, known = labels.read(slab)
+            known &= select(ids)
+            ids = np.where(known, ids, np.uint64(0))
+            ids_array[slab], mask[slab] = ids, known.astype(np.uint8)
+            neurons, count = np.union1d(neurons, ids), count + int(known.sum())
+        if not count:
+            raise UserError(f"no voxel of {labels.name} is known to be right: correct --unknown, --only or the region")
+        for name in names:
+            rename_array(zarr, name, name.removesuffix(PARTIAL))
+    finally:
+        for name in names:
+            shutil.rmtree(array_folder(zarr, name), ignore_errors=True)
+    return (
+        f"{dataset} uint64 {tuple(shape)}, {tuple(labels.roi.begin)} nm, {np.count_nonzero(neurons)} neurons, "
+        f"{count / math.prod(shape):.1%} of the voxels known"
+    )
