@@ -48,7 +48,7 @@ def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namesp
         SystemExit: status 2 after a UserError, which is printed as one line on stderr; status 130 after Ctrl-C.
     """
     with _report_mistakes():
-        main(parser.parse_args())
+        main(parser.parse_intermixed_args())
 
 
 def run_script(

@@ -147,10 +147,10 @@ def test_bad_input_is_refused_before_anything_is_written(home):
 
 
 def test_an_interrupted_export_leaves_no_volume(home, monkeypatch):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preprocess_module, "_mask_of_labels", interrupt)
+    monkeypatch.setattr(preprocess_module, "labels_mask", interrupt)
     with pytest.raises(KeyboardInterrupt):
         preprocess(config(home, "PREPROCESS.EXPORT_2D_FROM_3D", True))
     assert list(folder(home, "FLY", "2d", "train").iterdir()) == []
@@ -164,3 +164,28 @@ def test_script(home):
     done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"{folder(home, 'FLY', '2d', 'train')}/a.zarr: 9 sections" in done.stdout
+
+
+def test_the_published_option_says_which_id_nobody_labeled(home):
+    arguments = ["-c", "config.py", "DATA.HOME", str(home), "DATA.BRAIN_VOL", "FLY", "--background_value", "7"]
+    command = [sys.executable, SCRIPT, *arguments, "PREPROCESS.EXPORT_2D_FROM_3D", "True"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    exported = folder(home, "FLY", "2d", "train") / "a.zarr"
+    for z in range(4):
+        unlabeled = LABELS_DATA[z] == 7
+        assert unlabeled.any()
+        np.testing.assert_array_equal(
+            section(exported, f"{LABELS}/{z + 3}")[0], np.where(unlabeled, np.uint64(0), LABELS_DATA[z])
+        )
+        np.testing.assert_array_equal(section(exported, f"{LABELS_MASK}/{z + 3}")[0], (LABELS_DATA[z] < 9) & ~unlabeled)
+
+
+def test_the_published_option_needs_labels_without_a_mask_and_sections(home):
+    with pytest.raises(UserError, match="--background_value is for exported sections"):
+        preprocess(config(home, "PREPROCESS.HISTOGRAM_MATCH", "['FLY', 'FLY']"), 0)
+    source = folder(home, "FLY", "3d", "train") / "a.zarr"
+    write_array(source, LABELS_MASK, np.ones((4, 20, 30), np.uint8), voxel_size=(40, 4, 8), offset=(200, 420, 16))
+    with pytest.raises(UserError, match=f"holds {LABELS_MASK}: leave out --background_value, or delete that mask"):
+        preprocess(config(home, "PREPROCESS.EXPORT_2D_FROM_3D", True), 0)
+    assert not folder(home, "FLY", "2d", "train").exists()

@@ -7,18 +7,23 @@ import sys
 import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import psutil
 import pytest
 import torch
+import zarr
 
 from lsdseg.config.loader import CHECKOUT, load_config
+from lsdseg.config.model_types import task_channels
+from lsdseg.data_utils.checks import check_training_volumes
 from lsdseg.data_utils.layout import data_folder, lut_path, output_path
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
 from lsdseg.engine.device import resolve_device
 from lsdseg.engine.post.steps.relabel import extract_segmentation
 from lsdseg.engine.post.steps.tables import find_segments
 from lsdseg.engine.post.whole import segment
+from lsdseg.engine.training.pipeline import training_batches
 from lsdseg.errors import UserError
 from lsdseg.models import build_model
 from lsdseg.models.checkpoint import load_checkpoint
@@ -204,3 +209,64 @@ def test_labels_masks_of_a_folder_with_published_options(tmp_path):
     subprocess.run([*script, "-dir", tmp_path, "-labels_ds", "volumes/ids", "-bg_val", "0"], check=True)
     mask = read(open_array(tmp_path / "a.zarr", "volumes/labels/labels_mask"))
     assert np.array_equal(mask, labels != 0)
+
+
+def test_hdf_to_zarr_converts_a_folder_with_published_options(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.hdf", "b.h5"):
+        with h5py.File(tmp_path / "in" / name, "w") as file:
+            file["volumes/raw"] = np.full(SHAPE, ord(name[0]), np.uint8)
+            file["volumes/raw"].attrs.update(resolution=PLACE["voxel_size"], offset=PLACE["offset"])
+    (tmp_path / "in" / "notes.txt").touch()
+
+    def convert(*arguments):
+        script = [sys.executable, CHECKOUT / "data_utils/hdf_to_zarr.py", *arguments]
+        return subprocess.run(script, capture_output=True, text=True, check=False)
+
+    assert convert("-d", tmp_path / "in", "-od", tmp_path / "out").returncode == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.zarr", "b.zarr"]
+    raw = open_array(tmp_path / "out" / "b.zarr", "volumes/raw")
+    assert (tuple(raw.offset), np.unique(read(raw)).tolist()) == (tuple(PLACE["offset"]), [ord("b")])
+    for arguments, message in [
+        (["-d", tmp_path / "in"], "name files and where to write: IN.hdf OUT.zarr, or -d FOLDER -od FOLDER"),
+        ([tmp_path / "in" / "a.hdf"], "name files and where to write"),
+        (["-d", tmp_path / "out", "-od", tmp_path / "new"], "holds no file that ends in .hdf or .hdf5 or .h5"),
+    ]:
+        refused = convert(*arguments)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+        assert message in refused.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_published_sections_are_trained_on_with_the_keys_of_all(tmp_path):
+    """volumes/raw/n, volumes/labels/n and volumes/labels_mask/n, written as zarr.open and assignments write them."""
+    settings = {
+        "DATA.HOME": tmp_path,
+        "DATA.DIM_2D": True,
+        "SYSTEM.NUM_WORKERS": 0,
+        "MODEL_ISO.NUM_FMAPS": 2,
+        "MODEL_ISO.FMAP_INC_FACTOR": 1,
+        "MODEL_ISO.DOWNSAMPLE_FACTORS_2D": [[2, 2]],
+        "MODEL_ISO.KERNEL_SIZE_DOWN_2D": None,
+        "MODEL_ISO.KERNEL_SIZE_UP_2D": None,
+        "MODEL_ISO.INPUT_SHAPE_2D": (36, 36),
+        "MODEL_ISO.LSD_SIGMA": 16,
+    }
+    cfg = load_config(overrides=[str(part) for pair in settings.items() for part in pair])
+    path = data_folder(cfg, "train") / "a.zarr"
+    path.parent.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    labels = np.kron(rng.integers(1, 9, (4, 8, 8)), np.ones((1, 10, 10))).astype(np.uint64)
+    mask = np.ones(labels.shape, np.uint8)
+    mask[:, :20], labels[:, :20] = 0, 0
+    container = zarr.open(str(path), mode="a", **({"zarr_format": 2} if zarr.__version__ >= "3" else {}))
+    raw = rng.integers(0, 255, labels.shape, dtype=np.uint8)
+    for name, data in [("volumes/raw", raw), ("volumes/labels", labels), ("volumes/labels_mask", mask)]:
+        for z, section in enumerate(data):
+            container[f"{name}/{z}"] = section
+            container[f"{name}/{z}"].attrs.update(offset=[0, 0], resolution=[8, 8])
+    check_training_volumes([path], cfg)
+    with training_batches(cfg, [path], tuple(task_channels(cfg)), 0, 1) as batches:
+        assert next(batches).targets["affs"].any()
+    np.testing.assert_array_equal(read(open_array(path, cfg.DATA.NEURON_LABELS)), labels)
+    np.testing.assert_array_equal(read(open_array(path, cfg.DATA.NEURON_LABELS_MASK)), mask)

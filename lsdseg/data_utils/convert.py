@@ -104,6 +104,19 @@ def convert_files(
             print(f"{target}: {name} {array.dtype} {array.shape}, {tuple(array.offset)} nm")
 
 
+def convert_folder(folder: Path, output: Path, **options: Any) -> None:
+    """Convert every HDF5 file in a folder to a zarr in another one, as `convert_files` does.
+
+    Raises:
+        UserError: there is none, or as for `convert_files`.
+    """
+    suffixes = [suffix for suffix, function in FORMATS.items() if function == FORMATS[".hdf"]]
+    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in suffixes)
+    if not files:
+        raise UserError(f"{folder} holds no file that ends in {' or '.join(suffixes)}: give the folder with -d")
+    convert_files(files, output, **options)
+
+
 def convert_volume(
     source: Path,
     target: Path,

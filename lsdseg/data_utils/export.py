@@ -215,18 +215,22 @@ def export_dataset(
     check()
     settings = {"dataset": name, "format": to, "region": region, "renumbered": renumbered}
     record = Record(STEP, {"the dataset": identity(array)}, settings)
-    if region is not None:
-        roi = parse_region(region)
-        check_region(roi, array, f"{name} in {source}")
-        array = crop(array, roi)
-    if renumbered:
-        array = renumber(array, f"{name} in {source}")
+    array = _part(array, f"{name} in {source}", region, renumbered)
     with ExitStack() as opened:
         opened.enter_context(room_on_disk(target))
         path = opened.enter_context(write_folder(target, check) if written_as.folder else write_whole(target))
         opened.enter_context(_explain_library_errors(target))
         resolve(written_as.write)(Export(name, array, labels, record, mesh), path)
     print(f"{target}: {written_as.title} of {name}, {array.shape}, {tuple(array.voxel_size)} nm")
+
+
+def _part(array: Array, where: str, region: str | None, renumbered: bool) -> Array:
+    """Return what is exported of an array, which is called `where`; arguments as for `export_dataset`."""
+    if region is not None:
+        roi = parse_region(region)
+        check_region(roi, array, where)
+        array = crop(array, roi)
+    return renumber(array, where) if renumbered else array
 
 
 @contextmanager

@@ -37,6 +37,17 @@ def is_labeled(labels: NDArray[Any]) -> NDArray[np.bool_]:
     return labeled
 
 
+def labels_mask(labels: NDArray[Any], unlabeled: int | None = None) -> NDArray[np.uint8]:
+    """Return 1 where voxels are labeled, background included, and 0 elsewhere.
+
+    Args:
+        labels: integers of any type and shape.
+        unlabeled: another id of voxels that nobody has labeled. None: only CREMI's.
+    """
+    known = is_labeled(labels) if unlabeled is None else is_labeled(labels) & (labels != unlabeled)
+    return known.astype(np.uint8)
+
+
 def as_ids(values: NDArray[Any], where: str) -> NDArray[np.uint64]:
     """Return labels of any type as uint64, if no id changes or falls together with another.
 
@@ -172,8 +183,6 @@ def create_labels_mask(
             chunk_shape=labels.chunk_shape,
         )
         for slab in tqdm(slabs(labels), desc="labels mask", unit="slab", delay=2):
-            ids = read(labels, slab)
-            known = is_labeled(ids) if unlabeled is None else is_labeled(ids) & (ids != unlabeled)
-            mask[slab] = known.astype(np.uint8)
+            mask[slab] = labels_mask(read(labels, slab), unlabeled)
         rename_array(path, partial, mask_dataset)
     return True

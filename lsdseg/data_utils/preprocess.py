@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from lsdseg.data_utils.labels import is_labeled
+from lsdseg.data_utils.labels import labels_mask
 from lsdseg.data_utils.layout import SPLITS, data_folder, volumes_in
 from lsdseg.data_utils.replace import write_zarr
 from lsdseg.data_utils.volumes import create_array, list_arrays, open_array, read, slabs, source_defaults
@@ -26,8 +26,12 @@ from lsdseg.files import room_on_disk
 Convert = Callable[[NDArray[Any]], NDArray[Any]]
 
 
-def preprocess(cfg: CfgNode) -> None:
+def preprocess(cfg: CfgNode, unlabeled: int | None = None) -> None:
     """Do what PREPROCESS.HISTOGRAM_MATCH and PREPROCESS.EXPORT_2D_FROM_3D say.
+
+    Args:
+        cfg: the config.
+        unlabeled: as for `export_sections`.
 
     Raises:
         UserError: neither is set; a volume or dataset is missing or cannot be used; there is no room on disk.
@@ -35,34 +39,45 @@ def preprocess(cfg: CfgNode) -> None:
     match, export = cfg.PREPROCESS.HISTOGRAM_MATCH, cfg.PREPROCESS.EXPORT_2D_FROM_3D
     if not match and not export:
         raise UserError("nothing to do: set PREPROCESS.EXPORT_2D_FROM_3D True, or PREPROCESS.HISTOGRAM_MATCH")
+    if unlabeled is not None and not export:
+        raise UserError("--background_value is for exported sections: set PREPROCESS.EXPORT_2D_FROM_3D True")
     if match:
         match_histograms(cfg, *match)
     if export:
-        export_sections(cfg)
+        export_sections(cfg, unlabeled)
 
 
-def export_sections(cfg: CfgNode) -> None:
+def export_sections(cfg: CfgNode, unlabeled: int | None = None) -> None:
     """Write every volume of DATA.BRAIN_VOL as sections: data_3d/SPLIT/NAME.zarr becomes data_2d/SPLIT/NAME.zarr.
 
     DATA.RAW, labels and their masks become 2D datasets DATASET/0 ... DATASET/n with `resolution` and `offset` (y, x) in
     nm. All of them are numbered as the sections of raw. Labels and their masks are 0 in sections that they do not
     cover. Other PREPROCESS.DATASETS_TO_COPY are copied as volumes.
 
+    Args:
+        cfg: the config.
+        unlabeled: another id of voxels that nobody has labeled, which become 0, also in the mask. None: only CREMI's,
+            which are kept.
+
     Raises:
-        UserError: as for `preprocess`.
+        UserError: as for `preprocess`; or `unlabeled` is given, and there is a mask that says what is labeled.
     """
     sources = _volumes(cfg, cfg.DATA.BRAIN_VOL)
     copied = _arrays_to_copy(cfg, sources)
     sections = {path: _arrays_with_sections(path, cfg) for _, path in sources}
+    for path, arrays in sections.items():
+        if unlabeled is not None and (masks := arrays.keys() & set(_labels_and_masks(cfg).values())):
+            raise UserError(f"{path} holds {min(masks)}: leave out --background_value, or delete that mask")
     for split, path in sources:
         target = data_folder(_with_data(cfg, DIM_2D=True), split) / path.name
         raw = sections[path][cfg.DATA.RAW]
         with room_on_disk(target), write_zarr(target, [path]) as zarr:
+            ids = partial(_without, unlabeled=unlabeled)
             for name, array in sections[path].items():
-                _write_sections(zarr, name, array, raw)
+                _write_sections(zarr, name, array, raw, ids if name in _labels_and_masks(cfg) else np.asarray)
             for labels, mask in _labels_and_masks(cfg).items():
                 if labels in sections[path] and mask not in sections[path]:
-                    _write_sections(zarr, mask, sections[path][labels], raw, _mask_of_labels)
+                    _write_sections(zarr, mask, sections[path][labels], raw, partial(labels_mask, unlabeled=unlabeled))
             for name in copied[path].keys() - sections[path].keys():
                 _write_volume(zarr, name, copied[path][name])
         print(f"{target}: {raw.shape[0]} sections of {', '.join(sections[path])}")
@@ -187,8 +202,8 @@ def _arrays_to_copy(cfg: CfgNode, sources: list[tuple[str, Path]]) -> dict[Path,
     }
 
 
-def _mask_of_labels(labels: NDArray[Any]) -> NDArray[np.uint8]:
-    return is_labeled(labels).astype(np.uint8)
+def _without(labels: NDArray[Any], unlabeled: int | None) -> NDArray[Any]:
+    return labels if unlabeled is None else np.where(labels == unlabeled, np.zeros(1, labels.dtype), labels)
 
 
 def _write_sections(zarr: Path, name: str, array: Array, raw: Array, convert: Convert = np.asarray) -> None:

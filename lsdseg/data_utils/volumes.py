@@ -30,6 +30,7 @@ from lsdseg.data_utils.in_place import (
     open_in_place,
     read_place,
 )
+from lsdseg.data_utils.layout import LABELS, LABELS_MASK
 from lsdseg.data_utils.placement import Placement, place_array, read_ome_placement, read_placement, whole_nanometers
 from lsdseg.data_utils.replace import (
     array_folder,
@@ -54,6 +55,8 @@ from lsdseg.errors import UserError
 dask.config.set(scheduler="synchronous")
 
 CHUNKS = "stored_chunks"  # attribute of a complete array: how many chunks it has on disk
+# Names of sections in zarrs that the published scripts wrote, where they are not those of volumes.
+PUBLISHED_SECTIONS = {LABELS: "volumes/labels", LABELS_MASK: "volumes/labels_mask"}
 MISSING = "missing_blocks"  # begin and shape in nm of the blocks of an array that could not be made
 MAX_GROUPS = 10_000  # a folder with more is no zarr but half a disk
 # Higher levels save a few percent on labels and read several times slower.
@@ -82,7 +85,8 @@ def open_array(
     axes are spatial. Axes before them are channels, named `c^`.
 
     A dataset of sections, DATASET/m ... DATASET/n, opens as one stack (z, y, x) that can only be read. Sections have no
-    thickness of their own, so the voxel size in z is that in x. Section 0 is at 0 nm, wherever the stack begins.
+    thickness of their own, so the voxel size in z is that in x. Section 0 is at 0 nm, wherever the stack begins. Labels
+    and their mask are also found under the names of the published scripts, volumes/labels/n and volumes/labels_mask/n.
 
     Args:
         path: the zarr.
@@ -412,10 +416,13 @@ def slabs(array: Array, max_bytes: int = 2**28) -> Slabs:
 
 
 def _followed(path: Path | str, dataset: str) -> tuple[Path, str, Place | None]:
-    """Return the zarr and dataset that a file NAME.volume names, and what else it says; any other path as it is."""
+    """Return the zarr and dataset that a file NAME.volume names, and what else it says. Any other path stays as it is.
+
+    Sections of the published scripts are found under their names.
+    """
     path = Path(path)
     if path.suffix.lower() != PLACE or not path.is_file():
-        return path, dataset, None
+        return path, _stored_name(path, dataset), None
     place = read_place(path)
     there = Path(place.location)
     if REMOTE.match(place.location) or not there.is_dir() or is_in_place(there):
@@ -429,6 +436,15 @@ def _is_elsewhere(path: Path, dataset: str) -> bool:
     folder = array_folder(path, dataset)
     readable = is_array(folder) and (ZARR_VERSION >= 3 or (folder / ".zarray").is_file())
     return not readable and not _section_names(folder) and is_in_place(path)
+
+
+def _stored_name(path: Path | str, dataset: str) -> str:
+    """Return the name that a zarr has for a dataset: that in PUBLISHED_SECTIONS, if only that has sections."""
+    published = PUBLISHED_SECTIONS.get(dataset)
+    folder = array_folder(path, dataset)
+    if published is None or is_array(folder) or _section_names(folder):
+        return dataset
+    return published if _section_names(array_folder(path, published)) else dataset
 
 
 def _section_names(folder: Path) -> list[str]:
