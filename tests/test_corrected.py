@@ -227,7 +227,7 @@ def test_numbers_are_the_ids_in_their_order(tmp_path):
     options = {"to": "tiff", "dataset": None, "overwrite": True}
     export_dataset(tmp_path / "in.zarr", tmp_path / "out.tif", renumbered=True, **options)
     back = tifffile.imread(tmp_path / "out.tif")
-    assert (back.dtype, back.tolist()) == (np.uint8, [[0, 3, 1], [3, 2, 1]])
+    assert (back.dtype, back.tolist()) == (np.uint16, [[0, 3, 1], [3, 2, 1]])
     ids[0, 0, 0] = 2**64 - 3
     write_array(tmp_path / "in.zarr", SEGMENTATION, ids, voxel_size=VOXEL_SIZE, offset=OFFSET)
     with pytest.raises(UserError, match="holds ids for unlabeled voxels, which cannot be renumbered"):
@@ -256,6 +256,11 @@ def test_regions_that_do_not_fit_are_refused(sample, tmp_path, region, message):
 def _turned(folder, _):
     np.save(folder / "back.npy", SENT.transpose(1, 2, 0))
     return folder / "back.npy", {"region": REGION}
+
+
+def _cube(folder, _):
+    np.save(folder / "back.npy", SENT[:40, :40, :40])
+    return folder / "back.npy", {"region": "112:432,208:528,104:424"}
 
 
 def _placeless(folder, _):
@@ -312,6 +317,7 @@ def _pickled(folder, _):
     ("make", "message"),
     [
         (_turned, r"holds \(44, 50, 42\) voxels, but region .* has \(42, 44, 50\): add --axes yxz"),
+        (_cube, "does not say which axis is which: add --axes yxz if Seg2Link wrote it, else --axes zyx"),
         (_placeless, "does not say where it lies in volumes/raw in .*: add --region Z0:Z1,Y0:Y1,X0:X1"),
         (_nothing_known, "no voxel of .* is known to be right"),
         (_coarse, r"has voxels of \(16, 16, 16\) nm, but .* of \(8, 8, 8\)"),

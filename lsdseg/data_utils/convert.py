@@ -17,7 +17,7 @@ from funlib.geometry import Coordinate
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lsdseg.data_utils.formats import Source, Volume, choose_volume, open_source
+from lsdseg.data_utils.formats import FORMATS, Source, Volume, choose_volume, open_source
 from lsdseg.data_utils.labels import create_labels_mask
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW
 from lsdseg.data_utils.placement import read_placement

@@ -62,7 +62,7 @@ def import_proofread(
     before: Path | None = None,
     unknown: Sequence[int] = (),
     only: Path | None = None,
-    axes: str = STORED[0],
+    axes: str | None = None,
     context: Sequence[int] = (0, 0, 0),
     overwrite: bool = False,
 ) -> None:
@@ -78,7 +78,7 @@ def import_proofread(
             nothing is known.
         unknown: ids of voxels that are not known to be right. CREMI's are unknown anyway.
         only: a table with the only ids that are right, see `read_ids`.
-        axes: order in which the file stores its axes, one of STORED.
+        axes: order in which the file stores its axes, one of STORED. None: z, y, x.
         context: voxels of raw to keep around the region along each axis, where there are any.
         overwrite: replace a zarr that exists.
 
@@ -138,10 +138,7 @@ def add_ground_truth(
     size, begin = (placed.voxel_size, placed.offset) if placed else ((0, 0, 0), (0, 0, 0))
     given = {"resolution": list(resolution or size), "offset": list(offset or begin)}
     with ExitStack() as files:
-        volume = _ordered(
-            choose_volume(files.enter_context(open_source(corrected)), LABELS, None, corrected, "in a file of its own"),
-            axes,
-        )
+        volume = _ordered(_open_volume(files, corrected), axes, corrected)
         voxel_size, begin = read_placement(given, f"-res and -off of {corrected}")
         roi = Roi(begin, Coordinate(volume.data.shape) * voxel_size)
         labels = Corrected(str(corrected), _reader(volume, (0, 0, 0), None, str(corrected)), roi, voxel_size)
@@ -211,11 +208,11 @@ def _open_image(sample: Path, raw: str) -> Array:
 
 @contextmanager
 def _open_corrected(
-    path: Path, before: Path | None, axes: str, region: str | None, image: Array, where: str
+    path: Path, before: Path | None, axes: str | None, region: str | None, image: Array, where: str
 ) -> Iterator[Corrected]:
     """Open what was corrected, and find its place on the voxels of `image`, which is called `where`."""
     with ExitStack() as files:
-        volume = _ordered(_open_volume(files, path), axes)
+        volume = _ordered(_open_volume(files, path), axes, path)
         roi, first = _place(volume, path, region, image, where)
         earlier = None
         if before is not None:
@@ -251,11 +248,20 @@ class _Reordered:
         return np.transpose(self.data[stored], self.order)
 
 
-def _ordered(volume: Volume, axes: str) -> Volume:
-    """Return a volume of ids with the axes z, y, x, or raise UserError if it has others."""
-    if len(volume.data.shape) != 3:
-        raise UserError(f"{volume.name} has shape {volume.data.shape}: corrected ids need the axes z, y, x")
-    return volume if axes == STORED[0] else volume._replace(data=_Reordered(volume.data, axes))
+def _ordered(volume: Volume, axes: str | None, path: Path) -> Volume:
+    """Return a volume of ids with the axes z, y, x.
+
+    Raises:
+        UserError: it has others; or it is a cube that numpy stored, so that nothing but `axes` can tell them apart.
+    """
+    shape = tuple(volume.data.shape)
+    if len(shape) != 3:
+        raise UserError(f"{path} has shape {shape}: corrected ids need the axes z, y, x")
+    if axes is None and path.suffix.lower() == ".npy" and len(set(shape)) == 1:
+        raise UserError(
+            f"{path} does not say which axis is which: add --axes yxz if Seg2Link wrote it, else --axes zyx"
+        )
+    return volume if axes in (None, STORED[0]) else volume._replace(data=_Reordered(volume.data, axes))
 
 
 def _place(volume: Volume, path: Path, region: str | None, image: Array, where: str) -> tuple[Roi, tuple[int, ...]]:

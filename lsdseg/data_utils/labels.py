@@ -101,14 +101,14 @@ def grow_boundary(
 
 
 def renumber(labels: Array, where: str) -> Array:
-    """Return labels with the ids 1, 2, 3 ... in the order of the old ones, of the smallest type. 0 stays 0.
+    """Return labels with the ids 1, 2, 3 ... in the order of the old ones. 0 stays 0.
 
     Args:
         labels: unsigned or signed integers, of any shape. They are read once to find the ids.
         where: their name, for the message.
 
     Returns:
-        An array of uint8, uint16 or uint32 that reads what is sliced. It cannot be written.
+        An array of uint16, or uint32 for many ids, that reads what is sliced. It cannot be written.
 
     Raises:
         UserError: some voxels are unlabeled, and would get the id of a segment; there are more than 2**32 - 1 ids.
@@ -118,8 +118,8 @@ def renumber(labels: Array, where: str) -> Array:
     if ids[0] < 0 or not is_labeled(ids[-1:]).all():
         raise UserError(f"{where} holds ids for unlabeled voxels, which cannot be renumbered: leave out --renumber")
     ids = ids[ids != 0]
-    dtype = np.min_scalar_type(len(ids))
-    if dtype.itemsize > 4:
+    dtype = np.dtype(np.uint16 if len(ids) < 2**16 else np.uint32)
+    if len(ids) >= 2**32:
         raise UserError(f"{where} holds {len(ids)} ids, more than 32 bits can tell apart: export a smaller --region")
 
     def numbered(old: NDArray[Any]) -> NDArray[Any]:
