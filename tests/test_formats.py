@@ -13,13 +13,17 @@ import tensorstore
 import tifffile
 
 from lsdseg.config.loader import CHECKOUT
+from lsdseg.data_utils.convert import convert_volume
+from lsdseg.data_utils.export import export_dataset
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW
-from lsdseg.data_utils.volumes import list_arrays, open_array, read
+from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
+from lsdseg.errors import UserError
 
 SHAPE, VOXEL_SIZE, OFFSET, MARKED = (10, 14, 18), (40, 8, 4), (400, 80, 8), (7, 3, 11)
 VOXELS = np.random.default_rng(0).integers(0, 200, SHAPE, dtype=np.uint8)
 VOXELS[MARKED] = 255
 IDS = np.random.default_rng(1).integers(1, 9, SHAPE).astype(np.uint64)
+OPTIONS = {"dataset": None, "sections": ":", "resolution": None, "overwrite": False}
 
 
 def to_zarr(*arguments):
@@ -185,6 +189,32 @@ def _colors(folder: Path):
     return folder / "in.tif"
 
 
+def _planes_of_colors(folder: Path):
+    tifffile.imwrite(folder / "in.tif", np.zeros((4, 8, 9), np.uint8), photometric="rgb", planarconfig="separate")
+    return folder / "in.tif"
+
+
+def _channels_of_ome(folder: Path):
+    tifffile.imwrite(folder / "in.tif", np.zeros((3, 5, 8, 9), np.uint8), ome=True, metadata={"axes": "CZYX"})
+    return folder / "in.tif"
+
+
+def _channels_of_one_section(folder: Path):
+    tifffile.imwrite(folder / "in.tif", np.zeros((3, 8, 9), np.uint8), ome=True, metadata={"axes": "CYX"})
+    return folder / "in.tif"
+
+
+def _hyperstack(folder: Path):
+    tifffile.imwrite(folder / "in.tif", np.zeros((5, 2, 8, 9), np.uint8), imagej=True, metadata={"axes": "ZCYX"})
+    return folder / "in.tif"
+
+
+def _channels_of_hdf(folder: Path):
+    with h5py.File(folder / "in.hdf", "w") as file:
+        file["em"] = np.zeros((4, 5, 8, 9), np.uint8)
+    return folder / "in.hdf"
+
+
 def _truncated(folder: Path):
     write_imagej(folder / "in.tif", VOXELS)
     (folder / "in.tif").write_bytes((folder / "in.tif").read_bytes()[:-900])
@@ -250,6 +280,11 @@ def _no_tiff(folder: Path):
     ("make", "message"),
     [
         (_colors, "has 3 values for each pixel, such as colors: convert it to gray values first"),
+        (_planes_of_colors, "has 4 values for each pixel, such as colors"),
+        (_channels_of_ome, "has 3 along C and 5 along Z: save one stack of sections, such as one channel"),
+        (_channels_of_one_section, "has 3 along C: save one stack"),
+        (_hyperstack, "has 5 along Z and 2 along C: save one stack"),
+        (_channels_of_hdf, r"volumes/raw in .*in.hdf has shape \(4, 5, 8, 9\): store one channel of it"),
         (_truncated, "in.tif is no TIFF or damaged"),
         (_unlike_sections, "differ in shape or type"),
         (_no_size, "volumes/raw in .* has no voxel size: .*--resolution Z Y X"),
@@ -269,3 +304,67 @@ def test_what_cannot_be_used_is_refused_in_one_line(make, message, tmp_path):
     (line,) = [line for line in refused.stderr.splitlines() if "error:" in line]
     assert re.search(message, line), line
     assert not (tmp_path / "out.zarr").exists()
+
+
+def test_a_stack_that_imagej_calls_channels_is_one_of_sections(tmp_path):
+    tifffile.imwrite(tmp_path / "in.tif", VOXELS, imagej=True)
+    with tifffile.TiffFile(tmp_path / "in.tif") as tiff:
+        assert tiff.series[0].axes == "CYX"
+    done = to_zarr(tmp_path / "in.tif", tmp_path / "out.zarr", "--resolution", *VOXEL_SIZE)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal(read(open_array(tmp_path / "out.zarr", RAW)), VOXELS)
+
+
+@pytest.mark.parametrize(
+    ("stored", "values", "ids"),
+    [
+        ("uint32", [0, 2**32 - 1], [0, 2**32 - 1]),
+        ("uint64", [0, 2**63 + 1], [0, 2**63 + 1]),
+        ("uint64", [7, 2**64 - 3], [7, 2**64 - 3]),
+        ("int32", [-1, 2**31 - 1], [2**64 - 1, 2**31 - 1]),
+        ("int64", [-3, 2**62 + 1], [2**64 - 3, 2**62 + 1]),
+        ("float32", [0, 2**24 - 1], [0, 2**24 - 1]),
+        ("float64", [-3, 2**53 - 1], [2**64 - 3, 2**53 - 1]),
+    ],
+)
+def test_labels_of_any_type_are_converted_exactly(tmp_path, stored, values, ids):
+    labels = np.array(values, stored)[np.arange(VOXELS.size).reshape(SHAPE) % 2]
+    write_hdf(tmp_path / "raw.hdf", VOXELS)
+    write_hdf(tmp_path / "labels.hdf", labels)
+    convert_volume(tmp_path / "raw.hdf", tmp_path / "out.zarr", labels=tmp_path / "labels.hdf", **OPTIONS)
+    array = open_array(tmp_path / "out.zarr", LABELS)
+    assert array.dtype == (stored if stored.startswith("u") else np.uint64)
+    assert read(array).ravel()[:2].tolist() == ids
+    known = read(open_array(tmp_path / "out.zarr", LABELS_MASK)).ravel()[:2]
+    assert known.tolist() == [id_ < 2**64 - 3 for id_ in ids]
+
+
+@pytest.mark.parametrize(
+    ("stored", "value"),
+    [("int32", -4), ("float32", 0.5), ("float32", 2**24), ("float64", 2**53), ("float64", np.nan)],
+)
+def test_labels_that_are_no_exact_ids_are_refused(tmp_path, stored, value):
+    labels = np.zeros(SHAPE, stored)
+    labels[MARKED] = value
+    write_hdf(tmp_path / "raw.hdf", VOXELS)
+    write_hdf(tmp_path / "labels.hdf", labels)
+    with pytest.raises(UserError, match=f"volumes/labels/neuron_ids is {stored} and holds .* which is no exact id: "):
+        convert_volume(tmp_path / "raw.hdf", tmp_path / "out.zarr", labels=tmp_path / "labels.hdf", **OPTIONS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.hdf", "raw.hdf"]
+
+
+@pytest.mark.parametrize(("to", "reads"), [("precomputed", True), ("ome-zarr", True), ("hdf5", True), ("tiff", False)])
+def test_ids_above_2_63_are_kept_or_refused(tmp_path, to, reads):
+    ids = np.array([[[1, 2**63 + 1], [2**64 - 4, 0]]], np.uint64)
+    write_array(tmp_path / "in.zarr", LABELS, ids, voxel_size=VOXEL_SIZE, offset=OFFSET)
+    out = tmp_path / ("out.hdf" if to == "hdf5" else "out")
+    options = {"to": to, "dataset": LABELS, "overwrite": False}
+    if not reads:
+        with pytest.raises(UserError, match="which is no uint32 and cannot be written"):
+            export_dataset(tmp_path / "in.zarr", out, **options)
+        assert not out.exists()
+        return
+    export_dataset(tmp_path / "in.zarr", out, **options)
+    write_array(tmp_path / "raw.zarr", RAW, ids.astype(np.uint8), voxel_size=VOXEL_SIZE, offset=OFFSET)
+    convert_volume(tmp_path / "raw.zarr", tmp_path / "back.zarr", labels=out, **OPTIONS)
+    assert read(open_array(tmp_path / "back.zarr", LABELS)).tolist() == ids.tolist()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lsdseg.data_utils.formats import FORMATS, Source, Volume, choose_volume, open_source
-from lsdseg.data_utils.labels import create_labels_mask
+from lsdseg.data_utils.labels import as_ids, create_labels_mask
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW
 from lsdseg.data_utils.placement import read_placement
 from lsdseg.data_utils.replace import check_replaceable_zarr, write_zarr
@@ -54,14 +54,15 @@ class Part(NamedTuple):
         return (*channels, self.end - self.begin, height, width)
 
     @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type to write: as in the file, in the byte order of this machine, but uint64 for signed labels.
+    def as_ids(self) -> bool:
+        """Whether the voxels are labels that are not stored as unsigned integers, see `labels.as_ids`."""
+        name, kind = self.volume.name, self.volume.data.dtype.kind
+        return name.startswith("volumes/labels/") and (kind == "i" or (kind == "f" and name.endswith("_ids")))
 
-        -1 to -3 then become CREMI's ids for unlabeled voxels.
-        """
-        dtype = self.volume.data.dtype
-        signed_labels = self.volume.name.startswith("volumes/labels/") and dtype.kind == "i"
-        return np.dtype(np.uint64 if signed_labels else dtype.newbyteorder("="))
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type to write: as in the file, in the byte order of this machine, but uint64 for `as_ids`."""
+        return np.dtype(np.uint64 if self.as_ids else self.volume.data.dtype.newbyteorder("="))
 
     @property
     def stored_bytes(self) -> int:
@@ -72,7 +73,8 @@ class Part(NamedTuple):
         """Read a slab of the part; slices count the voxels of `shape`."""
         *channels, z, y, x = slab
         sections = slice(z.start + self.begin, z.stop + self.begin)
-        return np.asarray(self.volume.data[*channels, sections, y, x]).astype(self.dtype, copy=False)
+        values = np.asarray(self.volume.data[*channels, sections, y, x])
+        return as_ids(values, self.volume.name) if self.as_ids else values.astype(self.dtype, copy=False)
 
 
 def convert_files(
@@ -206,6 +208,8 @@ def _copy(part: Part, path: Path, zarr: Path, bar: tqdm) -> None:
     for slab in slabs(array):
         try:
             data = part.read(slab)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         except Exception as error:
             reason = str(error)[:200]
             raise UserError(f"{part.volume.name} in {path} cannot be read ({reason}): use another copy") from error
@@ -219,11 +223,15 @@ def select_parts(
     """Choose what is copied of a file: the parts, and the sorted names of the datasets that are left out.
 
     Raises:
-        UserError: the file has no volumes/raw, or not these sections; the placement of a volume is unknown.
+        UserError: the file has no volumes/raw, or not these sections; raw or labels have channels; the placement of a
+            volume is unknown.
     """
     volumes = {volume.name: volume for volume in source.volumes}
     if RAW not in volumes:
         raise UserError(f"{path} has no dataset {RAW} with the axes z, y, x: rename yours to that")
+    for name in {RAW, LABELS} & volumes.keys():
+        if len(shape := tuple(volumes[name].data.shape)) != 3:
+            raise UserError(f"{name} in {path} has shape {shape}: store one channel of it, with the axes z, y, x")
     count = volumes[RAW].data.shape[-3]
     begin, end = sections[0] or 0, count if sections[1] is None else sections[1]
     if not 0 <= begin < end <= count:

@@ -63,8 +63,8 @@ def as_ids(values: NDArray[Any], where: str) -> NDArray[np.uint64]:
         return values.astype(np.uint64, copy=False)
     bad = values < -3
     if values.dtype.kind == "f":
-        exact = 2 ** (np.finfo(values.dtype).nmant + 1)
-        bad |= ~np.isfinite(values) | (values != np.rint(values)) | (values > exact)
+        inexact = 2 ** (np.finfo(values.dtype).nmant + 1)  # may have been this integer or the next
+        bad |= ~np.isfinite(values) | (values != np.rint(values)) | (values >= inexact)
     if bad.any():
         remedy = "store labels as unsigned integers, e.g. uint64"
         raise UserError(f"{where} is {values.dtype} and holds {values[bad][0]}, which is no exact id: {remedy}")

@@ -39,7 +39,8 @@ class Sections:
             raise UserError(f"the sections of {where} differ in shape or type: use sections that are all alike")
         if len(first.shape) != 2:
             raise UserError(
-                f"{where} has {first.shape[-1]} values for each pixel, such as colors: convert it to gray values first"
+                f"{where} has {first.samplesperpixel} values for each pixel, such as colors: convert it to gray values "
+                "first"
             )
         self.pages = pages
         self.shape = (len(pages), *first.shape)
@@ -58,7 +59,7 @@ def open_tiff(path: Path) -> Iterator[Source]:
     the first section is, if it says so in nm.
 
     Raises:
-        UserError: a file is damaged, or no stack of gray sections.
+        UserError: a file is damaged, or no stack of gray sections; it has several channels or points in time.
     """
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
     with ExitStack() as opened:
@@ -66,8 +67,12 @@ def open_tiff(path: Path) -> Iterator[Source]:
             tiffs = [opened.enter_context(tifffile.TiffFile(file)) for file in files]
             pages = [page for tiff in tiffs for page in tiff.pages]
             voxel_size, offset = _voxel_size(tiffs[0]), _offset(tiffs[0])
+            stacked = _stacked_axes(tiffs[0])
         except Exception as error:  # tifffile and the parser of XML raise what they like
             raise UserError(f"{path} is no TIFF or damaged ({str(error)[:100]}): use another copy") from error
+        if len(stacked) > 1 or (tiffs[0].is_ome and "C" in stacked):
+            axes = " and ".join(f"{count} along {axis}" for axis, count in stacked.items())
+            raise UserError(f"{path} has {axes}: save one stack of sections, such as one channel, in a file of its own")
         data = Sections(pages, str(path))
         attributes = {"resolution": voxel_size} if voxel_size else {}
         if voxel_size and offset:
@@ -78,6 +83,15 @@ def open_tiff(path: Path) -> Iterator[Source]:
 
 def _total_bytes(files: list[Path]) -> int:
     return sum(file.stat().st_size for file in files)
+
+
+def _stacked_axes(tiff: tifffile.TiffFile) -> dict[str, int]:
+    """Return the axes of a stack that are longer than 1, beside those of a section.
+
+    Programs write sections along any one axis: Z, T, or C in files of ImageJ. OME files say what they mean.
+    """
+    series = tiff.series[0]
+    return {axis: size for axis, size in zip(series.axes, series.shape, strict=True) if axis not in "YXS" and size > 1}
 
 
 def _voxel_size(tiff: tifffile.TiffFile) -> list[float]:
