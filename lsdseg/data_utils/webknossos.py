@@ -65,9 +65,12 @@ def open_annotation(path: Path) -> Iterator[Volume]:
                 if len(layers) != 1:
                     raise UserError(f"{path} has {len(layers)} volume layers: download an annotation with one")
                 with outer.open(layers[0]) as stream, zipfile.ZipFile(stream) as layer:
-                    yield _unpacked(layer, Path(folder), path)
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
+                    volume = _unpacked(layer, Path(folder), path)
+        except UserError:
+            raise
+        except Exception as error:  # zipfile and zlib raise what they like
             raise UserError(f"{path} is no annotation of webKnossos or damaged ({error}): download it again") from error
+        yield volume
 
 
 def _unpacked(layer: zipfile.ZipFile, folder: Path, path: Path) -> Volume:
