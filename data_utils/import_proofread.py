@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--region", metavar="Z0:Z1,Y0:Y1,X0:X1", help="as it was exported, in nm")
     parser.add_argument("--before", metavar="SENT", type=Path, help="what was exported, to fill what nobody changed")
     parser.add_argument("--unknown", metavar="ID", type=argument(ID), nargs="+", default=(), help="ids not to learn")
-    add_corrections(parser, "--only", axes=None)
+    add_corrections(parser, "--only", axes="zyx")
     parser.add_argument(
         "--context",
         metavar=("Z", "Y", "X"),

@@ -19,8 +19,8 @@ from funlib.persistence import Array
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lsdseg.data_utils.convert import only_volume, target_paths
-from lsdseg.data_utils.formats import Volume
+from lsdseg.data_utils.convert import target_paths
+from lsdseg.data_utils.formats import Volume, choose_volume, open_source
 from lsdseg.data_utils.labels import as_ids, is_labeled
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW
 from lsdseg.data_utils.placement import read_placement
@@ -113,7 +113,7 @@ def add_ground_truth(
     resolution: Sequence[float] | None = None,
     offset: Sequence[float] | None = None,
     only: Path | None = None,
-    axes: str = "yxz",
+    axes: str | None = None,
 ) -> None:
     """Write corrected labels and their mask to a zarr, beside what it holds, and print what was written.
 
@@ -124,11 +124,13 @@ def add_ground_truth(
         resolution: z, y, x in nm. None: as raw in the zarr.
         offset: z, y, x in nm. None: as raw in the zarr, 0 if there is none.
         only: as for `import_proofread`.
-        axes: as for `import_proofread`.
+        axes: as for `import_proofread`. None: y, x, z in a .npy, as Seg2Link stores them.
 
     Raises:
-        UserError: as for `import_proofread`; the zarr has no raw, and there is no resolution.
+        UserError: as for `import_proofread`; the zarr has no raw, and there is no resolution; it has, and the labels do
+            not lie on its voxels.
     """
+    axes = axes or ("yxz" if corrected.suffix.lower() == ".npy" else None)
     for name in (dataset, LABELS_MASK):
         check_replaceable_array(target, name)
     select = _selection((), only)
@@ -141,6 +143,8 @@ def add_ground_truth(
         volume = _ordered(_open_volume(files, corrected), axes, corrected)
         voxel_size, begin = read_placement(given, f"-res and -off of {corrected}")
         roi = Roi(begin, Coordinate(volume.data.shape) * voxel_size)
+        if placed is not None:
+            check_region(roi, placed, f"{RAW} in {target}")
         labels = Corrected(str(corrected), _reader(volume, (0, 0, 0), None, str(corrected)), roi, voxel_size)
         record = Record("data_utils/make_gt_from_seg2link_vols.py", {}, {"region": region_text(roi)})
         with room_on_disk(target):
@@ -163,16 +167,16 @@ def read_ids(path: Path) -> NDArray[np.uint64]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
+        rows = list(csv.reader(text.replace(";", ",").replace("\t", ",").splitlines()))
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} is no table of ids ({error}): save it as CSV") from error
-    rows = list(csv.reader(text.replace(";", ",").replace("\t", ",").splitlines()))
     header = next((n for n, row in enumerate(rows) if any(_is_name(cell) for cell in row)), -1)
     columns = [n for n, cell in enumerate(rows[header]) if _is_name(cell)] if header >= 0 else None
     ids = set()
     for number, row in enumerate(rows[header + 1 :], start=header + 2):
         for cell in row if columns is None else [row[n] for n in columns if n < len(row)]:
             # Programs write 12.0 where a column has empty cells.
-            match = re.fullmatch(r"([0-9]+)(\.0*)?", cell.strip())
+            match = re.fullmatch(r"([0-9]{1,20})(\.0*)?", cell.strip())
             if match and int(match[1]) < 2**64:
                 ids.add(int(match[1]))
             elif cell.strip():
@@ -226,7 +230,7 @@ def _open_volume(files: ExitStack, path: Path) -> Volume:
     """Open the only volume of a file, or its labels, until `files` is closed."""
     if path.suffix.lower() == ".zip":
         return files.enter_context(open_annotation(path))
-    return only_volume(path, LABELS, None, files)
+    return choose_volume(files.enter_context(open_source(path)), LABELS, None, path, "in a file of its own")
 
 
 class _Reordered:
@@ -261,7 +265,11 @@ def _ordered(volume: Volume, axes: str | None, path: Path) -> Volume:
         raise UserError(
             f"{path} does not say which axis is which: add --axes yxz if Seg2Link wrote it, else --axes zyx"
         )
-    return volume if axes in (None, STORED[0]) else volume._replace(data=_Reordered(volume.data, axes))
+    if axes in (None, STORED[0]):
+        return volume
+    if hasattr(volume.data, "stored"):
+        raise UserError(f"{path} says which axis is which: omit --axes")
+    return volume._replace(data=_Reordered(volume.data, axes))
 
 
 def _place(volume: Volume, path: Path, region: str | None, image: Array, where: str) -> tuple[Roi, tuple[int, ...]]:
@@ -290,10 +298,12 @@ def _place(volume: Volume, path: Path, region: str | None, image: Array, where: 
         roi = own or image.roi
     check_region(roi, image, where)
     wanted = tuple(roi.shape / size)
-    if shape == wanted:
-        return roi, (0, 0, 0)
     if own is not None and own.contains(roi) and not any((roi.begin - own.begin) % size):
         return roi, tuple((roi.begin - own.begin) / size)
+    if own is not None and any(own.begin):  # programs that know of no offset write 0
+        raise UserError(f"{path} covers {region_text(own)} nm, not region {region_text(roi)}: correct or omit --region")
+    if shape == wanted:
+        return roi, (0, 0, 0)
     turned = [axes for axes in STORED if tuple(shape[axes.index(axis)] for axis in "zyx") == wanted]
     remedy = f"add --axes {turned[0]}" if turned else "give the --region that was exported"
     raise UserError(f"{path} holds {shape} voxels, but region {region_text(roi)} has {wanted}: {remedy}")
