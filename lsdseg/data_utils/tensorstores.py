@@ -130,7 +130,8 @@ def open_zarr(path: Path, store: Store = on_disk) -> Iterator[Source]:
         finest, axes = _pyramid(folder.parent)
         if finest not in (None, folder.name):
             continue
-        array = open_store(folder, store, "zarr" if (folder / ".zarray").is_file() else "zarr3")
+        is_format_2 = (folder / ".zarray").is_file()
+        array = _open_zarr_2(folder, store) if is_format_2 else open_store(folder, store, "zarr3")
         if array.rank < 3:
             others.append(name)
             continue
@@ -178,6 +179,20 @@ def _spatial(store: Any, axes: list[str], where: str) -> Any:
     single = [number for number, name in enumerate(axes) if name not in "zyx"]
     left = [name for name in axes if name in "zyx"]
     return store[tensorstore.d[single][0]][tensorstore.d[[left.index(name) for name in "zyx"]].transpose[:]]
+
+
+def _open_zarr_2(folder: Path, store: Store) -> Any:
+    """Open an array of format 2. zarr itself reads those of zstd with checksums, a setting that tensorstore refuses."""
+    compressor = read_json(folder / ".zarray", ANOTHER).get("compressor")
+    if store is not on_disk or not (isinstance(compressor, dict) and "checksum" in compressor):
+        return open_store(folder, store, "zarr")
+    array = open_checked(folder.parent, folder.name, "r")
+
+    def fill(domain: Any, chunk: NDArray[Any], _: Any) -> None:
+        chunk[...] = array[domain.index_exp]
+
+    layout = tensorstore.ChunkLayout(read_chunk_shape=array.chunks)
+    return tensorstore.virtual_chunked(fill, dtype=array.dtype, shape=array.shape, chunk_layout=layout)
 
 
 def open_store(path: Path, store: Store, driver: str) -> Any:
