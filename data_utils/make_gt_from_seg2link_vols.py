@@ -17,10 +17,10 @@ def main() -> None:
         "\ndata_utils/import_proofread.py does the same, adds raw, and reads what other programs write.",
     )
     parser.add_argument("-f", dest="corrected", metavar="FILE", type=Path, required=True, help="seg-modified.npy")
-    add_corrections(parser, "-df", axes="yxz")
+    add_corrections(parser, "-df", axes="yxz for .npy, else zyx")
     parser.add_argument("-op", "--out_path", dest="target", metavar="ZARR", type=Path, required=True)
     for flag, name, meaning in [("-res", "--resolution", "voxel size"), ("-off", "--offset", "offset")]:
-        help_text = f"{meaning} in nm, Z,Y,X (default: that of raw in ZARR)"
+        help_text = f"{meaning} in nm, Z,Y,X (default: that of raw in ZARR, if there is one)"
         parser.add_argument(flag, name, metavar="Z,Y,X", type=argument(sequence(number(), 3)), help=help_text)
     parser.add_argument("-ds", "--dataset", default=LABELS, help="dataset to write (default: %(default)s)")
     run_command(parser, lambda arguments: add_ground_truth(**vars(arguments)))

@@ -169,8 +169,8 @@ def add_merge_function(parser: argparse.ArgumentParser, default: str | None = No
     )
 
 
-def add_corrections(parser: argparse.ArgumentParser, only: str, axes: str | None) -> None:
-    """Add what all imports of corrected labels have: the option `only` for a table of ids, and --axes."""
+def add_corrections(parser: argparse.ArgumentParser, only: str, axes: str) -> None:
+    """Add what imports of corrected labels have: the option `only` for a table of ids, and --axes with its default."""
     parser.add_argument(
         only, dest="only", metavar="FILE", type=Path, help="CSV with the ids that are right; all others are unknown"
     )
@@ -178,8 +178,7 @@ def add_corrections(parser: argparse.ArgumentParser, only: str, axes: str | None
         "--axes",
         metavar="ORDER",
         type=argument(choice("zyx", "yxz", "xyz")),
-        default=axes,
-        help=f"order in which the file stores its axes; yxz in a .npy of Seg2Link (default: {axes or 'zyx'})",
+        help=f"order in which the file stores its axes; yxz in a .npy of Seg2Link (default: {axes})",
     )
 
 

@@ -1,7 +1,6 @@
 """Round trips: a region is sent out, other readers and writers change ids in it, and it comes back to train on."""
 
 import json
-import re
 import subprocess
 import sys
 import zipfile
@@ -143,9 +142,10 @@ def by_webknossos(sample, folder):
 
 
 def by_zarr(sample, folder):
-    """A copy of the segmentation in which something was changed, as this suite writes it."""
+    """A copy of the segmentation in which something was changed, as this suite writes it, beside another one."""
+    write_array(folder / "back.zarr", "volumes/fragments", SENT, voxel_size=VOXEL_SIZE, offset=BEGIN)
     write_array(folder / "back.zarr", SEGMENTATION, change(SENT), voxel_size=VOXEL_SIZE, offset=BEGIN)
-    return folder / "back.zarr", {}
+    return folder / "back.zarr", {"dataset": SEGMENTATION}
 
 
 WAYS = {
@@ -258,6 +258,20 @@ def _turned(folder, _):
     return folder / "back.npy", {"region": REGION}
 
 
+def _elsewhere(folder, _):
+    write_array(folder / "back.zarr", LABELS, SENT, voxel_size=VOXEL_SIZE, offset=(80, 160, 24))
+    return folder / "back.zarr", {"region": REGION}
+
+
+def _annotation_with_axes(folder, _):
+    return write_annotation(folder / "back.zip", in_world(SENT), [(0, 0, 0)]), {"region": REGION, "axes": "xyz"}
+
+
+def _two_datasets(folder, sample):
+    back, _ = by_zarr(sample, folder)
+    return back, {}
+
+
 def _cube(folder, _):
     np.save(folder / "back.npy", SENT[:40, :40, :40])
     return folder / "back.npy", {"region": "112:432,208:528,104:424"}
@@ -317,6 +331,9 @@ def _pickled(folder, _):
     ("make", "message"),
     [
         (_turned, r"holds \(44, 50, 42\) voxels, but region .* has \(42, 44, 50\): add --axes yxz"),
+        (_elsewhere, f"covers 80:416,160:512,24:424 nm, not region {REGION}: correct or omit --region"),
+        (_annotation_with_axes, "says which axis is which: omit --axes"),
+        (_two_datasets, "holds volumes/fragments, volumes/segmentation_050: name the one to take with --dataset"),
         (_cube, "does not say which axis is which: add --axes yxz if Seg2Link wrote it, else --axes zyx"),
         (_placeless, "does not say where it lies in volumes/raw in .*: add --region Z0:Z1,Y0:Y1,X0:X1"),
         (_nothing_known, "no voxel of .* is known to be right"),
@@ -385,15 +402,22 @@ def test_the_published_script_adds_the_proofread_ids_to_a_volume(tmp_path):
     np.testing.assert_array_equal(read(open_array(volume, RAW)), GRAY[PART])
 
 
-def test_the_published_script_takes_the_place_of_raw_or_says_what_is_missing(tmp_path):
-    np.save(tmp_path / "seg.npy", SENT)
+def test_the_published_script_takes_the_place_of_raw_or_says_what_is_wrong(tmp_path):
+    np.save(tmp_path / "seg.npy", SENT.transpose(1, 2, 0))
     with pytest.raises(UserError, match=r"holds no volumes/raw .*: give -res Z,Y,X and -off Z,Y,X"):
-        add_ground_truth(tmp_path / "seg.npy", tmp_path / "a.zarr", axes="zyx")
+        add_ground_truth(tmp_path / "seg.npy", tmp_path / "a.zarr")
     write_array(tmp_path / "a.zarr", RAW, GRAY[PART], voxel_size=VOXEL_SIZE, offset=BEGIN)
     (tmp_path / "none.csv").write_text("2\n")
-    with pytest.raises(UserError, match=r"no voxel of .* is known"):
-        add_ground_truth(tmp_path / "seg.npy", tmp_path / "a.zarr", axes="zyx", only=tmp_path / "none.csv")
-    assert list_arrays(tmp_path / "a.zarr") == [RAW]
-    assert not re.findall("partial", " ".join(map(str, (tmp_path / "a.zarr").rglob("*"))))
-    add_ground_truth(tmp_path / "seg.npy", tmp_path / "a.zarr", axes="zyx")
-    assert tuple(open_array(tmp_path / "a.zarr", LABELS).offset) == BEGIN
+    for options, message in [
+        ({"only": tmp_path / "none.csv"}, r"no voxel of .* is known"),
+        ({"axes": "zyx"}, r"is not inside volumes/raw in .*a.zarr"),
+        ({"offset": (0, 0, 0)}, r"is not inside volumes/raw in .*a.zarr"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            add_ground_truth(tmp_path / "seg.npy", tmp_path / "a.zarr", **options)
+        assert list_arrays(tmp_path / "a.zarr") == [RAW]
+        assert "partial" not in " ".join(map(str, (tmp_path / "a.zarr").rglob("*")))
+    add_ground_truth(tmp_path / "seg.npy", tmp_path / "a.zarr")
+    labels = open_array(tmp_path / "a.zarr", LABELS)
+    assert tuple(labels.offset) == BEGIN
+    np.testing.assert_array_equal(read(labels), SENT)

@@ -14,8 +14,10 @@ import zarr
 from fuzz import damage, ends_well_or_in_one_line, fuzz, json_values
 from hypothesis import given
 from hypothesis import strategies as st
+from test_corrected import write_annotation
 
 from lsdseg.data_utils.convert import convert
+from lsdseg.data_utils.corrected import import_proofread
 from lsdseg.data_utils.stored import ZARR_VERSION, count_chunks, read_header
 from lsdseg.data_utils.volumes import has_array, is_stored, list_arrays, open_array, read, slabs, write_array
 
@@ -252,4 +254,29 @@ def test_damaged_hdf(hdf, changes):
             convert(source, target)
         assert (not target.exists()) == bool(refused)
         assert not refused or str(source) in refused[0]
+        assert not list(Path(folder).rglob(".*.partial"))
+
+
+@pytest.fixture(scope="module")
+def corrected(tmp_path_factory):
+    """A sample, and corrected ids of it: an array of numpy, and an annotation of webKnossos."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    write_array(folder / "a.zarr", "volumes/raw", DATA, voxel_size=(40, 4, 4), offset=(0, 0, 0))
+    np.save(folder / "ids.npy", DATA.astype(np.uint32))
+    write_annotation(folder / "ids.zip", DATA.astype(np.uint64), [(0, 0, 0)], scale=(40, 4, 4))
+    return folder
+
+
+@fuzz
+@given(name=st.sampled_from(["ids.npy", "ids.zip"]), changes=st.lists(damage(), min_size=1, max_size=3))
+def test_damaged_corrections(corrected, name, changes):
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, name), Path(folder, "out/a.zarr")
+        content = (corrected / name).read_bytes()
+        for change in changes:
+            content = change(content)
+        source.write_bytes(content)
+        with ends_well_or_in_one_line() as refused:
+            import_proofread(source, target, sample=corrected / "a.zarr", region="0:200,0:28,0:36")
+        assert (not target.exists()) == bool(refused)
         assert not list(Path(folder).rglob(".*.partial"))

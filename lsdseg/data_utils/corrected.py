@@ -8,8 +8,8 @@ import csv
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +58,7 @@ def import_proofread(
     *,
     sample: Path,
     raw: str = RAW,
+    dataset: str | None = None,
     region: str | None = None,
     before: Path | None = None,
     unknown: Sequence[int] = (),
@@ -73,6 +74,7 @@ def import_proofread(
         target: the zarr: raw in the region and around it, labels and their mask in the region.
         sample: the zarr that was proofread.
         raw: its dataset of raw.
+        dataset: the dataset of `corrected`, if it holds several.
         region: the part that was corrected, as `parse_region` takes it. None: as the file says, or all of raw.
         before: what was sent out, in any format: where an annotation stores nothing, it did not change. None: there
             nothing is known.
@@ -89,7 +91,10 @@ def import_proofread(
     (checked,) = target_paths([corrected], target, overwrite)
     image = _open_image(sample, raw)
     select = _selection(unknown, only)
-    with _open_corrected(corrected, before, axes, region, image, f"{raw} in {sample}") as labels:
+    with ExitStack() as files:
+        volume = _ordered(_open_volume(files, corrected, dataset), axes, corrected)
+        sent = None if before is None else (_open_volume(files, before), before)
+        labels = _placed(volume, corrected, sent, region, image, f"{raw} in {sample}")
         margin = Coordinate(context) * image.voxel_size
         kept = crop(image, labels.roi.grow(margin, margin).intersect(image.roi))
         settings = {"region": region_text(labels.roi), "unknown": list(map(int, unknown)), "only": only is not None}
@@ -113,7 +118,7 @@ def add_ground_truth(
     resolution: Sequence[float] | None = None,
     offset: Sequence[float] | None = None,
     only: Path | None = None,
-    axes: str = "yxz",
+    axes: str | None = None,
 ) -> None:
     """Write corrected labels and their mask to a zarr, beside what it holds, and print what was written.
 
@@ -124,11 +129,13 @@ def add_ground_truth(
         resolution: z, y, x in nm. None: as raw in the zarr.
         offset: z, y, x in nm. None: as raw in the zarr, 0 if there is none.
         only: as for `import_proofread`.
-        axes: as for `import_proofread`.
+        axes: as for `import_proofread`. None: y, x, z in a .npy, as Seg2Link stores them.
 
     Raises:
-        UserError: as for `import_proofread`; the zarr has no raw, and there is no resolution.
+        UserError: as for `import_proofread`; the zarr has no raw, and there is no resolution; it has, and the labels do
+            not lie on its voxels.
     """
+    axes = axes or ("yxz" if corrected.suffix.lower() == ".npy" else None)
     for name in (dataset, LABELS_MASK):
         check_replaceable_array(target, name)
     select = _selection((), only)
@@ -141,6 +148,8 @@ def add_ground_truth(
         volume = _ordered(_open_volume(files, corrected), axes, corrected)
         voxel_size, begin = read_placement(given, f"-res and -off of {corrected}")
         roi = Roi(begin, Coordinate(volume.data.shape) * voxel_size)
+        if placed is not None:
+            check_region(roi, placed, f"{RAW} in {target}")
         labels = Corrected(str(corrected), _reader(volume, (0, 0, 0), None, str(corrected)), roi, voxel_size)
         record = Record("data_utils/make_gt_from_seg2link_vols.py", {}, {"region": region_text(roi)})
         with room_on_disk(target):
@@ -163,16 +172,16 @@ def read_ids(path: Path) -> NDArray[np.uint64]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
+        rows = list(csv.reader(text.replace(";", ",").replace("\t", ",").splitlines()))
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} is no table of ids ({error}): save it as CSV") from error
-    rows = list(csv.reader(text.replace(";", ",").replace("\t", ",").splitlines()))
     header = next((n for n, row in enumerate(rows) if any(_is_name(cell) for cell in row)), -1)
     columns = [n for n, cell in enumerate(rows[header]) if _is_name(cell)] if header >= 0 else None
     ids = set()
     for number, row in enumerate(rows[header + 1 :], start=header + 2):
         for cell in row if columns is None else [row[n] for n in columns if n < len(row)]:
             # Programs write 12.0 where a column has empty cells.
-            match = re.fullmatch(r"([0-9]+)(\.0*)?", cell.strip())
+            match = re.fullmatch(r"([0-9]{1,20})(\.0*)?", cell.strip())
             if match and int(match[1]) < 2**64:
                 ids.add(int(match[1]))
             elif cell.strip():
@@ -206,27 +215,32 @@ def _open_image(sample: Path, raw: str) -> Array:
     return image
 
 
-@contextmanager
-def _open_corrected(
-    path: Path, before: Path | None, axes: str | None, region: str | None, image: Array, where: str
-) -> Iterator[Corrected]:
-    """Open what was corrected, and find its place on the voxels of `image`, which is called `where`."""
-    with ExitStack() as files:
-        volume = _ordered(_open_volume(files, path), axes, path)
-        roi, first = _place(volume, path, region, image, where)
-        earlier = None
-        if before is not None:
-            sent = _open_volume(files, before)
-            _, begin = _place(sent, before, region_text(roi), image, where)
-            earlier = _reader(sent, begin, None, str(before))
-        yield Corrected(str(path), _reader(volume, first, earlier, str(path)), roi, image.voxel_size)
+def _placed(
+    volume: Volume, path: Path, sent: tuple[Volume, Path] | None, region: str | None, image: Array, where: str
+) -> Corrected:
+    """Find the place of what was corrected on the voxels of `image`, which is called `where`.
+
+    Args:
+        volume: the ids.
+        path: their file.
+        sent: what was sent out and its file. None: as for `before` of `import_proofread`.
+        region: as for `import_proofread`.
+        image: raw.
+        where: names raw, for messages.
+    """
+    roi, first = _place(volume, path, region, image, where)
+    earlier = None
+    if sent is not None:
+        _, begin = _place(*sent, region_text(roi), image, where)
+        earlier = _reader(sent[0], begin, None, str(sent[1]))
+    return Corrected(str(path), _reader(volume, first, earlier, str(path)), roi, image.voxel_size)
 
 
-def _open_volume(files: ExitStack, path: Path) -> Volume:
-    """Open the only volume of a file, or its labels, until `files` is closed."""
+def _open_volume(files: ExitStack, path: Path, dataset: str | None = None) -> Volume:
+    """Open a volume of a file, or its only one, or its labels, until `files` is closed."""
     if path.suffix.lower() == ".zip":
         return files.enter_context(open_annotation(path))
-    return only_volume(path, LABELS, None, files)
+    return only_volume(path, LABELS, dataset, files)
 
 
 class _Reordered:
@@ -261,7 +275,11 @@ def _ordered(volume: Volume, axes: str | None, path: Path) -> Volume:
         raise UserError(
             f"{path} does not say which axis is which: add --axes yxz if Seg2Link wrote it, else --axes zyx"
         )
-    return volume if axes in (None, STORED[0]) else volume._replace(data=_Reordered(volume.data, axes))
+    if axes in (None, STORED[0]):
+        return volume
+    if hasattr(volume.data, "stored"):
+        raise UserError(f"{path} says which axis is which: omit --axes")
+    return volume._replace(data=_Reordered(volume.data, axes))
 
 
 def _place(volume: Volume, path: Path, region: str | None, image: Array, where: str) -> tuple[Roi, tuple[int, ...]]:
@@ -290,10 +308,12 @@ def _place(volume: Volume, path: Path, region: str | None, image: Array, where: 
         roi = own or image.roi
     check_region(roi, image, where)
     wanted = tuple(roi.shape / size)
-    if shape == wanted:
-        return roi, (0, 0, 0)
     if own is not None and own.contains(roi) and not any((roi.begin - own.begin) % size):
         return roi, tuple((roi.begin - own.begin) / size)
+    if own is not None and any(own.begin):  # programs that know of no offset write 0
+        raise UserError(f"{path} covers {region_text(own)} nm, not region {region_text(roi)}: correct or omit --region")
+    if shape == wanted:
+        return roi, (0, 0, 0)
     turned = [axes for axes in STORED if tuple(shape[axes.index(axis)] for axis in "zyx") == wanted]
     remedy = f"add --axes {turned[0]}" if turned else "give the --region that was exported"
     raise UserError(f"{path} holds {shape} voxels, but region {region_text(roi)} has {wanted}: {remedy}")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK
+from lsdseg.data_utils.placement import place_array
 from lsdseg.data_utils.volumes import SourceDefaults, create_array, has_array, open_array, read, rename_array, slabs
 from lsdseg.errors import UserError
 from lsdseg.files import PARTIAL, room_on_disk
@@ -124,14 +125,7 @@ def renumber(labels: Array, where: str) -> Array:
     def numbered(old: NDArray[Any]) -> NDArray[Any]:
         return np.where(old == 0, 0, np.searchsorted(ids, old) + 1).astype(dtype)
 
-    return Array(
-        dask.array.map_blocks(numbered, labels.data, dtype=dtype),
-        offset=labels.offset,
-        voxel_size=labels.voxel_size,
-        axis_names=labels.axis_names,
-        units=labels.units,
-        types=labels.types,
-    )
+    return place_array(dask.array.map_blocks(numbered, labels.data, dtype=dtype), labels.voxel_size, labels.offset)
 
 
 def create_labels_masks(

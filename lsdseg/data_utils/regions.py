@@ -5,6 +5,7 @@ import re
 from funlib.geometry import Coordinate, Roi
 from funlib.persistence import Array
 
+from lsdseg.data_utils.placement import place_array
 from lsdseg.data_utils.volumes import voxels_of
 from lsdseg.errors import UserError
 
@@ -64,11 +65,4 @@ def crop(array: Array, roi: Roi) -> Array:
         roi: in nm, a region that `check_region` accepts.
     """
     channels = len(array.shape) - array.voxel_size.dims
-    return Array(
-        array.data[(slice(None),) * channels + voxels_of(array, roi)],
-        offset=roi.begin,
-        voxel_size=array.voxel_size,
-        axis_names=array.axis_names,
-        units=array.units,
-        types=array.types,
-    )
+    return place_array(array.data[(slice(None),) * channels + voxels_of(array, roi)], array.voxel_size, roi.begin)

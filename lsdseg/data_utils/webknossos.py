@@ -36,13 +36,14 @@ class Annotated(LazyStore):
     def __init__(self, folder: Path) -> None:
         super().__init__(open_store(folder, on_disk, "zarr3")[0].T)
         self.header = read_header(folder)
+        self.chunks = self.header.chunks[:0:-1]
 
     def stored(self, voxels: tuple[slice, ...]) -> NDArray[np.bool_]:
         """Return which voxels of a box, z, y, x, lie in chunks that the annotation has."""
         inside = np.zeros([along.stop - along.start for along in voxels], bool)
         for index in self.header.chunks_of((slice(0, 1), *voxels[::-1])):
             if self.header.chunk_file(index).is_file():
-                chunk = zip(index[:0:-1], self.header.chunks[:0:-1], voxels, strict=True)
+                chunk = zip(index[:0:-1], self.chunks, voxels, strict=True)
                 inside[tuple(slice(max(0, i * n - v.start), max(0, (i + 1) * n - v.start)) for i, n, v in chunk)] = True
         return inside
 
@@ -64,9 +65,12 @@ def open_annotation(path: Path) -> Iterator[Volume]:
                 if len(layers) != 1:
                     raise UserError(f"{path} has {len(layers)} volume layers: download an annotation with one")
                 with outer.open(layers[0]) as stream, zipfile.ZipFile(stream) as layer:
-                    yield _unpacked(layer, Path(folder), path)
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
+                    volume = _unpacked(layer, Path(folder), path)
+        except UserError:
+            raise
+        except Exception as error:  # zipfile and zlib raise what they like
             raise UserError(f"{path} is no annotation of webKnossos or damaged ({error}): download it again") from error
+        yield volume
 
 
 def _unpacked(layer: zipfile.ZipFile, folder: Path, path: Path) -> Volume:
@@ -85,7 +89,7 @@ def _unpacked(layer: zipfile.ZipFile, folder: Path, path: Path) -> Volume:
     if len(data.shape) != 3:
         raise UserError(f"{path} has the shape {data.shape}: download an annotation with the axes x, y, z")
     attributes = {"offset": [0, 0, 0], "resolution": _voxel_size(layer, path)}
-    return Volume(LABELS, data, attributes, lambda: path.stat().st_size, data.header.chunks[:0:-1])
+    return Volume(LABELS, data, attributes, lambda: path.stat().st_size, data.chunks)
 
 
 def _voxel_size(layer: zipfile.ZipFile, path: Path) -> list[float]:
