@@ -142,9 +142,10 @@ def by_webknossos(sample, folder):
 
 
 def by_zarr(sample, folder):
-    """A copy of the segmentation in which something was changed, as this suite writes it."""
+    """A copy of the segmentation in which something was changed, as this suite writes it, beside another one."""
+    write_array(folder / "back.zarr", "volumes/fragments", SENT, voxel_size=VOXEL_SIZE, offset=BEGIN)
     write_array(folder / "back.zarr", SEGMENTATION, change(SENT), voxel_size=VOXEL_SIZE, offset=BEGIN)
-    return folder / "back.zarr", {}
+    return folder / "back.zarr", {"dataset": SEGMENTATION}
 
 
 WAYS = {
@@ -266,6 +267,11 @@ def _annotation_with_axes(folder, _):
     return write_annotation(folder / "back.zip", in_world(SENT), [(0, 0, 0)]), {"region": REGION, "axes": "xyz"}
 
 
+def _two_datasets(folder, sample):
+    back, _ = by_zarr(sample, folder)
+    return back, {}
+
+
 def _cube(folder, _):
     np.save(folder / "back.npy", SENT[:40, :40, :40])
     return folder / "back.npy", {"region": "112:432,208:528,104:424"}
@@ -327,6 +333,7 @@ def _pickled(folder, _):
         (_turned, r"holds \(44, 50, 42\) voxels, but region .* has \(42, 44, 50\): add --axes yxz"),
         (_elsewhere, f"covers 80:416,160:512,24:424 nm, not region {REGION}: correct or omit --region"),
         (_annotation_with_axes, "says which axis is which: omit --axes"),
+        (_two_datasets, "holds volumes/fragments, volumes/segmentation_050: name the one to take with --dataset"),
         (_cube, "does not say which axis is which: add --axes yxz if Seg2Link wrote it, else --axes zyx"),
         (_placeless, "does not say where it lies in volumes/raw in .*: add --region Z0:Z1,Y0:Y1,X0:X1"),
         (_nothing_known, "no voxel of .* is known to be right"),

@@ -203,12 +203,14 @@ def test_a_command_ends_with_the_script_that_called_it(tmp_path):
 
 
 def test_labels_masks_of_a_folder_with_published_options(tmp_path):
-    labels = np.arange(8 * 16 * 16, dtype=np.uint64).reshape(SHAPE) % 3
+    labels = np.arange(8 * 16 * 16, dtype=np.uint64).reshape(SHAPE) % 3 * 2**62
     write_array(tmp_path / "a.zarr", "volumes/ids", labels, **PLACE)
-    script = [sys.executable, CHECKOUT / "data_utils/create_labels_mask.py"]
-    subprocess.run([*script, "-dir", tmp_path, "-labels_ds", "volumes/ids", "-bg_val", "0"], check=True)
-    mask = read(open_array(tmp_path / "a.zarr", "volumes/labels/labels_mask"))
-    assert np.array_equal(mask, labels != 0)
+    script = [sys.executable, CHECKOUT / "data_utils/create_labels_mask.py", "-dir", tmp_path]
+    for unlabeled in (0, 2**63):
+        named = ["-labels_ds", "volumes/ids", "--mask", f"volumes/mask_{unlabeled}", "-bg_val", str(unlabeled)]
+        subprocess.run([*script, *named], check=True)
+        mask = read(open_array(tmp_path / "a.zarr", f"volumes/mask_{unlabeled}"))
+        assert np.array_equal(mask, labels != unlabeled)
 
 
 def test_hdf_to_zarr_converts_a_folder_with_published_options(tmp_path):

@@ -8,8 +8,8 @@ import csv
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +58,7 @@ def import_proofread(
     *,
     sample: Path,
     raw: str = RAW,
+    dataset: str | None = None,
     region: str | None = None,
     before: Path | None = None,
     unknown: Sequence[int] = (),
@@ -73,6 +74,7 @@ def import_proofread(
         target: the zarr: raw in the region and around it, labels and their mask in the region.
         sample: the zarr that was proofread.
         raw: its dataset of raw.
+        dataset: the dataset of `corrected`, if it holds several.
         region: the part that was corrected, as `parse_region` takes it. None: as the file says, or all of raw.
         before: what was sent out, in any format: where an annotation stores nothing, it did not change. None: there
             nothing is known.
@@ -89,7 +91,10 @@ def import_proofread(
     (checked,) = target_paths([corrected], target, overwrite)
     image = _open_image(sample, raw)
     select = _selection(unknown, only)
-    with _open_corrected(corrected, before, axes, region, image, f"{raw} in {sample}") as labels:
+    with ExitStack() as files:
+        volume = _ordered(_open_volume(files, corrected, dataset), axes, corrected)
+        sent = None if before is None else (_open_volume(files, before), before)
+        labels = _placed(volume, corrected, sent, region, image, f"{raw} in {sample}")
         margin = Coordinate(context) * image.voxel_size
         kept = crop(image, labels.roi.grow(margin, margin).intersect(image.roi))
         settings = {"region": region_text(labels.roi), "unknown": list(map(int, unknown)), "only": only is not None}
@@ -210,27 +215,32 @@ def _open_image(sample: Path, raw: str) -> Array:
     return image
 
 
-@contextmanager
-def _open_corrected(
-    path: Path, before: Path | None, axes: str | None, region: str | None, image: Array, where: str
-) -> Iterator[Corrected]:
-    """Open what was corrected, and find its place on the voxels of `image`, which is called `where`."""
-    with ExitStack() as files:
-        volume = _ordered(_open_volume(files, path), axes, path)
-        roi, first = _place(volume, path, region, image, where)
-        earlier = None
-        if before is not None:
-            sent = _open_volume(files, before)
-            _, begin = _place(sent, before, region_text(roi), image, where)
-            earlier = _reader(sent, begin, None, str(before))
-        yield Corrected(str(path), _reader(volume, first, earlier, str(path)), roi, image.voxel_size)
+def _placed(
+    volume: Volume, path: Path, sent: tuple[Volume, Path] | None, region: str | None, image: Array, where: str
+) -> Corrected:
+    """Find the place of what was corrected on the voxels of `image`, which is called `where`.
+
+    Args:
+        volume: the ids.
+        path: their file.
+        sent: what was sent out and its file. None: as for `before` of `import_proofread`.
+        region: as for `import_proofread`.
+        image: raw.
+        where: names raw, for messages.
+    """
+    roi, first = _place(volume, path, region, image, where)
+    earlier = None
+    if sent is not None:
+        _, begin = _place(*sent, region_text(roi), image, where)
+        earlier = _reader(sent[0], begin, None, str(sent[1]))
+    return Corrected(str(path), _reader(volume, first, earlier, str(path)), roi, image.voxel_size)
 
 
-def _open_volume(files: ExitStack, path: Path) -> Volume:
-    """Open the only volume of a file, or its labels, until `files` is closed."""
+def _open_volume(files: ExitStack, path: Path, dataset: str | None = None) -> Volume:
+    """Open a volume of a file, or its only one, or its labels, until `files` is closed."""
     if path.suffix.lower() == ".zip":
         return files.enter_context(open_annotation(path))
-    return choose_volume(files.enter_context(open_source(path)), LABELS, None, path, "in a file of its own")
+    return only_volume(path, LABELS, dataset, files)
 
 
 class _Reordered:
