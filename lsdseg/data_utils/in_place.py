@@ -11,6 +11,7 @@ holds a location, or in YAML:
     shape: [512, 512, 512]
 """
 
+import atexit
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -228,5 +229,6 @@ def _source(place: Place, dataset: str) -> tuple[ExitStack, Source]:
 @lru_cache(maxsize=32)
 def _opened(location: str, _changed: int, datasets: tuple[str, ...]) -> tuple[ExitStack, Source]:
     files = ExitStack()
+    atexit.register(files.close)  # while the modules that this needs are still there
     source = resolve(OPEN_REMOTE)(location, datasets) if datasets else open_source(Path(location))
     return files, files.enter_context(source)
