@@ -19,8 +19,8 @@ from funlib.persistence import Array
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lsdseg.data_utils.convert import target_paths
-from lsdseg.data_utils.formats import Volume, choose_volume, open_source
+from lsdseg.data_utils.convert import only_volume, target_paths
+from lsdseg.data_utils.formats import Volume
 from lsdseg.data_utils.labels import as_ids, is_labeled
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW
 from lsdseg.data_utils.placement import read_placement

@@ -416,10 +416,7 @@ def slabs(array: Array, max_bytes: int = 2**28) -> Slabs:
 
 
 def _followed(path: Path | str, dataset: str) -> tuple[Path, str, Place | None]:
-    """Return the zarr and dataset that a file NAME.volume names, and what else it says. Any other path stays as it is.
-
-    Sections of the published scripts are found under their names.
-    """
+    """Return the zarr and dataset that a file NAME.volume names, and what else it says; any other path as it is."""
     path = Path(path)
     if path.suffix.lower() != PLACE or not path.is_file():
         return path, _stored_name(path, dataset), None
