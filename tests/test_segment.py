@@ -13,10 +13,10 @@ import segment
 from lsdseg.cli import call_script
 from lsdseg.config.loader import load_config
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
-from lsdseg.engine import chain
+from lsdseg.engine import chain, estimate
 from lsdseg.engine.blocks.status import statuses
 from lsdseg.engine.chain import Chain, bytes_in_memory, fits_in_memory
-from lsdseg.engine.estimate import estimates
+from lsdseg.engine.estimate import estimates, require_memory
 from lsdseg.engine.memory import available_memory
 from lsdseg.engine.predict.check import check_before_segmenting
 from lsdseg.errors import UserError
@@ -198,6 +198,32 @@ def test_a_dry_run_says_what_it_would_cost_and_does_nothing(tmp_path, config, ca
     assert all(step.seconds > 0 and step.memory > 1e8 for step in found)
     with pytest.raises(UserError, match="no room on disk"):
         estimates(Chain(cfg, raw, small_disk(64) / "out.zarr", (), blockwise=True))
+
+
+def test_a_block_that_does_not_fit_into_memory_is_refused_with_a_size_that_does(tmp_path, config, capsys, monkeypatch):
+    raw = write_volume(tmp_path / "fly.zarr", (10, 10, 10), np.zeros((100, 100, 100), np.uint8))
+    blocks = ("INS_SEGMENT.BLOCK_SIZE", "(64, 64, 64)", "INS_SEGMENT.CONTEXT", "(8, 8, 8)")
+
+    def check(free, *overrides):
+        monkeypatch.setattr(estimate, "available_memory", lambda: free)
+        cfg = load_config(config, [*blocks, *map(str, overrides), "DATA.HOME", str(tmp_path)])
+        require_memory(Chain(cfg, raw, tmp_path / "out.zarr", (), blockwise=True))
+        return capsys.readouterr().err
+
+    needed = 3 * 10**8 + 72 * 80**3
+    assert check(8 * needed, "SYSTEM.NUM_WORKERS", 8) == ""
+    assert "use SYSTEM.NUM_WORKERS 3" in check(int(3.5 * needed), "SYSTEM.NUM_WORKERS", 8)
+    assert check(needed, "SYSTEM.NUM_WORKERS", 1) == ""
+    with pytest.raises(
+        UserError, match=r"takes about 336.9 MB, and a worker has .*: use INS_SEGMENT.BLOCK_SIZE \(32, 64, 64\)"
+    ):
+        check(needed - 1)
+    with pytest.raises(UserError, match=r"a worker has 1.0 MB: use a machine or a job with more"):
+        check(10**6)
+    slurm = ("CLUSTER.TYPE", "slurm", "CLUSTER.MEMORY")
+    assert check(1, *slurm, "1G") == ""
+    with pytest.raises(UserError, match=r"a worker has 209.7 MB"):
+        check(1, *slurm, "200")
 
 
 def test_a_volume_may_be_the_first_word(tmp_path, config):

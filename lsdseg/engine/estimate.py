@@ -7,7 +7,10 @@ volume, if there are any, and otherwise what they took in `benchmarks/blockwise.
 from __future__ import annotations
 
 import math
+import re
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from lsdseg.data_utils.volumes import open_array
 from lsdseg.engine.blocks.markers import record_files, records_in
 from lsdseg.engine.blocks.status import duration
 from lsdseg.engine.chain import BYTES_PER_VOXEL, Chain
+from lsdseg.engine.memory import available_memory
 from lsdseg.engine.post.steps.edges import edges_name
 from lsdseg.engine.post.steps.fragments import NAME as FRAGMENTS_STEP
 from lsdseg.engine.predict.predict import prediction_channels
@@ -61,8 +65,7 @@ def estimates(chain: Chain) -> list[Estimate]:
     Raises:
         UserError: the network or its device cannot be used, or there is no room on disk.
     """
-    cfg, raw = chain.cfg, open_array(chain.raw, chain.cfg.DATA.RAW)
-    shape = [-(-size // voxel) for size, voxel in zip(raw.roi.shape, cfg.MODEL.VOXEL_SIZE, strict=True)]
+    cfg, shape = chain.cfg, _network_shape(chain)
     voxels = math.prod(shape)
     tile = tile_voxels(cfg, shape, max(1, cfg.SYSTEM.NUM_WORKERS) if chain.blockwise else 1)
     tiles, seconds = count_tiles(tile, shape), _time_tile(cfg, tile)
@@ -82,8 +85,7 @@ def estimates(chain: Chain) -> list[Estimate]:
     settings = cfg.INS_SEGMENT
     block = settings.BLOCK_SIZE if chain.blockwise else shape
     blocks = math.prod(-(-size // b) for size, b in zip(shape, block, strict=True))
-    read = [min(size, b + 2 * c) for size, b, c in zip(shape, block, settings.CONTEXT, strict=True)]
-    memory = LIBRARIES + math.prod(read) * (BYTES_PER_VOXEL[settings.METHOD] + 12)
+    memory = _block_bytes(cfg, block, shape)
     labels, thresholds = int(voxels * 8 * LABEL_SHARE), len(chain.results)
     markers = {"fragments": FRAGMENTS_STEP, "agglomeration": edges_name(chain.merge_function)}
     for step, disk in (("fragments", labels), ("agglomeration", 0)):
@@ -95,6 +97,62 @@ def estimates(chain: Chain) -> list[Estimate]:
     found.append(Estimate("relabeling", blocks * thresholds, relabeling, labels * thresholds, LIBRARIES, False))
     with room_on_disk(chain.out, sum(estimate.disk for estimate in found)):
         return found
+
+
+def require_memory(chain: Chain) -> None:
+    """Check that a block fits into the memory of a worker, and warn if not as many blocks fit as there are workers.
+
+    Raises:
+        UserError: one block does not fit; the message names a size that does.
+    """
+    cfg, settings = chain.cfg, chain.cfg.INS_SEGMENT
+    shape, limit = _network_shape(chain), _bytes_of_worker(cfg)
+    if not chain.blockwise or limit is None:
+        return
+    needed, size = _block_bytes(cfg, settings.BLOCK_SIZE, shape), list(settings.BLOCK_SIZE)
+    if needed <= limit:
+        workers = min(cfg.SYSTEM.NUM_WORKERS, count_tiles(size, shape))
+        if cfg.CLUSTER.TYPE == "local" and needed * workers > limit:
+            print(
+                f"warning: {workers} workers take up to {byte_count(needed * workers)}, and {byte_count(limit)} are "
+                f"free: use SYSTEM.NUM_WORKERS {limit // needed}, or a smaller INS_SEGMENT.BLOCK_SIZE",
+                file=sys.stderr,
+            )
+        return
+    while _block_bytes(cfg, size, shape) > limit and (axes := [n for n in range(3) if size[n] // 2 >= _least(cfg)[n]]):
+        size[max(axes, key=lambda axis: size[axis])] //= 2
+    fits = _block_bytes(cfg, size, shape) <= limit
+    remedy = f"use INS_SEGMENT.BLOCK_SIZE {tuple(size)}" if fits else "use a machine or a job with more"
+    raise UserError(
+        f"a block of INS_SEGMENT.BLOCK_SIZE {tuple(settings.BLOCK_SIZE)} takes about {byte_count(needed)}, and a "
+        f"worker has {byte_count(limit)}: {remedy}"
+    )
+
+
+def _least(cfg: CfgNode) -> Sequence[int]:
+    """Voxels that a block has at least: its context must not be wider."""
+    return [max(1, context) for context in cfg.INS_SEGMENT.CONTEXT]
+
+
+def _network_shape(chain: Chain) -> list[int]:
+    """Voxels of the volume, of the size that the network takes."""
+    roi = open_array(chain.raw, chain.cfg.DATA.RAW).roi
+    return [-(-size // voxel) for size, voxel in zip(roi.shape, chain.cfg.MODEL.VOXEL_SIZE, strict=True)]
+
+
+def _block_bytes(cfg: CfgNode, block: Sequence[int], shape: Sequence[int]) -> int:
+    """Memory that a worker takes for a block of so many voxels."""
+    settings = cfg.INS_SEGMENT
+    read = [min(size, b + 2 * c) for size, b, c in zip(shape, block, settings.CONTEXT, strict=True)]
+    return int(LIBRARIES + math.prod(read) * (BYTES_PER_VOXEL[settings.METHOD] + 12))
+
+
+def _bytes_of_worker(cfg: CfgNode) -> int | None:
+    """Memory that one worker has if it is alone: what is free here, or what a Slurm job asks for. None: unknown."""
+    if cfg.CLUSTER.TYPE == "local":
+        return available_memory()
+    found = re.fullmatch(r"(\d+)([KMGT]?)B?", cfg.CLUSTER.MEMORY.strip().upper())
+    return int(found[1]) * 1024 ** (" KMGT".index(found[2] or "M")) if found else None
 
 
 def show_estimates(chain: Chain) -> None:

@@ -16,7 +16,7 @@ from lsdseg.data_utils.in_place import REMOTE, Place, is_in_place, place_of, wri
 from lsdseg.data_utils.layout import RAW
 from lsdseg.engine.blocks.lock import run_lock
 from lsdseg.engine.chain import Chain, fits_in_memory
-from lsdseg.engine.estimate import show_estimates
+from lsdseg.engine.estimate import require_memory, show_estimates
 from lsdseg.engine.evaluate.figure import draw_sample
 from lsdseg.engine.predict.check import check_before_segmenting
 from lsdseg.errors import UserError
@@ -65,6 +65,7 @@ def segment_volume(
         chain = Chain(cfg, raw, out, options, blockwise=blockwise)
         check_before_segmenting(raw, out, cfg, list(chain.results))
         chain = Chain(cfg, raw, out, options, blockwise=blockwise or not fits_in_memory(cfg, raw))
+        require_memory(chain)
         if dry_run:
             show_estimates(chain)
             return
