@@ -41,14 +41,21 @@ def command_parser(description: str, example: str, epilog: str = "") -> argparse
     )
 
 
-def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None]) -> None:
+def run_command(
+    parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None], *, intermixed: bool = True
+) -> None:
     """Parse the command line and call `main(arguments)`.
+
+    Args:
+        parser: what `command_parser` returned.
+        main: does the work.
+        intermixed: let options stand between paths. A parser with subcommands cannot.
 
     Raises:
         SystemExit: status 2 after a UserError, which is printed as one line on stderr; status 130 after Ctrl-C.
     """
     with _report_mistakes():
-        main(parser.parse_intermixed_args())
+        main(parser.parse_intermixed_args() if intermixed else parser.parse_args())
 
 
 def run_script(

@@ -134,7 +134,7 @@ def test_bad_input_is_refused_before_anything_is_written(home):
         ((*export, "DATA.RAW", "volumes/em"), "no dataset volumes/em"),
         ((*export, "PREPROCESS.DATASETS_TO_COPY", ["volumes/somata"]), "DATASETS_TO_COPY: no volume .* volumes/somata"),
         (("PREPROCESS.HISTOGRAM_MATCH", ["FLY", "MOUSE"]), "MOUSE/data_3d/train does not exist"),
-        (("PREPROCESS.HISTOGRAM_MATCH", ["FLY", "FLY"]), "b.zarr is float32: store it as uint8"),
+        (("PREPROCESS.HISTOGRAM_MATCH", ["FLY", "FLY"]), "b.zarr is float32: store it as integers"),
     ]:
         with pytest.raises(UserError, match=message):
             preprocess(config(home, *overrides))

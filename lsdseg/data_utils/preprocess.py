@@ -4,17 +4,19 @@ All sources are checked before the first result is written, and they are not cha
 of its name once it is complete.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fastremap
 import numpy as np
 from funlib.persistence import Array
 from numpy.typing import NDArray
 from tqdm import tqdm
 from yacs.config import CfgNode
 
+from lsdseg.data_utils.gray import LARGEST_RAW
 from lsdseg.data_utils.labels import labels_mask
 from lsdseg.data_utils.layout import SPLITS, data_folder, volumes_in
 from lsdseg.data_utils.replace import write_zarr
@@ -24,6 +26,9 @@ from lsdseg.files import room_on_disk
 
 # From the voxels of a slab to those to write, perhaps of another type.
 Convert = Callable[[NDArray[Any]], NDArray[Any]]
+# Values that occur, sorted, and how often each does.
+Counts = tuple[NDArray[Any], NDArray[np.int64]]
+MOST_VALUES = 2**24  # different gray values of a volume, so that a table of them fits into memory
 
 
 def preprocess(cfg: CfgNode, unlabeled: int | None = None) -> None:
@@ -79,59 +84,82 @@ def export_sections(cfg: CfgNode, unlabeled: int | None = None) -> None:
                 if labels in sections[path] and mask not in sections[path]:
                     _write_sections(zarr, mask, sections[path][labels], raw, partial(labels_mask, unlabeled=unlabeled))
             for name in copied[path].keys() - sections[path].keys():
-                _write_volume(zarr, name, copied[path][name])
+                write_volume(zarr, name, copied[path][name])
         print(f"{target}: {raw.shape[0]} sections of {', '.join(sections[path])}")
 
 
 def match_histograms(cfg: CfgNode, source: str, target: str) -> None:
     """Write every volume of the data set `source` with the gray values of `target`, as data set SOURCE_matched.
 
-    Raw must be uint8. Each volume gets the histogram of all volumes of `target` together. PREPROCESS.DATASETS_TO_COPY
-    are copied along.
+    Raw must be integers. Each volume gets the histogram of all volumes of `target` together, and their type.
+    PREPROCESS.DATASETS_TO_COPY are copied along.
 
     Raises:
-        UserError: as for `preprocess`.
+        UserError: as for `preprocess`; or the volumes of `target` are of several types.
     """
     sources = _volumes(cfg, source)
     copied = _arrays_to_copy(cfg, sources)
     raw, reference = (
-        {path: _open_gray_values(path, cfg) for _, path in volumes} for volumes in (sources, _volumes(cfg, target))
+        {path: _open_volume(path, cfg.DATA.RAW, cfg) for _, path in volumes}
+        for volumes in (sources, _volumes(cfg, target))
     )
-    wanted = np.sum([gray_value_counts(array) for array in reference.values()], axis=0)
+    for path, array in (raw | reference).items():
+        check_gray_values(array, f"{cfg.DATA.RAW} in {path}")
+    if len(dtypes := {array.dtype for array in reference.values()}) > 1:
+        raise UserError(f"volumes of {target} are {' and '.join(sorted(map(str, dtypes)))}: store them as one type")
+    wanted = merged_counts([gray_value_counts(array) for array in reference.values()])
     for split, path in sources:
         matched = data_folder(_with_data(cfg, DIM_2D=False, BRAIN_VOL=f"{source}_matched"), split) / path.name
-        table = matching_values(gray_value_counts(raw[path]), wanted)
+        convert = matching(gray_value_counts(raw[path]), wanted, *dtypes)
         with room_on_disk(matched), write_zarr(matched, [path]) as zarr:
-            _write_volume(zarr, cfg.DATA.RAW, raw[path], partial(np.take, table))
+            write_volume(zarr, cfg.DATA.RAW, raw[path], convert)
             for name in copied[path].keys() - {cfg.DATA.RAW}:
-                _write_volume(zarr, name, copied[path][name])
+                write_volume(zarr, name, copied[path][name])
         print(f"{matched}: {path.name} with the gray values of {target}")
 
 
-def gray_value_counts(raw: Array) -> NDArray[np.int64]:
-    """Return how often each of the 256 values of a uint8 array occurs."""
-    counts = np.zeros(256, np.int64)
+def check_gray_values(raw: Array, where: str) -> None:
+    """Raise UserError if the gray values of a volume cannot be counted: they are no integers, or too wide for raw."""
+    if raw.dtype.kind not in "iu" or raw.dtype.itemsize > LARGEST_RAW:
+        raise UserError(f"{where} is {raw.dtype}: store it as integers, such as uint8, to match its gray values")
+
+
+def gray_value_counts(raw: Array) -> Counts:
+    """Return the gray values that occur in a volume of integers, and how often.
+
+    Raises:
+        UserError: there are more than MOST_VALUES different ones.
+    """
+    counts: Counts = np.empty(0, raw.dtype), np.empty(0, np.int64)
     for slab in tqdm(slabs(raw), desc="gray values", unit="slab", delay=2):
-        counts += np.bincount(read(raw, slab).ravel(), minlength=256)
+        counts = merged_counts([counts, fastremap.unique(read(raw, slab), return_counts=True)])
+        if len(counts[0]) > MOST_VALUES:
+            raise UserError(f"raw has more than {MOST_VALUES} different gray values: store it as uint16 to match them")
     return counts
 
 
-def matching_values(counts: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Return a table that maps gray values such that their histogram becomes the wanted one.
+def merged_counts(several: Sequence[Counts]) -> Counts:
+    """Return the values that occur in several volumes of one type, and how often in all of them together."""
+    values, place = np.unique(np.concatenate([values for values, _ in several]), return_inverse=True)
+    total = np.zeros(len(values), np.int64)
+    np.add.at(total, place.ravel(), np.concatenate([counts for _, counts in several]).astype(np.int64))
+    return values, total
+
+
+def matching(counts: Counts, wanted: Counts, dtype: np.dtype[Any]) -> Convert:
+    """Return a function that maps gray values such that their histogram becomes the wanted one.
 
     A value is mapped to the value with the same share of values below it. Shares are interpolated between the values
     that occur, as in scikit-image's `match_histograms`.
 
     Args:
-        counts: (256,), how often each value occurs.
-        wanted: (256,), the same for the wanted histogram.
-
-    Returns:
-        uint8 (256,), new value of each value.
+        counts: sorted values of a volume, and how often each occurs. The function takes no other values.
+        wanted: the same for the wanted histogram.
+        dtype: integer type that the function gives.
     """
-    occurring = np.flatnonzero(wanted)
-    shares, wanted_shares = (np.cumsum(c) / c.sum() for c in (counts, wanted))
-    return np.asarray(np.rint(np.interp(shares, wanted_shares[occurring], occurring)), np.uint8)
+    shares, wanted_shares = (np.cumsum(number) / number.sum() for _, number in (counts, wanted))
+    table = np.rint(np.interp(shares, wanted_shares, wanted[0])).astype(dtype)
+    return lambda values: table[np.searchsorted(counts[0], values)]
 
 
 def _with_data(cfg: CfgNode, **values: Any) -> CfgNode:
@@ -161,14 +189,6 @@ def _open_volume(path: Path, dataset: str, cfg: CfgNode) -> Array:
     if not len(array.shape) == array.voxel_size.dims == 3:
         raise UserError(f"{dataset} in {path} has shape {array.shape}: store it with the axes z, y, x")
     return array
-
-
-def _open_gray_values(path: Path, cfg: CfgNode) -> Array:
-    """Open raw, or raise UserError if it is not uint8."""
-    raw = _open_volume(path, cfg.DATA.RAW, cfg)
-    if raw.dtype != np.uint8:
-        raise UserError(f"{cfg.DATA.RAW} in {path} is {raw.dtype}: store it as uint8 to match its gray values")
-    return raw
 
 
 def _arrays_with_sections(path: Path, cfg: CfgNode) -> dict[str, Array]:
@@ -220,16 +240,17 @@ def _write_sections(zarr: Path, name: str, array: Array, raw: Array, convert: Co
             sections[z][slab[1:]] = values
 
 
-def _write_volume(zarr: Path, name: str, array: Array, convert: Convert = np.asarray) -> None:
-    """Copy an array with its attributes."""
+def write_volume(zarr: Path, name: str, array: Array, convert: Convert = np.asarray, **attributes: Any) -> None:
+    """Copy an array with its attributes and others, each voxel as `convert` says."""
+    dtype = convert(np.empty(0, array.dtype)).dtype
     written = create_array(
         zarr,
         name,
         array.shape,
         voxel_size=array.voxel_size,
         offset=array.offset,
-        dtype=array.dtype,
-        attributes=dict(array.attrs),
+        dtype=dtype,
+        attributes=dict(array.attrs) | attributes,
     )
     for slab in tqdm(slabs(array), desc=f"{name} of {zarr.stem}", unit="slab", delay=2):
         written[slab] = convert(read(array, slab))
