@@ -140,11 +140,15 @@ def test_crop_keeps_the_labeled_box_and_context_of_raw(sample, with_mask):
 
 
 def test_what_does_not_suit_an_operation_is_refused_before_anything_is_written(sample):
+    write_array(sample, "volumes/signed", -IDS.astype(np.int64), voxel_size=VOXEL_SIZE, offset=OFFSET)
+    write_array(sample, "volumes/stack/0", GRAY[0], voxel_size=(4, 8), offset=(0, 0))
     for operation, dataset, options, message in (
         ("clahe", LABELS, {"tile": (1, 9, 9), "limit": 0.1}, "is uint64, which is not raw"),
         ("match", LABELS, {"reference": sample.with_name("r.zarr"), "reference_dataset": RAW}, "r.zarr does not exist"),
         ("merge", RAW, {"ids": [1], "into": 300}, "uint8, which has no id above 255"),
         ("components", "volumes/no", {"connectivity": 6}, "no dataset volumes/no"),
+        ("components", "volumes/signed", {"connectivity": 6}, "is int64, but labels are unsigned"),
+        ("pad", "volumes/stack", {"by": (1, 1, 1), "mode": "edge"}, "is not one array of a zarr"),
     ):
         with pytest.raises(UserError, match=message):
             run(operation, sample, dataset, **options)

@@ -75,6 +75,8 @@ def process_zarr(operation: str, source: Path, target: Path, *, dataset: str, ov
     job = Job(array, source, dataset, record)
     if not len(array.shape) == array.voxel_size.dims == 3:
         raise UserError(f"{job.where} has shape {array.shape}: name a dataset with the axes z, y, x (--dataset)")
+    if dataset not in list_arrays(source):  # other formats, and sections, whose other datasets would be lost
+        raise UserError(f"{job.where} is not one array of a zarr: convert it first (data_utils/to_zarr.py)")
     inputs = [source, options["reference"]] if "reference" in options else [source]
     check_replaceable_zarr(target, inputs)
     if target.exists() and not overwrite:
@@ -229,8 +231,11 @@ def _create(zarr: Path, job: Job, shape: Sequence[int], offset: Sequence[int], d
 
 
 def _check_labels(job: Job) -> None:
-    if job.array.dtype.kind not in "iu":
-        raise UserError(f"{job.where} is {job.array.dtype}, which is not labels: name another dataset (--dataset)")
+    if job.array.dtype.kind != "u":
+        raise UserError(
+            f"{job.where} is {job.array.dtype}, but labels are unsigned integers: name another dataset (--dataset), or "
+            "store it as uint64"
+        )
 
 
 def _labeled_box(array: Array) -> Roi | None:
