@@ -479,6 +479,33 @@ def test_resumed_training_ends_with_the_same_weights(home):
         assert not torch.equal(one[name], start[name])
 
 
+def test_a_run_starts_from_the_weights_of_another(home):
+    train(config(home, TRAIN__EPOCHS=2, TRAIN__EMA=0.5))
+    first = checkpoint_path(config(home).MODEL.CKPT_FOLDER, 2)
+    settings = {"MODEL_ISO__CKPT_FOLDER": home / "second", "TRAIN__INITIAL_WEIGHTS": first, "TRAIN__EMA": 0.5}
+    second = config(home, TRAIN__EPOCHS=1, TRAIN__INITIAL_LR=1e-9, **settings)
+    train(second)
+    averaged = torch.load(first, weights_only=True)["ema_state_dict"]
+    state = torch.load(checkpoint_path(home / "second", 1), weights_only=True)
+    for weights in (state["model_state_dict"], state["ema_state_dict"]):
+        for name, expected in averaged.items():
+            torch.testing.assert_close(weights[name], expected, rtol=0, atol=1e-6)
+    # A run that goes on has its own weights.
+    first.unlink()
+    train(config(home, TRAIN__EPOCHS=2, **settings))
+
+
+def test_initial_weights_of_another_network_are_refused_before_anything_is_written(home):
+    train(config(home, TRAIN__EPOCHS=1))
+    weights = checkpoint_path(config(home).MODEL.CKPT_FOLDER, 1)
+    settings = {"MODEL_ISO__CKPT_FOLDER": home / "other", "MODEL_ISO__NUM_FMAPS": 3}
+    with pytest.raises(UserError, match="model_checkpoint_1"):
+        train(config(home, TRAIN__INITIAL_WEIGHTS=weights, **settings))
+    with pytest.raises(UserError, match=r"TRAIN\.INITIAL_WEIGHTS"):
+        train(config(home, TRAIN__INITIAL_WEIGHTS=home / "nothing", **settings))
+    assert not (home / "other").exists()
+
+
 @pytest.mark.parametrize("saved", [0, 2])
 def test_a_loss_that_is_not_finite_names_the_iteration_to_go_on_from(home, saved):
     if saved:

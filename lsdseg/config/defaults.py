@@ -188,6 +188,10 @@ _C.TRAIN.LR_NEIGHBORHOOD = [
 ]
 # ACLSD and ACRLSD: iterations of the first network. None: EPOCHS, or none at all if CHECKPOINT_AC is given.
 _C.TRAIN.LSD_EPOCHS = None
+# A new run starts from these weights instead of random ones: .../model_checkpoint_300000 of a network with the same
+# settings. Use it to go on with corrected ground truth, or to adapt a network to another volume, at half the INITIAL_LR
+# or less. A run that resumes does not look at it.
+_C.TRAIN.INITIAL_WEIGHTS = ""
 # Weights to predict with: .../model_checkpoint_300000.
 _C.TRAIN.CHECKPOINT = ""
 # ACLSD and ACRLSD: weights of the first network, an LSD model. Empty in training: that network is trained first.

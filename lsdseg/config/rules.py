@@ -313,6 +313,7 @@ RULES: dict[str, Rule] = {
     "TRAIN.NEIGHBORHOOD_2D": either(offsets, choice("LR_NEIGHBORHOOD"), f"{offsets.allowed}; or LR_NEIGHBORHOOD").on(),
     "TRAIN.LR_NEIGHBORHOOD": offsets.on(TRAINING),
     "TRAIN.LSD_EPOCHS": optional(integer(1)).on(TRAINING),
+    "TRAIN.INITIAL_WEIGHTS": optional(path(text)).on(TRAINING),
     "TRAIN.CHECKPOINT": optional(path(text)).on(),
     "TRAIN.CHECKPOINT_AC": optional(path(text)).on(),
     **{

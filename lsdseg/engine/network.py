@@ -57,6 +57,7 @@ def first_network_config(cfg: CfgNode) -> CfgNode:
             "TRAIN.MODEL_TYPE": MODEL_TYPES[cfg.TRAIN.MODEL_TYPE].first,
             "TRAIN.EPOCHS": cfg.TRAIN.LSD_EPOCHS or cfg.TRAIN.EPOCHS,
             "TRAIN.CHECKPOINT": cfg.TRAIN.CHECKPOINT_AC,
+            "TRAIN.INITIAL_WEIGHTS": "",
             "TRAIN.VALIDATE_EVERY": 0,
             **folders,
         },

@@ -109,12 +109,16 @@ def _train_network(
     folder = Path(cfg.MODEL.CKPT_FOLDER)
     latest = latest_checkpoint(folder)
     start = trainer.load(latest) if latest else 0
+    initial = None if latest else cfg.TRAIN.INITIAL_WEIGHTS
+    if initial:
+        trainer.start_from(initial)
     if start >= cfg.TRAIN.EPOCHS:
         log.info(f"{latest} already has all TRAIN.EPOCHS {cfg.TRAIN.EPOCHS} iterations: nothing to do")
         return latest
     trainer.prepare()
     with keep_log(folder) if ranks.is_first else nullcontext():
-        log.info(f"{f'resuming from {latest}' if latest else 'starting a new run'}: {len(volumes)} volume(s), {device}")
+        begin = f"resuming from {latest}" if latest else "starting a new run"
+        log.info(f"{begin}{f' with the weights {initial}' if initial else ''}: {len(volumes)} volume(s), {device}")
         if ranks.is_first:
             log_start(cfg, volumes, trainer.precision)
             for path in volumes:

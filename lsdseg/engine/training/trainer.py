@@ -163,6 +163,15 @@ class Trainer:
             self.scaler.load_state_dict(scale)
         return iteration
 
+    def start_from(self, path: Path | str) -> None:
+        """Start from the weights of another run, those that it predicts with.
+
+        Raises:
+            UserError: the checkpoint cannot be used; see `load_checkpoint`.
+        """
+        for network in [self.network, *([self.averaged.module] if self.averaged else [])]:
+            load_checkpoint(path, network, self.cfg, key="TRAIN.INITIAL_WEIGHTS")
+
     def save(self, path: Path | str, iteration: int, **more: Any) -> None:
         """Write a checkpoint.
 
