@@ -24,10 +24,11 @@ from lsdseg.data_utils.formats import Volume
 from lsdseg.data_utils.labels import as_ids, is_labeled
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW
 from lsdseg.data_utils.placement import read_placement
+from lsdseg.data_utils.preprocess import write_volume
 from lsdseg.data_utils.records import Record, identity
 from lsdseg.data_utils.regions import FORM, check_region, crop, parse_region, region_text
 from lsdseg.data_utils.replace import array_folder, check_replaceable_array, write_zarr
-from lsdseg.data_utils.volumes import create_array, has_array, open_array, read, rename_array, slabs
+from lsdseg.data_utils.volumes import create_array, has_array, open_array, rename_array, slabs
 from lsdseg.data_utils.webknossos import open_annotation
 from lsdseg.errors import UserError
 from lsdseg.files import PARTIAL, room_on_disk
@@ -100,11 +101,7 @@ def import_proofread(
         settings = {"region": region_text(labels.roi), "unknown": list(map(int, unknown)), "only": only is not None}
         record = Record(STEP, {"raw": identity(image)}, settings)
         with room_on_disk(checked), write_zarr(checked, [sample, corrected, *([before] if before else [])]) as zarr:
-            written = create_array(
-                zarr, RAW, kept.shape, voxel_size=kept.voxel_size, offset=kept.offset, dtype=kept.dtype
-            )
-            for slab in tqdm(slabs(written), desc=RAW, unit="slab", delay=2):
-                written[slab] = read(kept, slab)
+            write_volume(zarr, RAW, kept)
             counted = _write_labels(zarr, LABELS, LABELS_MASK, labels, select, record)
     print(f"{checked}: {RAW} {kept.dtype} {kept.shape}, {tuple(kept.offset)} nm")
     print(f"{checked}: {counted}")

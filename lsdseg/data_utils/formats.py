@@ -3,7 +3,7 @@
 A format is a module with one function and an entry in FORMATS or FOLDERS.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +58,11 @@ class Source(NamedTuple):
 
     volumes: list[Volume]
     others: list[str]
+
+
+def total_bytes(files: Iterable[Path]) -> int:
+    """Return the size of files; folders among them do not count."""
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def open_source(path: Path) -> AbstractContextManager[Source]:

@@ -6,7 +6,6 @@ The first two store x, y, z; everything here is z, y, x.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import tensorstore
 from numpy.typing import NDArray
 
-from lsdseg.data_utils.formats import Source, Volume
+from lsdseg.data_utils.formats import Source, Volume, total_bytes
 from lsdseg.data_utils.layout import LABELS, RAW
 from lsdseg.data_utils.placement import multiscales_of, read_ome_placement, stored_attributes
 from lsdseg.data_utils.replace import is_array
@@ -224,9 +223,6 @@ def _folders(path: Path, is_array: Callable[[Path], bool]) -> list[Path]:
     return sorted(found)
 
 
-def _total_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
 def _volume(path: Path, name: str, store: Any, attributes: dict[str, Any]) -> Volume:
-    return Volume(name, LazyStore(store), attributes, partial(_total_bytes, path), store.chunk_layout.read_chunk.shape)
+    chunks = store.chunk_layout.read_chunk.shape
+    return Volume(name, LazyStore(store), attributes, lambda: total_bytes(path.rglob("*")), chunks)

@@ -12,7 +12,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from lsdseg.data_utils import placement
-from lsdseg.data_utils.formats import Source, Volume
+from lsdseg.data_utils.formats import Source, Volume, total_bytes
 from lsdseg.data_utils.layout import RAW
 from lsdseg.errors import UserError
 
@@ -77,12 +77,8 @@ def open_tiff(path: Path) -> Iterator[Source]:
         attributes = {"resolution": voxel_size} if voxel_size else {}
         if voxel_size and offset:
             attributes["offset"] = offset
-        size = partial(_total_bytes, files)
+        size = partial(total_bytes, files)
         yield Source([Volume(RAW, data, attributes, size, (1, *data.shape[1:]))], [])
-
-
-def _total_bytes(files: list[Path]) -> int:
-    return sum(file.stat().st_size for file in files)
 
 
 def _stacked_axes(tiff: tifffile.TiffFile) -> dict[str, int]:

@@ -84,7 +84,7 @@ def estimates(chain: Chain) -> list[Estimate]:
 
     settings = cfg.INS_SEGMENT
     block = settings.BLOCK_SIZE if chain.blockwise else shape
-    blocks = math.prod(-(-size // b) for size, b in zip(shape, block, strict=True))
+    blocks = count_tiles(block, shape)
     memory = _block_bytes(cfg, block, shape)
     labels, thresholds = int(voxels * 8 * LABEL_SHARE), len(chain.results)
     markers = {"fragments": FRAGMENTS_STEP, "agglomeration": edges_name(chain.merge_function)}

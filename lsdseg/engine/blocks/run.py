@@ -164,7 +164,7 @@ def _prepare_folder(cfg: CfgNode, step: BlockStep) -> None:
     """Write what workers read, and remove the reason why the last run stopped."""
     _keep_those_of_another_volume(step)
     dump_config(cfg, step.folder / "config_0.yaml")
-    first, block = ([int(n) for n in edge] for edge in (step.write_roi.begin, step.write_roi.shape))
+    first, block = step.first_block
     clear_reports(step.folder)
     worker = {"open_worker": step.open_worker, "arguments": step.arguments}
     grid = {"begin": first, "block": block, "grid": step.grid}
@@ -219,10 +219,9 @@ def _end_incomplete(cfg: CfgNode, step: BlockStep, summary: Summary, error: str 
 def _blocks_that_failed(step: BlockStep) -> list[Report]:
     """Describe each block that is not done. One that took its worker with it left no report."""
     reports = failed_blocks(step.folder)
-    begin, shape = ([int(n) for n in edge] for edge in (step.write_roi.begin, step.write_roi.shape))
     left = np.flatnonzero(~(finished(step) | (False if step.skip is None else step.skip))).tolist()
     silent = "it took too long, or its worker died"
-    return [reports.get(number) or Report.at(number, step.grid, begin, shape, silent) for number in left]
+    return [reports.get(number) or Report.at(number, step.grid, *step.first_block, error=silent) for number in left]
 
 
 def _listed(failed: list[Report]) -> str:

@@ -62,6 +62,11 @@ class BlockStep:
         return tuple(-(-size // block) for size, block in zip(written, self.write_roi.shape, strict=True))
 
     @property
+    def first_block(self) -> tuple[list[int], list[int]]:
+        """Begin and shape in nm of what the first block writes, as JSON can hold them."""
+        return [int(n) for n in self.write_roi.begin], [int(n) for n in self.write_roi.shape]
+
+    @property
     def folder(self) -> Path:
         """Where config, arguments and logs go: daisy_logs/SAMPLE_NAME below the current directory."""
         return log_folder(self.sample, self.name)

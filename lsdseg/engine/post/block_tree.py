@@ -6,7 +6,8 @@ above has half as many nodes along each axis.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -27,7 +28,7 @@ TOP: Position = ()  # of the node above all nodes of the last level, which may b
 
 
 @dataclass(frozen=True)
-class BlockTree:
+class BlockTree(ABC):
     """The files of a tree over a grid of blocks.
 
     Attributes:
@@ -62,6 +63,19 @@ class BlockTree:
     def all_nodes(self, level: int) -> list[Position]:
         """The nodes of a level that have anything."""
         return [place for place in np.ndindex(self.level_grid(level)) if self.has(level, place)]
+
+    def tell_node(self, level: int, position: Position) -> None:
+        """Tell the nodes below a node what became of what they have left.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        if below := list(self.below(level, position)):
+            self._tell(level, position, below)
+
+    @abstractmethod
+    def _tell(self, level: int, position: Position, below: Sequence[Position]) -> None:
+        """Write the TOLD of nodes below a node, by the SETTLED and the TOLD of that node."""
 
     def has(self, level: int, position: Position) -> bool:
         """Return whether a node has anything."""

@@ -98,15 +98,6 @@ class TableTree(BlockTree):
             self.save(self.file(level + 1, TOLD, TOP), nothing)
             self._tell(level + 1, TOP, places)
 
-    def tell_node(self, level: int, position: Position) -> None:
-        """Tell the nodes below a node what became of the segments that they have left.
-
-        Raises:
-            UserError: a file is damaged.
-        """
-        if below := list(self.below(level, position)):
-            self._tell(level, position, below)
-
     def tables_of_block(self, position: Position) -> dict[float, Ids] | None:
         """Return threshold -> LUT, uint64 (2, n), of the fragments of a block, None if it has none.
 

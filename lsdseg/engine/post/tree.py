@@ -67,15 +67,6 @@ class Tree(BlockTree):
             self.save(self.file(top, TOLD, TOP), {"scores": np.full(len(rest.u), np.nan, np.float32)})
             self._tell(top, TOP, places)
 
-    def tell_node(self, level: int, position: Position) -> None:
-        """Tell the nodes below a node when what they have left merges.
-
-        Raises:
-            UserError: a file is damaged.
-        """
-        if below := list(self.below(level, position)):
-            self._tell(level, position, below)
-
     def edges_of_block(self, position: Position) -> tuple[int, Edges] | None:
         """Return the number of a block, and when its fragments that touch become one, None if it has none.
 

@@ -2,9 +2,8 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from functools import partial
 from itertools import product
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from lsdseg.data_utils.records import Record, identity
 from lsdseg.data_utils.volumes import open_array
 from lsdseg.engine.blocks.markers import discard_markers, read_settings
 from lsdseg.engine.blocks.run import run_blocks
-from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.engine.post.block_tree import Position
 from lsdseg.engine.post.graph import Edges
-from lsdseg.engine.post.steps.grid import block_position, block_step
+from lsdseg.engine.post.steps.grid import block_grid, block_position, block_step
+from lsdseg.engine.post.steps.levels import DOWN, UP, climb, level_step
 from lsdseg.engine.post.table_tree import TableTree
 from lsdseg.engine.post.tables import finish_parts, in_blocks, remove_lut, save_part
 from lsdseg.engine.sample import Sample
@@ -29,8 +28,7 @@ from lsdseg.errors import UserError
 from lsdseg.rag import open_store
 from lsdseg.rag.store import REMEDY, RagStore
 
-UP, DOWN = "up", "down"
-MADE_FROM = "the tables"  # the setting with the hash of all that the tables depend on
+MADE_FROM = "the tables"  # the setting with all that the tables depend on
 
 
 def find_segments_in_blocks(
@@ -51,35 +49,30 @@ def find_segments_in_blocks(
     Raises:
         UserError: blocks failed; the graph is damaged.
     """
-    paths = [lut_path(sample.output, merge_function, value) for value in sorted(thresholds)]
-    made = {value: [record(value).inputs, record(value).settings] for value in sorted(thresholds)}
-    folder = sample.markers(name)
-    arguments = {"step": name, "merge_function": merge_function, "thresholds": sorted(thresholds)}
-    tree = _tree(sample, arguments)
-
-    def step(level: int, direction: str) -> BlockStep:
-        return _level_step(sample, arguments | {"level": level, "direction": direction}, str(made))
-
-    if read_settings(step(0, UP).markers).get(MADE_FROM) not in (None, str(made)):
+    paths = {value: lut_path(sample.output, merge_function, value) for value in sorted(thresholds)}
+    records = {value: record(value) for value in paths}
+    made = str({value: [made_from.inputs, made_from.settings] for value, made_from in records.items()})
+    folder, worker = sample.markers(name), f"{__name__}:open_worker"
+    arguments = {"step": name, "merge_function": merge_function, "thresholds": list(paths)}
+    blocks = block_step(sample, name, worker, arguments=arguments, settings={MADE_FROM: made})
+    step, tree = partial(level_step, sample, blocks, open_worker=worker, folder=folder), _tree(sample, arguments)
+    if read_settings(step(0, UP).markers).get(MADE_FROM) not in (None, made):
         discard_markers(folder)
-    for path in paths:
+    for path in paths.values():
         remove_lut(path)
         if not folder.is_dir():
             remove_lut(in_blocks(path))
-    level = 0
     run_blocks(sample.cfg, step(0, UP))
-    while (left := tree.size(level)) > sample.cfg.INS_SEGMENT.FRAGMENTS_IN_MEMORY and prod(tree.level_grid(level)) > 1:
-        level += 1
-        run_blocks(sample.cfg, step(level, UP))
+    level, left = climb(sample.cfg, tree, sample.cfg.INS_SEGMENT.FRAGMENTS_IN_MEMORY, step)
     print(f"{sample.output.name}: joining {left} fragments that blocks share", flush=True)
     tree.settle_top(level)
     for lower in range(level, -1, -1):
         run_blocks(sample.cfg, step(lower, DOWN))
-    for value, path in zip(sorted(thresholds), paths, strict=True):
-        finish_parts(in_blocks(path), record(value))
+    for value, path in paths.items():
+        finish_parts(in_blocks(path), records[value])
         print(f"segments at {value:g}, in parts for each block, in {in_blocks(path)}")
     shutil.rmtree(folder)
-    return [in_blocks(path) for path in paths]
+    return [in_blocks(path) for path in paths.values()]
 
 
 def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:
@@ -131,20 +124,4 @@ def _number(position: Position, grid: Position) -> int:
 
 
 def _tree(sample: Sample, arguments: dict[str, Any]) -> TableTree:
-    grid = block_step(sample, "", "").grid
-    return TableTree(sample.markers(arguments["step"]) / "tree", grid, tuple(arguments["thresholds"]))
-
-
-def _level_step(sample: Sample, arguments: dict[str, Any], made: str) -> BlockStep:
-    """The step over the nodes of one level of the tree."""
-    name = f"{arguments['step']}_{arguments['direction']}_{arguments['level']}"
-    step = block_step(sample, name, f"{__name__}:open_worker", arguments=arguments, settings={MADE_FROM: made})
-    box = Roi(sample.affinities.roi.begin, step.write_roi.shape * 2 ** arguments["level"])
-    return replace(
-        step,
-        total_roi=sample.affinities.roi,
-        read_roi=box,
-        write_roi=box,
-        markers=sample.markers(arguments["step"]) / f"{arguments['direction']}_{arguments['level']}",
-        may_skip=False,
-    )
+    return TableTree(sample.markers(arguments["step"]) / "tree", block_grid(sample), tuple(arguments["thresholds"]))

@@ -9,13 +9,11 @@ order of merges: its edges are scored by the workers.
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import daisy
 import numpy as np
-from funlib.geometry import Roi
 from tqdm import tqdm
 from yacs.config import CfgNode
 
@@ -31,7 +29,8 @@ from lsdseg.engine.post.contacts import find_contacts
 from lsdseg.engine.post.graph import edges_of_block
 from lsdseg.engine.post.methods import method_of, method_that_scores
 from lsdseg.engine.post.steps.fragments import check_block_settings, require_fragments
-from lsdseg.engine.post.steps.grid import block_position, block_step
+from lsdseg.engine.post.steps.grid import block_grid, block_position, block_step
+from lsdseg.engine.post.steps.levels import DOWN, UP, climb, level_step
 from lsdseg.engine.post.tree import Tree
 from lsdseg.engine.sample import AFFINITIES, Sample, samples_of
 from lsdseg.errors import UserError
@@ -40,7 +39,6 @@ from lsdseg.rag import RagStore, open_store
 # In the folder of markers: what workers found and the markers of the levels of the tree, until the graph is
 # agglomerated, and a file that says that it is.
 CONTACTS, LEVELS, SCORED = "contacts", "levels", "scored"
-UP, DOWN = "up", "down"
 # Name of the setting that tells edges of the whole graph from those of an earlier version.
 SCORES = "the scores"
 
@@ -173,7 +171,7 @@ def require_edges(sample: Sample, merge_function: str, fragments: str) -> str:
 def _tree(sample: Sample, merge_function: str) -> Tree:
     """The tree over the blocks of a sample, with its files."""
     name = edges_name(merge_function)
-    return Tree(sample.markers(name) / CONTACTS, block_step(sample, name, "").grid, merge_function)
+    return Tree(sample.markers(name) / CONTACTS, block_grid(sample), merge_function)
 
 
 def _is_scored(step: BlockStep) -> bool:
@@ -188,13 +186,11 @@ def _score_whole_graph(sample: Sample, step: BlockStep, store: RagStore, merge_f
     Raises:
         UserError: a file with contacts is damaged; blocks failed.
     """
-    tree, level = _tree(sample, merge_function), 0
-    levels = partial(_level_step, sample, step)
-    most = sample.cfg.INS_SEGMENT.CONTACTS_IN_MEMORY
-    while (left := tree.size(level)) > most and math.prod(tree.level_grid(level)) > 1:
-        level += 1
-        print(f"{step}: {left} pairs of regions touch, more than INS_SEGMENT.CONTACTS_IN_MEMORY", flush=True)
-        run_blocks(sample.cfg, levels(level, UP))
+    tree = _tree(sample, merge_function)
+    worker, markers = f"{__name__}:open_level_worker", step.markers / LEVELS
+    levels = partial(level_step, sample, step, open_worker=worker, folder=markers)
+    too_many = f"{step}: {{}} pairs of regions touch, more than INS_SEGMENT.CONTACTS_IN_MEMORY"
+    level, left = climb(sample.cfg, tree, sample.cfg.INS_SEGMENT.CONTACTS_IN_MEMORY, levels, too_many)
     print(f"{step}: agglomerating {left} pairs of regions that touch", flush=True)
     tree.settle_top(level)
     for lower in range(level, 0, -1):
@@ -208,22 +204,6 @@ def _score_whole_graph(sample: Sample, step: BlockStep, store: RagStore, merge_f
     (step.markers / SCORED).touch()
     for folder in (CONTACTS, LEVELS):
         shutil.rmtree(step.markers / folder, ignore_errors=True)
-
-
-def _level_step(sample: Sample, step: BlockStep, level: int, direction: str) -> BlockStep:
-    """The step over the nodes of one level of the tree."""
-    box = Roi(sample.affinities.roi.begin, step.write_roi.shape * 2**level)
-    return replace(
-        step,
-        name=f"{step.name}_{direction}_{level}",
-        total_roi=sample.affinities.roi,
-        read_roi=box,
-        write_roi=box,
-        open_worker=f"{__name__}:open_level_worker",
-        arguments=step.arguments | {"level": level, "direction": direction},
-        markers=step.markers / LEVELS / f"{direction}_{level}",
-        may_skip=False,
-    )
 
 
 def open_level_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:

@@ -111,6 +111,11 @@ def seal_labels(sample: Sample, dataset: str, step: BlockStep, source: Array) ->
     seal_array(sample.output, dataset, [place for n, place in enumerate(missing) if place not in missing[:n]])
 
 
+def block_grid(sample: Sample) -> Position:
+    """Number of blocks along z, y, x."""
+    return block_step(sample, "", "").grid
+
+
 def block_position(sample: Sample, begin: Coordinate, level: int = 0) -> Position:
     """The position of the node of the tree whose box begins there, in nm."""
     array, block = sample.affinities, Coordinate(sample.cfg.INS_SEGMENT.BLOCK_SIZE)

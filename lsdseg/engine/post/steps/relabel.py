@@ -19,7 +19,14 @@ from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.engine.post.methods import method_that_scores
 from lsdseg.engine.post.steps.fragments import require_fragments
-from lsdseg.engine.post.steps.grid import begun_labels, block_position, block_step, create_labels, seal_labels
+from lsdseg.engine.post.steps.grid import (
+    begun_labels,
+    block_grid,
+    block_position,
+    block_step,
+    create_labels,
+    seal_labels,
+)
 from lsdseg.engine.post.steps.tables import tables_name
 from lsdseg.engine.post.tables import check_lut, existing_lut, load_lut, load_part, lut_record, relabel
 from lsdseg.engine.sample import Sample, samples_of
@@ -77,7 +84,7 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
     sample = Sample.of_arguments(cfg, arguments)
     fragments = open_array(sample.output, sample.fragments_dataset)
     segmentation = open_array(sample.output, arguments["segmentation"], "r+")
-    path, grid = Path(arguments["lut"]), block_step(sample, "", "").grid
+    path, grid = Path(arguments["lut"]), block_grid(sample)
     whole = None if path.is_dir() else load_lut(path)
 
     def process(block: daisy.Block) -> None:
