@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lsdseg.data_utils.volumes import open_array, read
 from lsdseg.engine.offsets import offsets_of
 from lsdseg.engine.post.affinities import direct_neighbors
-from lsdseg.engine.post.contacts import Contacts, find_contacts, settle, simplified
+from lsdseg.engine.post.contacts import NO_LIMIT, Contacts, find_contacts, settle, simplified
 from lsdseg.engine.post.graph import Edges, fragments_of_block
 from lsdseg.engine.post.tree import Tree
 from lsdseg.engine.sample import AFFINITIES
@@ -41,7 +41,7 @@ def main() -> None:
     print(f"{len(parts)} blocks of {args.block}^3 voxels, {count} contacts")
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
-        u, v, in_a_tree = merge_in_a_tree(Tree(Path(folder), grid, args.merge_function), parts, args.block)
+        u, v, in_a_tree = merge_in_a_tree(Tree(Path(folder), grid, args.merge_function, NO_LIMIT), parts, args.block)
         print(f"in a tree: {1e6 * (time.process_time() - began) / count:.1f} CPU us for each contact, with all files")
     began = time.process_time()
     whole, _ = Contacts.of_all([simplified(part, args.merge_function) for part in parts.values()])

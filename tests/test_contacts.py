@@ -13,8 +13,9 @@ from test_blockwise_numerics import fib25, noisy, phantom, voi  # noqa: F401
 from lsdseg.config.implementations import MERGE_FUNCTIONS
 from lsdseg.engine.post import agglomerate as waterz_settings
 from lsdseg.engine.post.agglomerate import agglomerate
-from lsdseg.engine.post.contacts import BINS, UNIT, Contacts, find_contacts, settle, simplified
+from lsdseg.engine.post.contacts import BINS, NO_LIMIT, UNIT, Contacts, Limit, find_contacts, settle, simplified
 from lsdseg.engine.post.fragments import extract_fragments
+from lsdseg.engine.post.limited import agglomerate_limited
 from lsdseg.engine.post.tables import connected_segments, relabel
 from lsdseg.engine.post.tree import Tree
 from lsdseg.errors import UserError
@@ -23,15 +24,15 @@ THRESHOLDS = [n / 10 for n in range(1, 10)]
 LAST = 2**63 - 1
 
 
-def merge_contacts(contacts, merge_function):
+def merge_contacts(contacts, merge_function, limit=NO_LIMIT):
     """The edges of a graph that nobody cut into parts."""
     whole, _ = Contacts.of_all([simplified(contacts, merge_function)])
-    return contacts.u, contacts.v, settle(whole, merge_function).scores
+    return contacts.u, contacts.v, settle(whole, merge_function, limit).scores
 
 
-def merge_in_a_tree(folder, grid, parts, merge_function, levels):
+def merge_in_a_tree(folder, grid, parts, merge_function, levels, limit=NO_LIMIT):
     """The edges of a graph from its parts, {position: contacts}, and what each level of a tree left."""
-    tree = Tree(folder, grid, merge_function)
+    tree = Tree(folder, grid, merge_function, limit)
     for number, (position, part) in enumerate(parts.items()):
         tree.settle_block(position, number, part)
     left = [tree.size(0)]
@@ -63,10 +64,11 @@ def numbered_by_blocks(fragments, size):
     return numbers, ranges
 
 
-def brute_force(contacts, merge_function):
+def brute_force(contacts, merge_function, limit=NO_LIMIT):
     """Merge the closest pair again and again, with every histogram written out: {pair of fragments: score}."""
     quantile = int(merge_function.split("_")[2]) if merge_function != "mean" else None
     region = {i: i for i in {*contacts.u.tolist(), *contacts.v.tolist()}}
+    sizes = dict(zip(contacts.sized_ids.tolist(), contacts.sizes.tolist(), strict=True))
     borders = {}
     for n, pair in enumerate(zip(contacts.u.tolist(), contacts.v.tolist(), strict=True)):
         part = slice(*contacts.starts[n : n + 2])
@@ -81,14 +83,16 @@ def brute_force(contacts, merge_function):
             return 1 - total / (faces * UNIT)
         return 1 - (sorted(bins)[quantile * len(bins) // 100] + 0.5) / BINS
 
+    def kept_apart(pair):
+        return min(sizes[region] for region in pair) >= limit.voxels and score(borders[pair]) > limit.score
+
     found = {}
-    while borders:
-        best = min(borders, key=lambda pair: (score(borders[pair]), borders[pair][3]))
+    while free := [pair for pair in borders if score(borders[pair]) < 1 and not kept_apart(pair)]:
+        best = min(free, key=lambda pair: (score(borders[pair]), borders[pair][3]))
         value = score(borders[best])
-        if value >= 1:
-            break
         a, b = best
         del borders[best]
+        sizes[a] += sizes[b]
         for u, v in zip(contacts.u.tolist(), contacts.v.tolist(), strict=True):
             if {region[u], region[v]} == {a, b}:
                 found[u, v] = value
@@ -105,7 +109,7 @@ def brute_force(contacts, merge_function):
 
 @st.composite
 def graphs(draw):
-    """Contacts of a random graph, with few different affinities, so that many scores are the same."""
+    """Contacts of a random graph, with few different affinities and sizes, so that many scores are the same."""
     pairs = draw(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=30))
     pairs = sorted({(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1]})
     u, v, sums, starts, bins, counts = [], [], [], [0], [], []
@@ -117,38 +121,62 @@ def graphs(draw):
         counts += [histogram[k] for k in sorted(histogram)]
         sums.append(sum(k * n * UNIT // BINS for k, n in histogram.items()))
         starts.append(len(bins))
-    return of_columns(u, v, sums, starts, bins, counts)
+    sizes = draw(st.lists(st.integers(1, 3), min_size=12, max_size=12))
+    return of_columns(u, v, sums, starts, bins, counts, sized_ids=range(1, 13), sizes=sizes)
 
 
-def of_columns(u, v, sums, starts, bins, counts, open_ids=(), open_sides=()):
-    types = (np.uint64, np.uint64, np.int64, np.int64, np.uint8, np.int64, *[np.uint64] * 3, np.uint8)
-    columns = (u, v, sums, starts, bins, counts, u, v, open_ids, open_sides)
+limits = st.sampled_from([NO_LIMIT, Limit(2, 0.4), Limit(4, 0.7), Limit(1, 0.7)])
+
+
+def of_columns(u, v, sums, starts, bins, counts, open_ids=(), open_sides=(), sized_ids=(), sizes=()):
+    types = (
+        np.uint64,
+        np.uint64,
+        np.int64,
+        np.int64,
+        np.uint8,
+        np.int64,
+        *[np.uint64] * 3,
+        np.uint8,
+        np.uint64,
+        np.int64,
+    )
+    columns = (u, v, sums, starts, bins, counts, u, v, open_ids, open_sides, sized_ids, sizes)
     return Contacts(*(np.array(column, dtype) for column, dtype in zip(columns, types, strict=True)))
 
 
-def part_of(contacts, rows, open_ids=(), open_sides=()):
-    """Some contacts, and what is open."""
+def part_of(contacts, rows, open_ids=(), open_sides=(), first=1, last=12):
+    """Some contacts, what is open, and the sizes of first..last."""
     ranges = [range(*contacts.starts[row : row + 2]) for row in rows]
     take = np.array([at for of_row in ranges for at in of_row], int)
     starts = np.append(0, np.cumsum([len(of_row) for of_row in ranges])).astype(int)
     columns = (contacts.u[rows], contacts.v[rows], contacts.sums[rows])
-    return of_columns(*columns, starts, contacts.bins[take], contacts.counts[take], open_ids, open_sides)
+    histograms = contacts.bins[take], contacts.counts[take]
+    sized = range(first, last + 1)
+    return of_columns(*columns, starts, *histograms, open_ids, open_sides, sized, contacts.sizes[first - 1 : last])
 
 
 @settings(max_examples=150, deadline=None)
-@given(graphs(), st.sampled_from(["mean", "hist_quant_25", "hist_quant_50", "hist_quant_85", "hist_quant_50_initmax"]))
-def test_the_closest_pair_merges_first(contacts, merge_function):
-    u, v, found = merge_contacts(contacts, merge_function)
-    expected = brute_force(contacts, merge_function)
+@given(
+    graphs(),
+    st.sampled_from(["mean", "hist_quant_25", "hist_quant_50", "hist_quant_85", "hist_quant_50_initmax"]),
+    limits,
+)
+def test_the_closest_pair_merges_first(contacts, merge_function, limit):
+    u, v, found = merge_contacts(contacts, merge_function, limit)
+    expected = brute_force(contacts, merge_function, limit)
     rows = zip(u.tolist(), v.tolist(), found.tolist(), strict=True)
     assert {(a, b): score for a, b, score in rows if not np.isnan(score)} == pytest.approx(expected, abs=1e-6)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    graphs(), st.sampled_from(["mean", "hist_quant_25", "hist_quant_85", "hist_quant_50_initmax"]), st.integers(0, 3)
+    graphs(),
+    st.sampled_from(["mean", "hist_quant_25", "hist_quant_85", "hist_quant_50_initmax"]),
+    st.integers(0, 3),
+    limits,
 )
-def test_a_tree_over_a_random_graph_changes_nothing(contacts, merge_function, levels):
+def test_a_tree_over_a_random_graph_changes_nothing(contacts, merge_function, levels, limit):
     """Nodes 1 to 12 lie in a row of six blocks; those of blocks that do not touch have no contact."""
     block_u, block_v = (contacts.u.astype(int) - 1) // 2, (contacts.v.astype(int) - 1) // 2
     near = np.flatnonzero(block_v - block_u <= 1)
@@ -158,16 +186,16 @@ def test_a_tree_over_a_random_graph_changes_nothing(contacts, merge_function, le
         sides = dict.fromkeys(contacts.v[beyond].tolist(), 1)
         for u in contacts.u[own[block_v[own] > block]].tolist():
             sides[u] = sides.get(u, 0) | 2
-        parts[block, 0, 0] = part_of(contacts, own, list(sides), list(sides.values()))
+        parts[block, 0, 0] = part_of(contacts, own, list(sides), list(sides.values()), 2 * block + 1, 2 * block + 2)
     with tempfile.TemporaryDirectory() as folder:
-        edges, _ = merge_in_a_tree(Path(folder), (6, 1, 1), parts, merge_function, levels)
-    for found, expected in zip(edges, merge_contacts(part_of(contacts, near), merge_function), strict=True):
+        edges, _ = merge_in_a_tree(Path(folder), (6, 1, 1), parts, merge_function, levels, limit)
+    for found, expected in zip(edges, merge_contacts(part_of(contacts, near), merge_function, limit), strict=True):
         np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("merge_function", ["mean", "hist_quant_50", "hist_quant_90_initmax"])
-@pytest.mark.parametrize("size", [32, 20])
-def test_neither_blocks_nor_a_tree_change_the_scores(noisy, merge_function, size, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(("size", "limit"), [(32, NO_LIMIT), (20, NO_LIMIT), (20, Limit(500, 0.3))])
+def test_neither_blocks_nor_a_tree_change_the_scores(noisy, merge_function, size, limit, tmp_path):  # noqa: F811
     affinities, fragments = noisy
     numbers, ranges = numbered_by_blocks(fragments, size)
     whole = find_contacts(affinities, numbers, 1, LAST)
@@ -178,11 +206,11 @@ def test_neither_blocks_nor_a_tree_change_the_scores(noisy, merge_function, size
     for name, values in vars(whole).items():
         np.testing.assert_array_equal(vars(together)[name], values)
     for levels in (0, 1, 2):
-        edges, left = merge_in_a_tree(tmp_path / str(levels), grid, parts, merge_function, levels)
-        for found, expected in zip(edges, merge_contacts(whole, merge_function), strict=True):
+        edges, left = merge_in_a_tree(tmp_path / str(levels), grid, parts, merge_function, levels, limit)
+        for found, expected in zip(edges, merge_contacts(whole, merge_function, limit), strict=True):
             np.testing.assert_array_equal(found, expected)
         assert left == sorted(left, reverse=True)
-        assert levels == 0 or left[-1] < 0.9 * left[0]
+        assert levels == 0 or left[-1] < 0.95 * left[0]
 
 
 @pytest.mark.parametrize("merge_function", ["mean", "hist_quant_25", "hist_quant_50", "hist_quant_75"])
@@ -211,6 +239,22 @@ def test_the_regions_are_those_of_waterz(volume, merge_function, request, monkey
     assert len({len(np.unique(luts[threshold][1])) for threshold in certain}) >= 3
 
 
+def test_a_limit_keeps_large_regions_apart(noisy):  # noqa: F811
+    affinities, fragments = noisy
+    arguments = (affinities, fragments, [0.3, 0.8], "hist_quant_50")
+    (_, low), (_, freely) = agglomerate_limited(*arguments, NO_LIMIT)
+    (_, low_limited), (_, limited) = agglomerate_limited(*arguments, Limit(500, 0.3))
+    np.testing.assert_array_equal(low, low_limited)
+    largest = [np.sort(np.bincount(labels.ravel().astype(np.int64))[1:])[::-1] for labels in (freely, limited)]
+    assert largest[1][0] < largest[0][0]
+    assert np.count_nonzero(largest[1]) > np.count_nonzero(largest[0])
+    # Nothing that the limit lets merge is left.
+    contacts = find_contacts(affinities, fragments, 1, LAST)
+    scores = settle(contacts, "hist_quant_50", Limit(500, 0.3)).rest
+    sizes = dict(zip(scores.sized_ids.tolist(), scores.sizes.tolist(), strict=True))
+    assert all(min(sizes[u], sizes[v]) >= 500 for u, v in zip(scores.u.tolist(), scores.v.tolist(), strict=True))
+
+
 def test_contacts_are_counted_face_by_face():
     fragments = np.array([[[3, 3, 7], [3, 0, 7]]], np.uint64)
     affinities = np.zeros((3, 1, 2, 3), np.uint8)
@@ -236,7 +280,7 @@ def test_what_cannot_be_used_is_refused(noisy, tmp_path):  # noqa: F811
     contacts = find_contacts(affinities, fragments, 1, LAST)
     with pytest.raises(ValueError, match="the same pair"):
         Contacts.of_all([contacts, contacts])
-    tree = Tree(tmp_path, (1, 1, 1), "mean")
+    tree = Tree(tmp_path, (1, 1, 1), "mean", NO_LIMIT)
     tree.settle_block((0, 0, 0), 0, contacts)
     tree.settle_top(0)
     assert tree.edges_of_block((0, 0, 0)) is not None

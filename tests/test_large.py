@@ -139,6 +139,25 @@ def test_placement_is_used_in_blocks_as_in_memory(home, labels):
         extract_fragments_blockwise(config(home, **one_block, INS_SEGMENT__PLACEMENT=False))
 
 
+def test_large_segments_are_kept_apart_in_blocks_as_in_memory(home):
+    one_block = {"INS_SEGMENT__BLOCK_SIZE": SHAPE, "SYSTEM__NUM_WORKERS": 1}
+    freely = whole_way(config(home, **one_block))
+    limited = {"INS_SEGMENT__LARGE_SEGMENT": 1000, "INS_SEGMENT__LARGE_MERGE_THRESHOLD": 0.05}
+    with pytest.raises(UserError, match=r"INS_SEGMENT\.LARGE_SEGMENT was 0, is 1000"):
+        find_segments(config(home, **one_block, **limited), MERGE_FUNCTION, THRESHOLD)
+    fragments = read(open_array(output(home), "volumes/fragments"))
+    cfg = config(home, **one_block, **limited, DATA__DROP_DS_MONGOTABLE=True)
+    agglomerate_blockwise(cfg)
+    np.testing.assert_array_equal(read(open_array(output(home), "volumes/fragments")), fragments)
+    find_segments(cfg, MERGE_FUNCTION, THRESHOLD)
+    extract_segmentation(cfg, MERGE_FUNCTION, THRESHOLD)
+    found = read(open_array(output(home), FINAL))
+    segment(cfg)
+    in_memory = read(open_array(output(home), "volumes/segmentation_050"))
+    assert sum(variation_of_information(found, in_memory)) < 1e-9
+    assert len(np.unique(found)) > len(np.unique(freely))
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, labels):
     """Fragments, segmentation and edges of a run with one worker that nothing disturbed."""

@@ -335,6 +335,12 @@ _C.INS_SEGMENT.THRESHOLDS = [0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75]
 # instance_segmenter.py takes mean and no EPSILON_AGGLOMERATE; in blocks it is hist_quant_N, where N is 100 times the
 # first of THRESHOLDS above EPSILON_AGGLOMERATE.
 _C.INS_SEGMENT.MERGE_FUNCTION = None
+# Segments of so many voxels or more are large. Two large ones merge only at scores up to LARGE_MERGE_THRESHOLD, however
+# high the threshold is: one wrong merge of two neurites costs more than many splits, and can rest on a short stretch of
+# faint membrane. A good size is that of a piece that anyone would recognize as a neurite. 0: none is large. For METHOD
+# waterz.
+_C.INS_SEGMENT.LARGE_SEGMENT = 0
+_C.INS_SEGMENT.LARGE_MERGE_THRESHOLD = 0.4
 # Run the watershed in each section separately. For anisotropic data, where affinities in z are weak.
 _C.INS_SEGMENT.FRAGMENTS_IN_XY = False
 # Leave voxels with a mean affinity of 0.5 or less out of all fragments. False: fragments fill the volume, and every

@@ -21,7 +21,7 @@ from lsdseg.config.model_types import LABELS, MODEL_TYPES, TASKS
 
 # What a key can affect: the shape of the network, its training, and the steps from raw to a segmentation.
 NETWORK, TRAINING, PREDICTION = "network", "training", "prediction"
-FRAGMENTS, SEGMENTATION = "fragments", "segmentation"
+FRAGMENTS, EDGES, SEGMENTATION = "fragments", "edges", "segmentation"
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Rule:
     Attributes:
         allowed: what the key may hold, in words that follow "must be".
         parse: takes a value and returns it in its canonical type, or raises ValueError if it is not allowed.
-        affects: the results that depend on the key: NETWORK, TRAINING, PREDICTION, FRAGMENTS, SEGMENTATION. Every
-            entry of RULES says it, by `on`.
+        affects: the results that depend on the key: NETWORK, TRAINING, PREDICTION, FRAGMENTS, EDGES,
+            SEGMENTATION. Every entry of RULES says it, by `on`.
     """
 
     allowed: str
@@ -329,6 +329,8 @@ RULES: dict[str, Rule] = {
         sequence(threshold), Rule("", lambda value: [threshold.parse(value)]), sequence(threshold).allowed
     ).on(),
     "INS_SEGMENT.MERGE_FUNCTION": optional(choice(*MERGE_FUNCTIONS)).on(),
+    "INS_SEGMENT.LARGE_SEGMENT": integer(0).on(EDGES, SEGMENTATION),
+    "INS_SEGMENT.LARGE_MERGE_THRESHOLD": share.on(EDGES, SEGMENTATION),
     "INS_SEGMENT.FRAGMENTS_IN_XY": flag.on(FRAGMENTS, SEGMENTATION),
     "INS_SEGMENT.BACKGROUND_MASK": flag.on(FRAGMENTS, SEGMENTATION),
     "INS_SEGMENT.PLACEMENT": flag.on(),
@@ -361,7 +363,7 @@ def settings_of(cfg: CfgNode, result: str) -> dict[str, Any]:
 
     Args:
         cfg: a loaded config.
-        result: NETWORK, TRAINING, PREDICTION, FRAGMENTS or SEGMENTATION.
+        result: NETWORK, TRAINING, PREDICTION, FRAGMENTS, EDGES or SEGMENTATION.
 
     Returns:
         Key -> number, bool, text or nested lists of numbers. Of the networks, only the one in use counts, with the

@@ -10,6 +10,9 @@ nearer of them. With ties broken in a way that is reducible, too, the result doe
 contacts come, and so neither on blocks nor on workers. It also means that two regions that are each other's closest may
 merge before anything else is known, if all contacts of both are (Lu, Zlateski and Seung, arXiv 2106.10795). `settle`
 does that with a part of a graph and leaves the rest, which is smaller.
+
+A limit keeps large regions apart unless they are surely one. Regions only grow, so merging two never lets one of them
+merge with a third that it was kept from, and what is said above holds.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lsdseg.engine.post.affinities import float_affinities, voxel_pairs
-from lsdseg.engine.post.graph import number_fragments, threshold_of_merge
+from lsdseg.engine.post.graph import LARGEST_ID, number_fragments, threshold_of_merge
 
 BINS = 256  # as in waterz' histograms
 UNIT = 2**24  # affinities are added up in whole units, which are exact in any order
@@ -48,6 +51,8 @@ class Contacts:
         open_ids: uint64 (m,), the regions with contacts that may not be among these, because they touch what lies
             beyond the box that was looked at.
         open_sides: uint8 (m,), where it lies: bit 2 * axis is before the box, bit 2 * axis + 1 is after it.
+        sized_ids: uint64 (k,), the regions whose sizes are known here, ascending.
+        sizes: int64 (k,), in voxels.
     """
 
     u: NDArray[np.uint64]
@@ -60,6 +65,8 @@ class Contacts:
     tie_v: NDArray[np.uint64]
     open_ids: NDArray[np.uint64]
     open_sides: NDArray[np.uint8]
+    sized_ids: NDArray[np.uint64]
+    sizes: Numbers
 
     @classmethod
     def of_all(cls, parts: Sequence[Contacts], inner_sides: Sequence[int] | None = None) -> tuple[Contacts, Numbers]:
@@ -90,6 +97,8 @@ class Contacts:
         outer = ~np.repeat(np.array(inner, np.uint8), [len(part.open_ids) for part in parts])
         still = together["open_sides"] & outer
         together |= {"open_ids": together["open_ids"][still > 0], "open_sides": still[still > 0]}
+        by_id = np.argsort(together["sized_ids"])
+        together |= {"sized_ids": together["sized_ids"][by_id], "sizes": together["sizes"][by_id]}
         together |= {"starts": starts, "bins": together["bins"][gather], "counts": together["counts"][gather]}
         return cls(**together), order
 
@@ -147,6 +156,8 @@ def find_contacts(affinities: ArrayLike, fragments: ArrayLike, first_id: int, la
         ids[v],
         ids[sides > 0],
         sides[sides > 0],
+        ids[own],
+        np.bincount(numbers.ravel(), minlength=count)[own],
     )
 
 
@@ -160,6 +171,21 @@ def simplified(contacts: Contacts, merge_function: str) -> Contacts:
         faces = np.add.reduceat(counts, starts[:-1]) if len(contacts.u) else counts[:0]
         return replace(contacts, starts=one_each, bins=np.zeros(len(faces), np.uint8), counts=faces)
     return contacts
+
+
+class Limit(NamedTuple):
+    """What keeps large regions apart that touch at a weak spot, where one wrong merge costs most.
+
+    Attributes:
+        voxels: regions of so many voxels or more are large.
+        score: two large regions do not merge at a higher score.
+    """
+
+    voxels: int
+    score: float
+
+
+NO_LIMIT = Limit(LARGEST_ID, 1.0)
 
 
 class Settled(NamedTuple):
@@ -176,7 +202,7 @@ class Settled(NamedTuple):
     scores: NDArray[np.float32]
 
 
-def settle(contacts: Contacts, merge_function: str) -> Settled:
+def settle(contacts: Contacts, merge_function: str, limit: Limit = NO_LIMIT) -> Settled:
     """Merge the regions of a part of a graph that merge whatever lies beyond it, closest pair first.
 
     These are pairs that are each other's closest, neither of them open. Where nothing is open, it is all pairs with a
@@ -187,6 +213,7 @@ def settle(contacts: Contacts, merge_function: str) -> Settled:
     Args:
         contacts: those of a part, as `simplified` leaves them.
         merge_function: "mean", "hist_quant_N", or "hist_quant_N_initmax", see `scoring_function`.
+        limit: keeps large regions apart.
     """
     quantile = -1 if merge_function == "mean" else int(merge_function.split("_")[2])
     count = len(contacts.u)
@@ -196,7 +223,8 @@ def settle(contacts: Contacts, merge_function: str) -> Settled:
     order = np.empty(count, np.int64)
     order[by_tie] = np.arange(count)
     borders, now_u, now_v = _borders(contacts), u.copy(), v.copy()
-    kept, gone, scores, alive = _merge(now_u, now_v, borders, quantile, order, np.isin(ids, contacts.open_ids))
+    nodes = _Nodes(np.isin(ids, contacts.open_ids), _sizes_of(ids, contacts))
+    kept, gone, scores, alive = _merge(now_u, now_v, borders, quantile, order, nodes, limit)
 
     region = np.arange(len(ids))
     for a, b in zip(kept[::-1], gone[::-1], strict=True):
@@ -206,9 +234,10 @@ def settle(contacts: Contacts, merge_function: str) -> Settled:
     left = np.flatnonzero(alive)[by_pair]
     starts, gather = _gather(borders.begin[left], borders.length[left])
     last = by_tie[order[left]]
+    rest_u, rest_v = ids[low[by_pair]], ids[high[by_pair]]
     rest = Contacts(
-        ids[low[by_pair]],
-        ids[high[by_pair]],
+        rest_u,
+        rest_v,
         borders.sums[left],
         starts,
         borders.bins[gather].astype(np.uint8),
@@ -217,10 +246,29 @@ def settle(contacts: Contacts, merge_function: str) -> Settled:
         contacts.tie_v[last],
         contacts.open_ids,
         contacts.open_sides,
+        *_sizes_left(contacts, ids, nodes.sizes, np.concatenate([rest_u, rest_v, contacts.open_ids])),
     )
     pairs = np.minimum(region[u], region[v]) * len(ids) + np.maximum(region[u], region[v])
     place = np.where(region[u] == region[v], -1, np.searchsorted(keys, pairs))
     return Settled(rest, place, threshold_of_merge(u, v, kept, gone, scores, len(ids)))
+
+
+def _sizes_of(ids: NDArray[np.uint64], contacts: Contacts) -> Numbers:
+    """The sizes of regions, ids ascending; 0 where they are not known. Such a region is open: it does not merge."""
+    sizes = np.zeros(len(ids), np.int64)
+    known = np.isin(contacts.sized_ids, ids)
+    sizes[np.searchsorted(ids, contacts.sized_ids[known])] = contacts.sizes[known]
+    return sizes
+
+
+def _sizes_left(
+    contacts: Contacts, ids: NDArray[np.uint64], sizes: Numbers, left: NDArray[np.uint64]
+) -> tuple[NDArray[np.uint64], Numbers]:
+    """Of regions that are left, those with a known size, and that size: what `_sizes_of` and `_merge` made of it."""
+    sized = contacts.sized_ids[np.isin(contacts.sized_ids, left)]
+    before = contacts.sizes[np.searchsorted(contacts.sized_ids, sized)]
+    at = np.searchsorted(ids, sized).clip(max=max(len(ids) - 1, 0))
+    return sized, np.where(ids[at] == sized, sizes[at], before) if len(ids) else before
 
 
 class _Borders(NamedTuple):
@@ -236,6 +284,13 @@ class _Borders(NamedTuple):
     bins: Numbers
     counts: Numbers
     end: Numbers
+
+
+class _Nodes(NamedTuple):
+    """Of each node whether it is stuck, and its size in voxels."""
+
+    stuck: NDArray[np.bool_]
+    sizes: Numbers
 
 
 class _Lists(NamedTuple):
@@ -261,7 +316,7 @@ def _borders(contacts: Contacts) -> _Borders:
 
 @numba.njit(cache=True)
 def _merge(
-    u: Numbers, v: Numbers, borders: _Borders, quantile: int, order: Numbers, stuck: NDArray[np.bool_]
+    u: Numbers, v: Numbers, borders: _Borders, quantile: int, order: Numbers, nodes: _Nodes, limit: Limit
 ) -> tuple[Numbers, Numbers, NDArray[np.float32], NDArray[np.bool_]]:
     """Merge nodes, closest pair first, unless one of them is stuck: its closest may be another one.
 
@@ -271,17 +326,14 @@ def _merge(
     Args:
         u, v, borders, order: of each edge its nodes, what is known of it, and which of equally close ones comes first.
         quantile: see `_score`.
-        stuck: for each node.
+        nodes: what is known of each node.
+        limit: keeps large nodes apart.
 
     Returns: of each merge the node that stays, the one that goes, and the score; which edges are left.
     """
-    node_count = len(stuck)
-    lists = _make_lists(u, v, node_count)
-    edges = {}
-    for e in range(len(u)):
-        edges[u[e] * node_count + v[e]] = e
-    alive = np.ones(len(u), np.bool_)
-    score = np.array([_score(borders, e, quantile) for e in range(len(u))])
+    stuck, sizes, node_count = nodes.stuck, nodes.sizes, len(nodes.stuck)
+    lists, edges = _make_lists(u, v, node_count), _by_nodes(u, v, node_count)
+    alive, score = np.ones(len(u), np.bool_), np.array([_score(borders, e, quantile) for e in range(len(u))])
     queue = [(score[e], order[e], e) for e in range(len(u))]
     heapq.heapify(queue)
     first, second = np.empty(node_count, np.int64), np.empty(node_count, np.int64)
@@ -293,9 +345,12 @@ def _merge(
         if stuck[u[e]] or stuck[v[e]]:  # and so is the other: this was its closest
             stuck[u[e]] = stuck[v[e]] = True
             continue
+        if value > limit.score and min(sizes[u[e]], sizes[v[e]]) >= limit.voxels:
+            continue
         a, b = (u[e], v[e]) if lists.degree[u[e]] >= lists.degree[v[e]] else (v[e], u[e])
         first[merges], second[merges], merge_score[merges] = a, b, value
         merges += 1
+        sizes[a] += sizes[b]
         alive[e] = False
         del edges[min(a, b) * node_count + max(a, b)]
         half = lists.head[b]
@@ -319,6 +374,15 @@ def _merge(
             half = after
         lists.degree[a] -= 1  # the edge that has merged
     return first[:merges], second[:merges], merge_score[:merges], alive
+
+
+@numba.njit(cache=True)
+def _by_nodes(u: Numbers, v: Numbers, node_count: int) -> dict[int, int]:
+    """Return key of a pair of nodes, smaller * node_count + larger -> its edge."""
+    edges = {}
+    for e in range(len(u)):
+        edges[u[e] * node_count + v[e]] = e
+    return edges
 
 
 @numba.njit(cache=True)

@@ -17,8 +17,10 @@ from lsdseg.data_utils.layout import FRAGMENTS, MUTEX_SEGMENTATION, segmentation
 from lsdseg.engine.offsets import DIRECT_NEIGHBORS, Offset
 from lsdseg.engine.post.affinities import direct_neighbors
 from lsdseg.engine.post.agglomerate import agglomerate, default_merge_function, scoring_function
+from lsdseg.engine.post.contacts import NO_LIMIT
 from lsdseg.engine.post.fragments import extract_fragments
 from lsdseg.engine.post.graph import Edges, score_mutex_edges
+from lsdseg.engine.post.limited import agglomerate_limited, limit_of
 from lsdseg.engine.post.mutex import edge_biases, mutex_watershed
 from lsdseg.errors import UserError
 
@@ -156,7 +158,9 @@ class Waterz(Method):
         fragments = self.fragments(affinities, settings, offsets, mask, placement)
         yield FRAGMENTS, fragments, {}
         names, merge_function = self.segmentation_names(settings), self.merge_function(settings)
-        for threshold, labels in agglomerate(affinities, fragments, settings.THRESHOLDS, merge_function):
+        arguments, limit = (affinities, fragments, settings.THRESHOLDS, merge_function), limit_of(settings)
+        merged = agglomerate(*arguments) if limit == NO_LIMIT else agglomerate_limited(*arguments, limit)
+        for threshold, labels in merged:
             yield names[threshold], labels, {"threshold": threshold, "merge_function": merge_function}
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lsdseg.engine.post.block_tree import LEFT, SETTLED, TOLD, TOP, BlockTree, Position
-from lsdseg.engine.post.contacts import Contacts, Settled, settle, simplified
+from lsdseg.engine.post.contacts import Contacts, Limit, Settled, settle, simplified
 from lsdseg.engine.post.graph import Edges
 
 
@@ -29,9 +29,11 @@ class Tree(BlockTree):
 
     Attributes:
         merge_function: scores contacts.
+        limit: keeps large regions apart.
     """
 
     merge_function: str
+    limit: Limit
     script: ClassVar[str] = "03_agglomerate_blockwise.py"
 
     def settle_block(self, position: Position, number: int, contacts: Contacts) -> None:
@@ -42,7 +44,7 @@ class Tree(BlockTree):
             number: under which the graph knows it.
             contacts: what `find_contacts` found.
         """
-        settled = settle(simplified(contacts, self.merge_function), self.merge_function)
+        settled = settle(simplified(contacts, self.merge_function), self.merge_function, self.limit)
         self._keep(0, position, settled, u=contacts.u, v=contacts.v, number=np.int64(number))
 
     def settle_node(self, level: int, position: Position) -> None:
@@ -86,7 +88,7 @@ class Tree(BlockTree):
         bar = tqdm(files, total=len(below), desc="reading contacts", unit="file", delay=10)
         parts = [Contacts(**self.load(file, *columns)) for file in bar]
         contacts, order = Contacts.of_all(parts, inner_sides)
-        settled = settle(contacts, self.merge_function)
+        settled = settle(contacts, self.merge_function, self.limit)
         self._keep(level, position, settled, order=order, lengths=np.array([len(part.u) for part in parts]))
         return settled.rest
 

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 from yacs.config import CfgNode
 
+from lsdseg.config.rules import EDGES, settings_of
 from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.data_utils.records import START_OVER, Record, identity
 from lsdseg.data_utils.volumes import open_array, read, voxels_of
@@ -27,6 +28,7 @@ from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.engine.post.block_tree import Position
 from lsdseg.engine.post.contacts import find_contacts
 from lsdseg.engine.post.graph import edges_of_block
+from lsdseg.engine.post.limited import limit_of
 from lsdseg.engine.post.methods import method_of, method_that_scores
 from lsdseg.engine.post.steps.fragments import check_block_settings, require_fragments
 from lsdseg.engine.post.steps.grid import block_grid, block_position, block_step
@@ -171,7 +173,7 @@ def require_edges(sample: Sample, merge_function: str, fragments: str) -> str:
 def _tree(sample: Sample, merge_function: str) -> Tree:
     """The tree over the blocks of a sample, with its files."""
     name = edges_name(merge_function)
-    return Tree(sample.markers(name) / CONTACTS, block_grid(sample), merge_function)
+    return Tree(sample.markers(name) / CONTACTS, block_grid(sample), merge_function, limit_of(sample.cfg.INS_SEGMENT))
 
 
 def _is_scored(step: BlockStep) -> bool:
@@ -232,11 +234,11 @@ def _write_edges(tree: Tree, position: Position, store: RagStore) -> None:
 
 
 def _record(sample: Sample, merge_function: str, fragments: str) -> Record:
-    """What the edges of a sample would be made from now. The keys that affect them affect the fragments, too."""
+    """What the edges of a sample would be made from now. Most keys that affect them affect the fragments."""
     inputs = {AFFINITIES: identity(sample.affinities), FRAGMENTS: fragments}
     settings = {"the merge function": merge_function}
     if method_that_scores(merge_function).scores_whole_graph:
-        settings[SCORES] = "of the whole graph"
+        settings |= {SCORES: "of the whole graph", **settings_of(sample.cfg, EDGES)}
     return Record("03_agglomerate_blockwise.py", inputs, settings)
 
 
