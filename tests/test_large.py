@@ -432,6 +432,8 @@ def test_edits_are_made_in_the_final_segmentation(home):
     with pytest.raises(UserError, match=r"the look-up table was replaced"):
         extract_segmentation(cfg, MERGE_FUNCTION, THRESHOLD)
     log.split(*ends)
+    with pytest.raises(UserError, match=r"was made before the last edit in .*\.edits: run 04"):
+        extract_segmentation(anew, MERGE_FUNCTION, THRESHOLD)
     after = edited()
     merged = np.isin(before, before[np.isin(fragments, [first, second])])
     assert len(np.unique(after[merged])) == 1

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from yacs.config import CfgNode
 
-from lsdseg.data_utils.layout import FRAGMENTS, final_segmentation_name
+from lsdseg.data_utils.layout import FRAGMENTS, edits_path, final_segmentation_name
 from lsdseg.data_utils.records import Record
 from lsdseg.data_utils.volumes import open_array, read, require_whole, voxels_of
 from lsdseg.engine.blocks.lock import working_on
@@ -27,7 +27,7 @@ from lsdseg.engine.post.steps.grid import (
     create_labels,
     seal_labels,
 )
-from lsdseg.engine.post.steps.tables import tables_name
+from lsdseg.engine.post.steps.tables import EDITS, edits_input, tables_name
 from lsdseg.engine.post.tables import check_lut, existing_lut, load_lut, load_part, lut_record, relabel
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.errors import UserError
@@ -44,7 +44,7 @@ def extract_segmentation(cfg: CfgNode, merge_function: str, threshold: float) ->
         name = final_segmentation_name(merge_function, threshold)
         reads = ["predict", "fragments", tables_name(merge_function)]
         with working_on(sample.output, _step_name(name), reads=reads):
-            record = _record(path, require_fragments(sample), merge_function, threshold)
+            record = _record(sample, path, merge_function, threshold)
             begun = begun_before(
                 cfg.DATA.DROP_DS_MONGOTABLE,
                 sample.markers(_step_name(name)),
@@ -72,7 +72,7 @@ def is_extracted(sample: Sample, merge_function: str, threshold: float) -> bool:
     """
     path = existing_lut(sample.output, merge_function, threshold)
     name = final_segmentation_name(merge_function, threshold)
-    begun = begun_labels(sample, name, _record(path, require_fragments(sample), merge_function, threshold))
+    begun = begun_labels(sample, name, _record(sample, path, merge_function, threshold))
     if begun is None:
         return False
     require_whole(sample.output, name)
@@ -98,13 +98,13 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
     return process
 
 
-def _record(lut: Path, fragments: str, merge_function: str, threshold: float) -> Record:
+def _record(sample: Sample, lut: Path, merge_function: str, threshold: float) -> Record:
     """What a segmentation would be made from now.
 
     Raises:
-        UserError: there is no look-up table, it is damaged, or it was made from other fragments than these.
+        UserError: there is no look-up table, it is damaged, or it was made from other fragments or edits.
     """
-    made_from = lut_record(lut)
+    fragments, made_from = require_fragments(sample), lut_record(lut)
     if lut.is_dir():
         made = b"" if made_from is None else repr([made_from.inputs, made_from.settings]).encode()
         digest = hashlib.blake2b(made, digest_size=8).hexdigest()
@@ -116,6 +116,11 @@ def _record(lut: Path, fragments: str, merge_function: str, threshold: float) ->
     if made_from is not None and made_from.inputs.get(FRAGMENTS) != fragments:
         raise UserError(
             f"{lut} was made from other fragments: run 03_agglomerate_blockwise.py and 04_find_segments_full.py again"
+        )
+    edits = edits_input(sample, fragments)
+    if made_from is not None and made_from.inputs.get(EDITS) != edits.get(EDITS):
+        raise UserError(
+            f"{lut} was made before the last edit in {edits_path(sample.output)}: run 04_find_segments_full.py again"
         )
     settings = {"the merge function": merge_function, "the threshold": threshold}
     return Record("05_extract_segmentation_from_lut.py", inputs, settings)
