@@ -22,6 +22,13 @@ def main() -> None:
     parser.add_argument("--worst", action="store_true", help="walk through what quality.py listed, with the key w")
     parser.add_argument("--proofread", type=argument(threshold), metavar="THRESHOLD", help="merge and split segments")
     add_merge_function(parser)
+    parser.add_argument(
+        "--export-labels",
+        metavar="OUT.zarr",
+        type=Path,
+        help="write what was marked as right (d) as ground truth, and end",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT.zarr if it exists")
     parser.add_argument("--author", default="", metavar="NAME", help="who proofreads (default: the name of the user)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     parser.add_argument("--port", type=argument(integer(0, 65535)), default=0, help="port (default: any that is free)")

@@ -16,12 +16,16 @@ import pytest
 from PIL import Image
 
 from lsdseg.config.loader import load_config
-from lsdseg.data_utils.layout import edits_path, quality_path
+from lsdseg.config.model_types import task_channels
+from lsdseg.data_utils.checks import check_training_volumes
+from lsdseg.data_utils.layout import data_folder, edits_path, quality_path
 from lsdseg.data_utils.phantom import make_phantom
 from lsdseg.data_utils.records import identity
-from lsdseg.data_utils.volumes import open_array, write_array
+from lsdseg.data_utils.volumes import open_array, read, write_array
 from lsdseg.engine.sample import Sample
 from lsdseg.engine.training.lsd import local_shape_descriptors
+from lsdseg.engine.training.pipeline import training_batches
+from lsdseg.engine.view.export_labels import export_labels
 from lsdseg.engine.view.layers import find_layer, layers_of
 from lsdseg.engine.view.page import Voxels, listen, make_page
 from lsdseg.engine.view.proofread import Editor, open_proofreading
@@ -450,6 +454,9 @@ def test_keys_split_merge_and_undo(chain, server, chromium):
     columns.press("u", 0)
     columns.wait_for(0, 0, 0, 3)
     assert actions_in(chain)[-1] == "undo"
+    columns.press("d", 3)
+    columns.tab.tab.get_by_text("segment 4 is done, one of 1").wait_for(timeout=5000)
+    assert actions_in(chain)[-1] == "mark"
     assert not columns.tab.errors
     assert not others.tab.errors
 
@@ -489,6 +496,72 @@ def test_edits_of_segments_that_are_gone(chain):
     proofreading.log.merge(2, 77)
     with pytest.raises(UserError, match="edit 2 names fragment 77, which is no longer there"):
         open_proofreading(chain, 0.5)
+
+
+def test_marked_segments_become_ground_truth(chain, tmp_path):
+    write_array(chain.output, "volumes/raw", np.arange(8 * 32 * 32, dtype=np.uint8).reshape(8, 32, 32), **PLACED)
+    proofreading, target = open_proofreading(chain, 0.5, author="ada"), tmp_path / "truth.zarr"
+    proofreading.split(1, 4)
+    with pytest.raises(UserError, match=r"no segment is marked as right in .*sample\.edits: point at one"):
+        export_labels(proofreading, chain, target)
+    proofreading.mark(4)
+    proofreading.mark(2)
+    assert proofreading.marked() == [1, 3]
+    assert proofreading.undo().action == "mark"
+    assert proofreading.marked() == [3]
+    assert open_proofreading(chain, 0.5).lut.tolist() == [[1, 2, 3, 4], [1, 1, 3, 3]]
+
+    export_labels(proofreading, chain, target)
+    labels, mask = (open_array(target, f"volumes/labels/{name}") for name in ("neuron_ids", "labels_mask"))
+    assert tuple(labels.offset) == (200, -100, 40 + 15 * 10)
+    assert (read(labels) == np.repeat([0, 3], [1, 16])).all()
+    assert (read(mask) == 1).all()  # and so the face of the segment is known to be one
+    assert np.array_equal(read(open_array(target, "volumes/raw")), read(chain.raw))
+    with pytest.raises(UserError, match=r"truth\.zarr exists: add --overwrite"):
+        export_labels(proofreading, chain, target)
+
+    # Where two are marked that do not touch, what lies between them is not known.
+    proofreading.split(3, 4)
+    proofreading.split(1, 2)
+    proofreading.mark(1)
+    export_labels(proofreading, chain, target, overwrite=True)
+    known = np.repeat([1, 0, 1], [9, 14, 9])
+    assert (read(open_array(target, "volumes/labels/labels_mask")) == known).all()
+
+
+def test_ground_truth_is_exported_from_the_command_line_and_trained_on(chain, tmp_path):
+    write_array(chain.output, "volumes/raw", np.zeros((8, 32, 32), np.uint8), **PLACED)
+    network = {
+        "NUM_FMAPS": 2,
+        "NUM_FMAPS_OUT": 2,
+        "FMAP_INC_FACTOR": 1,
+        "DOWNSAMPLE_FACTORS": [[1, 2, 2]],
+        "KERNEL_SIZE_DOWN": None,
+        "KERNEL_SIZE_UP": None,
+        "INPUT_SHAPE": (8, 16, 16),
+        "PAD_CONV": "same",
+        "LSD_SIGMA": 20,
+        "PROB_ELASTIC": 0.0,
+    }
+    settings = {f"MODEL_ISO.{key}": value for key, value in network.items()}
+    settings |= {"INS_SEGMENT.BLOCK_SIZE": (8, 32, 32)}  # of the graph
+    settings |= {"DATA.HOME": tmp_path, "SYSTEM.NUM_WORKERS": 0, "TRAIN.AUGMENT": False, "TRAIN.DEVICE": "cpu"}
+    overrides = [str(part) for pair in settings.items() for part in pair]
+    cfg = load_config(overrides=overrides)
+    target = data_folder(cfg, "train") / "truth.zarr"
+    line = refused(chain.output, "--export-labels", target)
+    assert "goes with --proofread THRESHOLD" in line
+    proofreading = open_proofreading(chain, 0.5)
+    proofreading.split(1, 4)
+    proofreading.mark(4)
+    done = run(chain.output, *overrides, "--proofread", 0.5, "--export-labels", target, "--author", "ada")
+    assert (done.returncode, "1 neurons, 100.0% of the voxels known" in done.stdout) == (0, True), done.stderr
+    check_training_volumes([target], cfg)
+    with training_batches(cfg, [target], tuple(task_channels(cfg)), 0, 1) as batches:
+        batch = next(batches)
+    apart = (batch.targets["affs"] == 0) & (batch.known["affs"] > 0)
+    assert apart.any()
+    assert ((batch.targets["affs"] == 1) & (batch.known["affs"] > 0)).any()
 
 
 def test_no_graph_to_proofread(sample, chain):

@@ -102,7 +102,7 @@ def import_proofread(
         record = Record(STEP, {"raw": identity(image)}, settings)
         with room_on_disk(checked), write_zarr(checked, [sample, corrected, *([before] if before else [])]) as zarr:
             write_volume(zarr, RAW, kept)
-            counted = _write_labels(zarr, LABELS, LABELS_MASK, labels, select, record)
+            counted = write_labels(zarr, LABELS, LABELS_MASK, labels, select, record)
     print(f"{checked}: {RAW} {kept.dtype} {kept.shape}, {tuple(kept.offset)} nm")
     print(f"{checked}: {counted}")
 
@@ -150,7 +150,7 @@ def add_ground_truth(
         labels = Corrected(str(corrected), _reader(volume, (0, 0, 0), None, str(corrected)), roi, voxel_size)
         record = Record("data_utils/make_gt_from_seg2link_vols.py", {}, {"region": region_text(roi)})
         with room_on_disk(target):
-            counted = _write_labels(target, dataset, LABELS_MASK, labels, select, record)
+            counted = write_labels(target, dataset, LABELS_MASK, labels, select, record)
     print(f"{target}: {counted}")
 
 
@@ -363,7 +363,7 @@ def _reader(
     return read_part
 
 
-def _write_labels(
+def write_labels(
     zarr: Path,
     dataset: str,
     mask_dataset: str,

@@ -1,6 +1,6 @@
-"""The log of edits beside an output, SAMPLE.edits: what people merged and split, and what they took back.
+"""The log of edits beside an output, SAMPLE.edits: what people merged, split, marked as right, and took back.
 
-It is text with one JSON object per line, and lines are only ever appended. An edit names two fragments, not segments:
+It is text with one JSON object per line, and lines are only ever appended. An edit names fragments, not segments:
 segments change with the threshold and with every edit, fragments stay. A line is on disk before the edit counts.
 Whoever is killed while writing leaves half a line at the end, which never counted; the next edit takes its place.
 """
@@ -19,8 +19,8 @@ from typing import Any, BinaryIO, Literal
 from lsdseg.errors import UserError, quoted
 from lsdseg.files import explain_os_errors
 
-Action = Literal["merge", "split", "undo"]
-ACTIONS = ("merge", "split", "undo")
+Action = Literal["merge", "split", "mark", "undo"]
+ACTIONS = ("merge", "split", "mark", "undo")
 LARGEST_ID = 2**64 - 1
 
 
@@ -30,9 +30,10 @@ class Edit:
 
     Attributes:
         number: of the edit, from 1.
-        action: "merge": the two fragments are of one neuron; "split": they are of two; "undo" takes another edit back.
+        action: "merge": the two fragments are of one neuron; "split": they are of two; "mark": the segment of the first
+            is right now; "undo" takes another edit back.
         a: the first fragment. For "undo", the number of the edit that is taken back.
-        b: the second fragment; 0 for "undo".
+        b: the second fragment; 0 for "mark" and "undo".
         author: who did it.
         time: when, in ISO 8601, UTC.
         fragments: id of the fragments that it is about.
@@ -49,6 +50,15 @@ class Edit:
 
 def active(edits: Sequence[Edit]) -> list[Edit]:
     """Return the merges and splits that were not taken back, in their order."""
+    return [edit for edit in _standing(edits) if edit.action != "mark"]
+
+
+def marked(edits: Sequence[Edit]) -> list[int]:
+    """Return the fragments whose segments were marked as right."""
+    return sorted({edit.a for edit in _standing(edits) if edit.action == "mark"})
+
+
+def _standing(edits: Sequence[Edit]) -> list[Edit]:
     undone = {edit.a for edit in edits if edit.action == "undo"}
     return [edit for edit in edits if edit.action != "undo" and edit.number not in undone]
 
@@ -90,6 +100,10 @@ class EditLog:
         """Append that two fragments are of two neurons."""
         return self._append("split", a, b, author)
 
+    def mark(self, fragment: int, author: str = "") -> Edit:
+        """Append that the segment of a fragment is right now."""
+        return self._append("mark", fragment, 0, author)
+
     def undo(self, author: str = "") -> Edit:
         """Append that the last edit that counts does not count.
 
@@ -100,11 +114,11 @@ class EditLog:
             UserError: there is none.
         """
         with self._locked() as (file, edits):
-            counting = active(edits)
-            if not counting:
+            standing = _standing(edits)
+            if not standing:
                 raise UserError(f"there is no edit in {self.path} to take back")
-            self._write(file, Edit(len(edits) + 1, "undo", counting[-1].number, 0, *self._signature(author)))
-            return counting[-1]
+            self._write(file, Edit(len(edits) + 1, "undo", standing[-1].number, 0, *self._signature(author)))
+            return standing[-1]
 
     def _append(self, action: Action, a: int, b: int, author: str) -> Edit:
         if a == b:
@@ -154,7 +168,9 @@ class EditLog:
                 raise self._damaged(number, str(error)) from error
             if edit.number != number:
                 raise self._damaged(number, f"it is edit {edit.number}, so lines are missing or doubled")
-            if edit.action == "undo" and (not 0 < edit.a < number or edit.a in undone or edits[edit.a - 1].b == 0):
+            if edit.action == "undo" and (
+                not 0 < edit.a < number or edit.a in undone or edits[edit.a - 1].action == "undo"
+            ):
                 raise self._damaged(number, f"there is no edit {edit.a} to take back")
             if self.fragments and edit.fragments and edit.fragments != self.fragments:
                 raise UserError(
@@ -170,8 +186,12 @@ class EditLog:
         return UserError(f"line {line} of {self.path} is damaged ({reason}): correct it, or restore the file")
 
 
+# What each action is about, by the names in the file.
+_KEYS: dict[Action, tuple[str, ...]] = {"merge": ("a", "b"), "split": ("a", "b"), "mark": ("a",), "undo": ("undoes",)}
+
+
 def _to_json(edit: Edit) -> dict[str, Any]:
-    about = {"undoes": edit.a} if edit.action == "undo" else {"a": edit.a, "b": edit.b}
+    about = dict(zip(_KEYS[edit.action], (edit.a, edit.b), strict=False))
     signature = {"author": edit.author, "time": edit.time, "fragments": edit.fragments}
     return {"edit": edit.number, "action": edit.action, **about, **signature}
 
@@ -183,11 +203,10 @@ def _from_json(content: Any) -> Edit:
         ValueError: it is no edit.
     """
     if not isinstance(content, dict) or content.get("action") not in ACTIONS:
-        raise ValueError("it is no merge, split or undo")
+        raise ValueError("it is no merge, split, mark or undo")
     action: Action = content["action"]
-    keys = ("edit", "undoes") if action == "undo" else ("edit", "a", "b")
     numbers: list[int] = []
-    for key in keys:
+    for key in ("edit", *_KEYS[action]):
         value = content.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST_ID:
             raise ValueError(f"its {key} is {quoted(value)}")

@@ -22,14 +22,20 @@ from lsdseg.engine.view.layers import Layer
 from lsdseg.engine.view.page import Voxels, add_layer, nanometers, say, show_lines
 from lsdseg.errors import UserError
 from lsdseg.rag import open_store
-from lsdseg.rag.edits import Edit, EditLog, active
+from lsdseg.rag.edits import Edit, EditLog, active, marked
 from lsdseg.rag.proofread import apply_edits, components, merging_pair
 from lsdseg.rag.store import Edges, Ids, Nodes
 
-KEYS = {"keym": "merge-segments", "keyc": "cut-segment", "keyu": "undo-edit", "keyg": "show-edges"}
+KEYS = {
+    "keym": "merge-segments",
+    "keyc": "cut-segment",
+    "keyd": "mark-segment",
+    "keyu": "undo-edit",
+    "keyg": "show-edges",
+}
 HELP = (
-    "m: merge the two selected segments (double-click selects); c at two places: cut a segment; u: undo; "
-    "g: edges between the fragments of a segment"
+    "m: merge the two selected segments (double-click selects); c at two places: cut a segment; d: a segment is done; "
+    "u: undo; g: edges between the fragments of a segment"
 )
 EDGES = 2000  # that are shown at a time, those next to the mouse
 POLL = 1.0  # seconds between two looks at the log
@@ -159,6 +165,18 @@ class Proofreading:
         nearest = np.argsort(np.linalg.norm(ends.mean(axis=1) - here, axis=1))[:EDGES]
         return ends[nearest], scores[inside][nearest]
 
+    def mark(self, fragment: int) -> list[int]:
+        """Mark the segment of a fragment as right, and return all that are marked."""
+        with self._lock:
+            self.refresh()
+            self.log.mark(fragment, author=self.author)
+            return self.marked()
+
+    def marked(self) -> list[int]:
+        """The segments that were marked as right, as they are after all edits."""
+        fragments = np.array(marked(self.log.read()), np.uint64)
+        return sorted({*self.segments_of(fragments).tolist()} - {0})
+
     def undo(self) -> Edit:
         """Take the last edit back, and return it.
 
@@ -230,6 +248,7 @@ class Editor:
         self._handlers = {
             "merge-segments": self._merge,
             "cut-segment": self._cut,
+            "mark-segment": self._mark,
             "undo-edit": self._undo,
             "show-edges": self._show_edges,
         }
@@ -284,6 +303,12 @@ class Editor:
         parts = self.proofreading.split(first, fragment)
         self._show(*parts)
         return f"cut into {parts[0]} and {parts[1]}; u takes it back"
+
+    def _mark(self, state: Any) -> str:
+        fragment = self._pointed_at(state)
+        marked = self.proofreading.mark(fragment)
+        segment = self.proofreading.segment_of(fragment)
+        return f"segment {segment} is done, one of {len(marked)}; u takes it back"
 
     def _undo(self, _state: Any) -> str:
         self._first = None

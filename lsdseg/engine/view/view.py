@@ -22,6 +22,8 @@ class Options:
         proofread: threshold at which to edit segments. None: the page only shows.
         merge_function: whose scores to edit by.
         author: who edits.
+        export_labels: zarr to write instead of a page: ground truth of the segments that were marked as right.
+        overwrite: replace that zarr if it exists.
         host: address to listen at.
         port: 0 for any that is free.
     """
@@ -31,6 +33,8 @@ class Options:
     proofread: float | None = None
     merge_function: str | None = None
     author: str = ""
+    export_labels: Path | None = None
+    overwrite: bool = False
     host: str = "127.0.0.1"
     port: int = 0
 
@@ -45,7 +49,7 @@ class _Shown:
 
 
 def view(words: Sequence[str], config: str | None, volume: Path | None, **options: object) -> None:
-    """Serve a page for a zarr, or for every test volume of a config, until Ctrl-C.
+    """Serve a page for a zarr, or for every test volume of a config, until Ctrl-C; or export labels.
 
     Args:
         words: SAMPLE.zarr, or nothing; then KEY VALUE ... that override the config.
@@ -55,7 +59,7 @@ def view(words: Sequence[str], config: str | None, volume: Path | None, **option
 
     Raises:
         UserError: neither a zarr nor a config is given; a zarr is missing or has nothing to show; as for `layers_of`,
-            `find_layer`, `open_proofreading`, `read_places` and `listen`.
+            `find_layer`, `open_proofreading`, `read_places`, `listen` and `export_labels`.
     """
     wanted = Options(**options)  # type: ignore[arg-type]
     zarr = Path(words[0]) if words and Path(words[0]).suffix == ".zarr" else None
@@ -67,10 +71,25 @@ def view(words: Sequence[str], config: str | None, volume: Path | None, **option
         raise UserError("--volume goes with SAMPLE.zarr: a config names its volumes itself")
     cfg = load_config(config, list(words[1:] if zarr else words))
     samples = [Sample(cfg, volume or zarr, zarr)] if zarr else _predicted(cfg)
+    if wanted.export_labels:
+        _export_labels(samples, wanted.export_labels, wanted)
+        return
     shown = [_Shown(sample, layers_of(cfg, sample.volume, sample.output)) for sample in samples]
     for page in shown:
         page.compare = [find_layer(page.layers, name) for name in wanted.compare]
     _serve(shown, wanted)
+
+
+def _export_labels(samples: Sequence[Sample], target: Path, options: Options) -> None:
+    from lsdseg.engine.view.export_labels import export_labels
+    from lsdseg.engine.view.proofread import open_proofreading
+
+    if options.proofread is None:
+        raise UserError("--export-labels goes with --proofread THRESHOLD, that at which the segments were proofread")
+    if len(samples) > 1:
+        raise UserError(f"--export-labels takes one volume, and the config has {len(samples)}: name one SAMPLE.zarr")
+    proofreading = open_proofreading(samples[0], options.proofread, options.merge_function)
+    export_labels(proofreading, samples[0], target, options.overwrite)
 
 
 def _serve(shown: Sequence[_Shown], options: Options) -> None:
