@@ -19,7 +19,10 @@ def main() -> None:
     parser.add_argument("-c", "--config", metavar="FILE", help="show all test volumes of a config, and their outputs")
     parser.add_argument("--volume", metavar="RAW.zarr", type=Path, help="the volume that SAMPLE.zarr was made from")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), default=(), help="two segmentations, side by side")
-    parser.add_argument("--worst", action="store_true", help="walk through what quality.py listed, with the key w")
+    walks = parser.add_mutually_exclusive_group()
+    walk = {"dest": "worst", "action": "store_const"}
+    walks.add_argument("--worst", **walk, const="segments", help="walk through likely merges, by quality.py (key w)")
+    walks.add_argument("--splits", **walk, const="splits", help="walk through likely splits, by quality.py (key w)")
     parser.add_argument("--proofread", type=argument(threshold), metavar="THRESHOLD", help="merge and split segments")
     add_merge_function(parser)
     parser.add_argument(

@@ -1,7 +1,8 @@
-"""How well quality.py finds merges: python benchmarks/quality.py -c CONFIG
+"""How well quality.py finds merges and splits: python benchmarks/quality.py -c CONFIG
 
 Run quality.py first. A segment counts as merged if a second neuron fills more than 1000 of its voxels, without the
-voxels next to a boundary of the ground truth. Segments of up to 1000 voxels are left out.
+voxels next to a boundary of the ground truth. Segments of up to 1000 voxels are left out. A contact counts as a split
+if both segments are mostly of one neuron.
 """
 
 import numpy as np
@@ -29,10 +30,24 @@ def main(cfg: CfgNode) -> None:
         merged = np.array([(counts[pairs[:, 0] == row["segment"]] > VOXELS).sum() > 1 for row in large])
         print(f"{sample.output.name}/{report['segmentation']}: {merged.sum()} of {len(merged)} segments are merged")
         for column in ("doubt", "worst_nm", "voxels"):
-            values = np.array([row[column] for row in large])
-            ranks = rankdata(values)[merged]
-            area = (ranks.sum() - len(ranks) * (len(ranks) + 1) / 2) / max(1, len(ranks) * (len(merged) - len(ranks)))
-            print(f"  by {column:9} area {area:.2f}, precision at 10 {merged[np.argsort(-values)][:10].mean():.1f}")
+            print(f"  by {column:9} {scores(np.array([row[column] for row in large]), merged)}")
+
+        neuron = {}  # of each segment, the one that fills most of it
+        for row in np.argsort(counts):
+            if pairs[row, 1]:
+                neuron[pairs[row, 0]] = pairs[row, 1]
+        contacts = report["splits"]
+        split = np.array([neuron.get(row["segment"], -1) == neuron.get(row["other"], -2) for row in contacts])
+        print(f"  {split.sum()} of {len(split)} contacts are splits")
+        for column in ("affinity", "faces", "voxels"):
+            print(f"  by {column:9} {scores(np.array([row[column] for row in contacts]), split)}")
+
+
+def scores(values: np.ndarray, wrong: np.ndarray) -> str:
+    """Area under the curve, and precision among the first 10 and 50, of an order by values."""
+    ranks, first = rankdata(values)[wrong], wrong[np.argsort(-values)]
+    area = (ranks.sum() - len(ranks) * (len(ranks) + 1) / 2) / max(1, len(ranks) * (len(wrong) - len(ranks)))
+    return f"area {area:.2f}, precision at 10 {first[:10].mean():.1f}, at 50 {first[:50].mean():.2f}"
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ import pytest
 from lsdseg.config.loader import load_config
 from lsdseg.data_utils.layout import data_folder, output_path, quality_path
 from lsdseg.data_utils.phantom import make_phantom
-from lsdseg.data_utils.volumes import write_array
+from lsdseg.data_utils.volumes import open_array, read, write_array
 from lsdseg.engine.evaluate import quality as module
-from lsdseg.engine.evaluate.quality import Cubes, center_distance, quality, rank_segments, sum_in_cubes
+from lsdseg.engine.evaluate.quality import Cubes, _boxes, center_distance, quality, rank_segments, sum_in_cubes
+from lsdseg.engine.evaluate.splits import find_touching, joined
+from lsdseg.engine.post.affinities import voxel_pairs
 from lsdseg.engine.training.lsd import local_shape_descriptors
 from lsdseg.errors import UserError
 
@@ -40,11 +42,32 @@ def home(tmp_path):
     write_array(volume, "volumes/raw", raw, **PLACED)
     merged, wrong, touching = merge(labels)
     write_array(output, SEGMENTATION, merged, **PLACED)
+    write_array(output, "volumes/pred_affs", affinities_of(labels), attributes={"offsets": OFFSETS}, **PLACED)
     lsds = np.pad(labels, 25, mode="reflect")
     lsds = local_shape_descriptors(lsds, cfg.MODEL.LSD_SIGMA, (10, 10, 10))[:, 25:-25, 25:-25, 25:-25]
     noise = np.random.default_rng(0).normal(0, 0.02, lsds.shape)
     write_array(output, "volumes/pred_lsds", np.rint(255 * (lsds + noise).clip(0, 1)).astype(np.uint8), **PLACED)
     return cfg, output, wrong, touching
+
+
+OFFSETS = [[0, -1, 0], [-1, 0, 0], [-3, 0, 0], [0, 0, -1]]
+
+
+def affinities_of(labels):
+    """Affinities (uint8) of labels in the order of OFFSETS."""
+    affinities = np.full((len(OFFSETS), *labels.shape), 255, np.uint8)
+    for channel, step in zip(affinities, OFFSETS, strict=True):
+        here, there = voxel_pairs(labels.shape, step)
+        channel[here] = 255 * (labels[here] == labels[there])
+    return affinities
+
+
+def split(labels):
+    """Cut the largest label in two in the middle of the volume. Returns new labels, and both ids."""
+    ids, counts = np.unique(labels, return_counts=True)
+    own = labels == ids[counts.argmax()]
+    own[: np.argwhere(own)[:, 0].astype(int).mean().round().astype(int)] = False
+    return np.where(own, ids.max() + 1, labels), [int(ids[counts.argmax()]), int(ids.max()) + 1]
 
 
 def settings(home):
@@ -53,7 +76,7 @@ def settings(home):
 
 def read_report(output):
     report = json.loads(quality_path(output).read_text())
-    with open(quality_path(output, "csv"), newline="") as file:
+    with open(quality_path(output, ".csv"), newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["segment"]) for row in rows] == [row["segment"] for row in report["segments"]]
     return report
@@ -82,6 +105,49 @@ def test_blocks_change_nothing(home, monkeypatch):
     assert blocks["mean_nm"] == pytest.approx(whole["mean_nm"], rel=1e-4)
     for ours, theirs in zip(blocks["segments"], whole["segments"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-3)
+
+
+def test_a_split_comes_first_and_its_place_is_at_the_cut(home, capsys):
+    cfg, output, *_ = home
+    cut, ids = split(read(open_array(output, SEGMENTATION)))
+    write_array(output, SEGMENTATION, cut, **PLACED)
+    quality(cfg)
+    contacts = json.loads(quality_path(output).read_text())["splits"]
+    first, second, *_ = contacts
+    assert [first["segment"], first["other"]] == ids
+    assert first["affinity"] > 0.9 > 0.1 > second["affinity"]
+    at = (np.array([first[axis] for axis in "zyx"]) - PLACED["offset"]) / 10
+    assert {cut[tuple(np.floor(at + d).astype(int))] for d in ([-0.1, 0, 0], [0.1, 0, 0])} == set(ids)
+    assert f"{ids[0]} and {ids[1]}  affinity" in capsys.readouterr().out
+    with open(quality_path(output, "_splits.csv"), newline="") as file:
+        assert [int(row["other"]) for row in csv.DictReader(file)] == [row["other"] for row in contacts]
+
+
+@pytest.mark.parametrize("size", [20, 64])
+def test_contacts_are_those_of_a_loop(size):
+    rng = np.random.default_rng(0)
+    segments = np.kron(rng.integers(0, 5, (4, 6, 7)), np.ones((3, 2, 2))).astype(np.uint64)
+    affinities = rng.integers(0, 256, (4, *segments.shape)).astype(np.float32) / 255
+    expected = {}
+    for channel, step in zip(affinities, OFFSETS, strict=True):
+        for place in np.argwhere(segments):
+            there = place + step
+            if np.abs(step).sum() == 1 and (there >= 0).all() and 0 != segments[*there] != segments[*place]:
+                pair = tuple(sorted((int(segments[*place]), int(segments[*there]))))
+                middle = tuple(((place + there) / 2 + 0.5) * [40, 10, 10] + [100, 0, -50])
+                expected.setdefault(pair, []).append((channel[*place], middle))
+    parts = []
+    for slices in _boxes(segments.shape, (size // 4, size // 2, size // 4)):
+        around = np.pad(segments, 1)[tuple(slice(s.start, s.stop + 2) for s in slices)]
+        offset = [100 + 40 * slices[0].start, 10 * slices[1].start, -50 + 10 * slices[2].start]
+        parts.append(find_touching(affinities[:, *slices], around, list(map(tuple, OFFSETS)), (40, 10, 10), offset))
+    found = joined(parts)
+    assert list(map(tuple, found.pairs.tolist())) == sorted(expected)
+    for pair, *columns in zip(found.pairs.tolist(), *found[1:], strict=True):
+        values = expected[tuple(pair)]
+        assert columns[0] == len(values)
+        assert columns[1] == pytest.approx(sum(float(value) for value, _ in values))
+        assert (columns[2], tuple(columns[3])) == max(values)
 
 
 def test_lsds_of_the_segmentation_itself_leave_no_distance():

@@ -576,7 +576,11 @@ def test_a_key_walks_through_doubtful_places(layers, server, chromium, tmp_path)
     places = [
         {"segment": n, "doubt": 1.0, "worst_nm": 50.0, "z": 300.0, "y": 0.0 + n, "x": 100.0 * n} for n in (1, 2, 3)
     ]
-    quality_path(tmp_path / "sample.zarr").write_text(json.dumps({"segments": places}))
+    splits = [{"segment": 4, "other": 7, "affinity": 0.4, "faces": 9, "z": 300.0, "y": 50.0, "x": 400.0}]
+    quality_path(tmp_path / "sample.zarr").write_text(json.dumps({"segments": places, "splits": splits}))
+    contacts = make_page(layers, "contacts")
+    Walk(contacts, read_places(tmp_path / "sample.zarr", "splits"), "splits").go(1)
+    assert contacts.state.position == pytest.approx([40, 5, 30], abs=1e-3)
     page = make_page(layers, "test")
     Walk(page, read_places(tmp_path / "sample.zarr"))
     tab = Tab(chromium, page, "walk")
@@ -597,3 +601,5 @@ def test_no_list_of_doubtful_places(tmp_path):
         quality_path(output).write_text(content)
         with pytest.raises(UserError, match=reason):
             read_places(output)
+    with pytest.raises(UserError, match="lists no contacts that may be splits: run quality.py again"):
+        read_places(output, "splits")

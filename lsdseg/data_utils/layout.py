@@ -123,9 +123,9 @@ def scores_path(output: Path, suffix: str = "json") -> Path:
     return output.with_name(f"{output.stem}_scores.{suffix}")
 
 
-def quality_path(output: Path, suffix: str = "json") -> Path:
-    """Return the path of the list of doubtful segments of an output zarr SAMPLE.zarr: SAMPLE_quality.json (csv)."""
-    return output.with_name(f"{output.stem}_quality.{suffix}")
+def quality_path(output: Path, ending: str = ".json") -> Path:
+    """Return the path of a list of what is doubtful in an output zarr SAMPLE.zarr: SAMPLE_quality.json."""
+    return output.with_name(f"{output.stem}_quality{ending}")
 
 
 def prediction_name(task: str) -> str:

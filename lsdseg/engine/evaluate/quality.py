@@ -1,4 +1,4 @@
-"""Where to look first, without ground truth: how much the predicted LSDs contradict a segmentation.
+"""Where to look first, without ground truth: how much the prediction contradicts a segmentation.
 
 LSDs say, at every voxel, where the center of its neurite lies, as far as a Gaussian window sees. The segmentation says
 that too: its own LSDs are computed from it. Where two neurites are merged, the window sees both in the segmentation,
@@ -6,7 +6,7 @@ but the network saw one, so the two centers lie apart. The distance between them
 threshold and wherever blocks end.
 
 Every volume has some distance everywhere. So the volume is cut into small cubes, and only cubes count in which the
-mean distance within a segment is well above that of the whole volume.
+mean distance within a segment is well above that of the whole volume. Splits do not show in it; `splits` finds them.
 """
 
 import csv
@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from funlib.persistence import Array
@@ -29,6 +29,7 @@ from lsdseg.data_utils.labels import grow_boundary
 from lsdseg.data_utils.layout import FRAGMENTS, prediction_name, quality_path
 from lsdseg.data_utils.volumes import open_array, read, require_whole
 from lsdseg.engine.evaluate.evaluate import segmentations_in
+from lsdseg.engine.evaluate.splits import Split, rank_splits, touching_in
 from lsdseg.engine.sample import Sample, best_segmentation, samples_of
 from lsdseg.engine.training.lsd import local_shape_descriptors
 from lsdseg.errors import UserError
@@ -39,6 +40,8 @@ ABOVE = 1.5  # a cube counts by how far its mean distance is above this times th
 CUBE = 1.25  # width of a cube in sigma of the LSDs: about the radius of a neurite
 FILLED = 0.1  # a segment that fills less of a cube says nothing there
 BLOCK = 128  # voxels along each axis that are read at a time, about; context comes in addition
+LEAST = 1000  # voxels of a segment whose contacts are listed
+SHOWN = 10  # of each list that are printed
 WINDOW = 3  # the window of the LSDs ends at so many sigma
 
 
@@ -84,34 +87,54 @@ class Cubes(NamedTuple):
 
 
 def quality(cfg: CfgNode, segmentation: str | None = None) -> None:
-    """List the segments of every test volume, the most doubtful first: SAMPLE_quality.json and .csv beside the output.
+    """List segments and contacts of every test volume, the most doubtful first, beside the output.
+
+    Writes SAMPLE_quality.json, SAMPLE_quality.csv (segments, likely merges) and SAMPLE_quality_splits.csv (contacts).
 
     Args:
         cfg: the config that the network was trained with; its LSD_SIGMA and GROWBOUNDARY_STEPS are used.
         segmentation: a dataset, or its last part. None: the one that scored best, or else the middle one.
 
     Raises:
-        UserError: there are no LSDs or no such segmentation, or they do not fit together.
+        UserError: there are no LSDs, no affinities or no such segmentation, or they do not fit together.
     """
     for sample in samples_of(cfg):
         name = _choose(sample, segmentation)
         array = open_array(sample.output, name)
         cube = _cube(sample, array)
         doubts, mean = rank_segments(_cubes_in(sample, array, name, cube), math.prod(cube), array.voxel_size)
-        rows = [asdict(doubt) for doubt in doubts]
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, [field.name for field in fields(Doubt)])
-        writer.writeheader()
-        writer.writerows(rows)
-        report = {"segmentation": name, "mean_nm": mean, "segments": rows}
-        for suffix, content in (("json", json.dumps(report, indent=1)), ("csv", text.getvalue())):
-            with write_whole(quality_path(sample.output, suffix)) as partial:
+        sizes = {doubt.segment: doubt.voxels for doubt in doubts}
+        splits = rank_splits(touching_in(sample, array, name), sizes, LEAST)
+        lists = {"segments": list(map(asdict, doubts)), "splits": list(map(asdict, splits))}
+        files = {
+            "_splits.csv": _table(Split, lists["splits"]),
+            ".csv": _table(Doubt, lists["segments"]),
+            ".json": json.dumps({"segmentation": name, "mean_nm": mean} | lists, indent=1),
+        }
+        for ending, content in files.items():
+            with write_whole(quality_path(sample.output, ending)) as partial:
                 partial.write_text(content, encoding="utf-8")
-        print(f"{name} in {sample.output}: centers lie {mean:.0f} nm apart on average; the most doubtful segments:")
-        for doubt in doubts[:10]:
-            place = ", ".join(f"{value:.0f}" for value in (doubt.z, doubt.y, doubt.x))
-            print(f"{doubt.segment:>20}  doubt {doubt.doubt:8.3f}  {doubt.worst_nm:4.0f} nm apart at {place} (z, y, x)")
-        print(f"all {len(doubts)} are in {quality_path(sample.output, 'csv')}, and beside it as .json")
+        print(f"{name} in {sample.output}: centers lie {mean:.0f} nm apart on average; the most likely merges:")
+        for doubt in doubts[:SHOWN]:
+            print(f"{doubt.segment:>20}  doubt {doubt.doubt:8.3f}  {doubt.worst_nm:4.0f} nm apart at {_place(doubt)}")
+        print("the most likely splits:")
+        for split in splits[:SHOWN]:
+            ends = f"{split.segment} and {split.other}"
+            print(f"{ends:>30}  affinity {split.affinity:.2f} across {split.faces} faces, at {_place(split)}")
+        print(f"all {len(doubts)} segments are in {quality_path(sample.output, '.csv')}, all {len(splits)} contacts in")
+        print(f"{quality_path(sample.output, '_splits.csv')}; python view.py --worst or --splits walks through them")
+
+
+def _place(found: Doubt | Split) -> str:
+    return ", ".join(f"{value:.0f}" for value in (found.z, found.y, found.x)) + " nm (z, y, x)"
+
+
+def _table(kind: type[Doubt | Split], rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [field.name for field in fields(kind)])
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def center_distance(

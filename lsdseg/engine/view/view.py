@@ -18,7 +18,7 @@ class Options:
 
     Attributes:
         compare: two segmentations to show side by side.
-        worst: walk through what quality.py listed.
+        worst: list of quality.py to walk through, one of `walk.LISTS`; None: do not.
         proofread: threshold at which to edit segments. None: the page only shows.
         merge_function: whose scores to edit by.
         author: who edits.
@@ -29,7 +29,7 @@ class Options:
     """
 
     compare: Sequence[str] = ()
-    worst: bool = False
+    worst: str | None = None
     proofread: float | None = None
     merge_function: str | None = None
     author: str = ""
@@ -98,7 +98,7 @@ def _serve(shown: Sequence[_Shown], options: Options) -> None:
     from lsdseg.engine.view.proofread import Editor, open_proofreading
     from lsdseg.engine.view.walk import Walk, read_places
 
-    places = [read_places(page.sample.output) for page in shown if options.worst]
+    places = [(options.worst, read_places(page.sample.output, options.worst)) for page in shown if options.worst]
     edited = [
         open_proofreading(page.sample, options.proofread, options.merge_function, options.author)
         for page in shown
@@ -108,8 +108,8 @@ def _serve(shown: Sequence[_Shown], options: Options) -> None:
     pages = [(page.sample.output.stem, make_page(page.layers, page.sample.output.stem, page.compare)) for page in shown]
     for (_, page), proofreading in zip(pages, edited, strict=False):
         Editor(page, proofreading)
-    for (_, page), listed in zip(pages, places, strict=False):
-        Walk(page, listed)
+    for (_, page), (name, listed) in zip(pages, places, strict=False):
+        Walk(page, listed, name)
     serve(links(pages, options.host))
 
 
