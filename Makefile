@@ -31,7 +31,7 @@ raw-named:
 	@test -n "$(RAW)" || { echo "error: no RAW: make segment RAW=volume.zarr" >&2; exit 2; }
 
 test: $(VENV)/ready-test
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 fuzz: CASES ?= 10000
 fuzz: $(VENV)/ready-test

@@ -6,7 +6,7 @@ import pytest
 from yacs.config import CfgNode
 
 from lsdseg.config.loader import load_config
-from lsdseg.config.rules import FRAGMENTS, NETWORK, PREDICTION, RULES, SEGMENTATION, TRAINING, settings_of
+from lsdseg.config.rules import EDGES, FRAGMENTS, NETWORK, PREDICTION, RULES, SEGMENTATION, TRAINING, settings_of
 from lsdseg.data_utils.records import Record, file_fingerprint, fingerprint, identity, record_of
 from lsdseg.data_utils.volumes import create_array, open_array, write_array
 
@@ -14,7 +14,7 @@ PLACE = {"voxel_size": (8, 8, 8), "offset": (0, 0, 0)}
 
 
 def test_every_key_says_what_it_affects():
-    kinds = {NETWORK, TRAINING, PREDICTION, FRAGMENTS, SEGMENTATION}
+    kinds = {NETWORK, TRAINING, PREDICTION, FRAGMENTS, EDGES, SEGMENTATION}
     silent = [key for key, rule in RULES.items() if rule.affects is None or not kinds.issuperset(rule.affects)]
     assert not silent, f"say in lsdseg/config/rules.py, by .on(...), what depends on {silent}"
 
