@@ -6,7 +6,7 @@ from pathlib import Path
 from lsdseg.cli import deferred, run_script
 from lsdseg.data_utils.layout import FRAGMENTS
 
-evaluate = deferred("lsdseg.engine.evaluate.evaluate:evaluate")
+score = deferred("lsdseg.engine.scoring:score")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -17,11 +17,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("-gt_ds", "--gt_ds", metavar="DATASET", help="ground truth (default: DATA.NEURON_LABELS)")
     text = "fragments in the output (default: %(default)s)"
     parser.add_argument("-frags_ds", "--frags_ds", metavar="DATASET", default=FRAGMENTS, help=text)
+    text = "score look-up tables of 04, too, whose segmentation 05 did not write (always done if none was written)"
+    parser.add_argument("--tables", action="store_true", help=text)
 
 
 if __name__ == "__main__":
     run_script(
-        lambda cfg, args: evaluate(cfg, args.skeletons, args.gt_file, args.gt_ds, args.frags_ds),
+        lambda cfg, args: score(cfg, args.skeletons, args.gt_file, args.gt_ds, args.frags_ds, args.tables),
         description="Score the segmentations of the test volumes: VOI, adapted Rand error, expected run length.",
         example="python 06_evaluate_volumes.py -c config/config_predict.py",
         default_config="config/config_predict.py",

@@ -1,6 +1,7 @@
 """Block by block, on workers, with anything killed: always the partition that one process finds in memory."""
 
 import contextlib
+import json
 import os
 import random
 import re
@@ -21,7 +22,7 @@ from skimage.metrics import variation_of_information
 from skimage.segmentation import find_boundaries
 
 from lsdseg.config.loader import CHECKOUT, load_config
-from lsdseg.data_utils.layout import data_folder, edits_path, lut_path, output_path, rag_folder
+from lsdseg.data_utils.layout import data_folder, edits_path, lut_path, output_path, rag_folder, scores_path
 from lsdseg.data_utils.phantom import make_phantom
 from lsdseg.data_utils.records import record_of
 from lsdseg.data_utils.stored import read_header
@@ -38,6 +39,7 @@ from lsdseg.engine.predict.blockwise import predict_blockwise
 from lsdseg.engine.predict.predict import predict
 from lsdseg.engine.predict.tile_size import tile_voxels
 from lsdseg.engine.sample import samples_of
+from lsdseg.engine.scoring import score
 from lsdseg.errors import UserError
 from lsdseg.models import build_model
 from lsdseg.models.checkpoint import save_untrained
@@ -233,6 +235,35 @@ def test_tables_in_parts_give_the_same(home, undisturbed, capsys):
     EditLog(edits_path(output(home)), record_of(open_array(output(home), "volumes/fragments")).id).merge(1, 2)
     with pytest.raises(UserError, match="holds edits, which need the whole graph in memory: raise INS_SEGMENT"):
         find_segments(cfg, MERGE_FUNCTION, THRESHOLD)
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_tables_are_scored_as_the_segmentations_that_they_stand_for(home, labels, capsys, in_parts):
+    cfg = config(home, SYSTEM__NUM_WORKERS=1, **({"INS_SEGMENT__FRAGMENTS_IN_MEMORY": 20} if in_parts else {}))
+    place = {"voxel_size": (8, 8, 8), "offset": OFFSET}
+    write_array(data_folder(cfg, "test") / "sample_A.zarr", "volumes/labels/neuron_ids", labels[0], **place)
+    extract_fragments_blockwise(cfg)
+    agglomerate_blockwise(cfg)
+    find_segments(cfg, MERGE_FUNCTION, 0.204)
+    find_segments(cfg, MERGE_FUNCTION, THRESHOLD)
+    score(cfg)
+    before = json.loads(scores_path(output(home)).read_text())
+    assert f"-mf {MERGE_FUNCTION} -th" in capsys.readouterr().out
+    assert [row["written"] for row in before["scores"]] == [True, False, False]
+    assert {row["threshold"] for row in before["scores"]} == {None, 0.204, THRESHOLD}
+
+    extract_segmentation(cfg, MERGE_FUNCTION, THRESHOLD)
+    score(cfg)
+    assert len(json.loads(scores_path(output(home)).read_text())["scores"]) == 2
+    score(cfg, tables=True)
+    after = json.loads(scores_path(output(home)).read_text())
+    rows = [{row["dataset"]: row | {"written": None} for row in report["scores"]} for report in (before, after)]
+    assert rows[0] == rows[1]
+    assert after["best"] == before["best"]
+
+    EditLog(edits_path(output(home)), record_of(open_array(output(home), "volumes/fragments")).id).merge(1, 2)
+    score(cfg, tables=True)
+    assert "a table is left out" in capsys.readouterr().out
 
 
 def test_mongodb_gives_the_same(home, undisturbed, tmp_path):

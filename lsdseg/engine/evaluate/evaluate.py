@@ -9,7 +9,7 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ from lsdseg.files import write_whole
 SCORES = ("voi_split", "voi_merge", "voi_sum", "adapted_rand_error", "segments")
 VARIANT_SCORES = tuple(f"{score}_{variant}" for variant in VARIANTS for score in SCORES)
 RUN_LENGTHS = ("erl_nm", "normalized_erl")
-COLUMNS = ("dataset", "method", "merge_function", "threshold", *SCORES, *VARIANT_SCORES, *RUN_LENGTHS)
+COLUMNS = ("dataset", "written", "method", "merge_function", "threshold", *SCORES, *VARIANT_SCORES, *RUN_LENGTHS)
 # Ground truth with more voxels is scored slab by slab only, without what needs all of it in memory.
 MAX_VOXELS = 2**28
 MOST_PICTURES = 10
@@ -72,6 +72,7 @@ def evaluate(
     truth_file: Path | None = None,
     truth_dataset: str | None = None,
     fragments: str = FRAGMENTS,
+    unwritten: Callable[[Sample], dict[str, Array]] = lambda _: {},
 ) -> None:
     """Score every segmentation of every test volume that has ground truth, DATA.NEURON_LABELS in its zarr.
 
@@ -84,6 +85,8 @@ def evaluate(
         truth_file: a zarr with the ground truth. None: the volume itself.
         truth_dataset: the ground truth in it. None: DATA.NEURON_LABELS.
         fragments: dataset of the fragments, which are scored if they are there.
+        unwritten: returns segmentations of a sample that are scored, too, though they are not datasets of its output:
+            the name of the dataset that each would be -> array.
 
     Raises:
         UserError: no volume has ground truth, or a volume that has was not segmented; SWC files are broken.
@@ -96,23 +99,29 @@ def evaluate(
             continue
         if fragments != FRAGMENTS:
             open_array(sample.output, fragments)  # must be there if it is named
-        names = [name for name in segmentations_in(sample.output) if name not in (FRAGMENTS, fragments)]
-        work.append((sample, [fragments] * has_array(sample.output, fragments) + names))
+        more = unwritten(sample)
+        names = [] if more and not _written(sample.output) else segmentations_in(sample.output)
+        names = [name for name in names if name not in (FRAGMENTS, fragments)]
+        work.append((sample, [fragments] * has_array(sample.output, fragments) + names, more))
     if not work:
         raise UserError(
             f"no test volume has {cfg.DATA.NEURON_LABELS}; add ground truth, or name it in DATA.NEURON_LABELS"
         )
-    for sample, names in work:
-        report = score_sample(sample, names, given, fragments)
+    for sample, names, more in work:
+        report = score_sample(sample, names, given, fragments, more)
         print(format_table(report))
         for suffix, content in (
             ("json", json.dumps(report, indent=2).encode()),
             ("csv", _csv(report).encode()),
             ("png", _plot(report)),
-            ("html", _html(sample, report).encode()),
+            ("html", _html(sample, report, more).encode()),
         ):
             with write_whole(scores_path(sample.output, suffix)) as partial:
                 partial.write_bytes(content)
+        if report["best"] in more:
+            made_by = more[report["best"]].attrs
+            at = f"-mf {made_by['merge_function']} -th {made_by['threshold']:g}"
+            print(f"to write it: python 05_extract_segmentation_from_lut.py -c CONFIG {at}")
         print(f"best: {report['best']}; scores in {scores_path(sample.output)}, and beside it as .csv, .png and .html")
 
 
@@ -134,9 +143,9 @@ def _with_truth(samples: list[Sample], file: Path | None, dataset: str | None) -
     return samples
 
 
-def _html(sample: Sample, report: Report) -> str:
+def _html(sample: Sample, report: Report, unwritten: Mapping[str, Array]) -> str:
     """Make the report of a sample: its scores, and what went wrong in the best segmentation."""
-    segmentation = open_array(sample.output, report["best"])
+    segmentation = _open(sample, report["best"], unwritten)
     assert sample.ground_truth is not None
     shared = overlaps(segmentation, sample.ground_truth, sample.ground_truth_mask, description="neurons")
     table = count_overlaps(shared)
@@ -180,11 +189,18 @@ def segmentations_in(path: Path) -> list[str]:
     Raises:
         UserError: there is no segmentation.
     """
-    names = list_arrays(path)
-    segmentations = [name for name in names if SEGMENTATIONS.fullmatch(name)]
+    segmentations = _written(path)
     if not segmentations:
         raise UserError(f"no volumes/segmentation_* in {path}; run instance_segmenter.py first")
-    return [FRAGMENTS] * (FRAGMENTS in names) + segmentations
+    return [FRAGMENTS] * has_array(path, FRAGMENTS) + segmentations
+
+
+def _written(path: Path) -> list[str]:
+    return [name for name in list_arrays(path) if SEGMENTATIONS.fullmatch(name)]
+
+
+def _open(sample: Sample, name: str, unwritten: Mapping[str, Array]) -> Array:
+    return unwritten[name] if name in unwritten else open_array(sample.output, name)
 
 
 def score_sample(
@@ -192,6 +208,7 @@ def score_sample(
     names: Sequence[str],
     given: Mapping[str, Skeleton] | None = None,
     fragments: str = FRAGMENTS,
+    unwritten: Mapping[str, Array] | None = None,
 ) -> Report:
     """Score datasets in a sample's output against its ground truth.
 
@@ -200,6 +217,7 @@ def score_sample(
         names: the datasets.
         given: skeletons by name. None: they are made from the ground truth. Sections have none.
         fragments: the dataset of `names` that is no segmentation and cannot be the best.
+        unwritten: segmentations to score beside them, see `evaluate`.
 
     Returns:
         sample, ground_truth: path of the volume, and name of its labels.
@@ -220,13 +238,20 @@ def score_sample(
     rows: list[dict[str, Any]] = []
     made_from = {}
     runs: dict[str, dict[str, Any] | None] = {}
-    by_section = scored_by_section(sample.cfg)
-    for name in names:
+    by_section, unwritten = scored_by_section(sample.cfg), unwritten or {}
+    for name in (*names, *unwritten):
         require_whole(sample.output, name)
-        segmentation = open_array(sample.output, name)
+        segmentation = _open(sample, name, unwritten)
         check_labels(segmentation, f"{name} in {sample.output}")
         row = _score_all_voxels(sample, name, segmentation, by_section)
-        rows.append({"dataset": name, **row, **_score_variants(sample, segmentation, by_section)})
+        rows.append(
+            {
+                "dataset": name,
+                "written": name not in unwritten,
+                **row,
+                **_score_variants(sample, segmentation, by_section),
+            }
+        )
         rows[-1] |= {key: segmentation.attrs.get(key) for key in ("method", "merge_function", "threshold")}
         if not by_section:
             runs[name], given = _score_runs(sample, segmentation, given)
@@ -393,15 +418,16 @@ def overlaps(
 
 def format_table(report: Report) -> str:
     """Format the scores in a report as text, with one line per dataset."""
-    width = max(len(row["dataset"]) for row in report["scores"])
+    names = [row["dataset"] if row["written"] else f"{row['dataset']} (not written)" for row in report["scores"]]
+    width = max(map(len, names))
     lines = [
         f"{report['sample']}: {report['objects']} objects, {report['voxels'] / 1e6:.2f} million voxels"
         + ", section by section" * report["by_section"],
         f"{'':{width}}  VOI split   merge     sum  adapted Rand error  segments",
     ]
-    for row in report["scores"]:
+    for name, row in zip(names, report["scores"], strict=True):
         lines.append(
-            f"{row['dataset']:{width}}  {row['voi_split']:9.3f} {row['voi_merge']:7.3f} {row['voi_sum']:7.3f}"
+            f"{name:{width}}  {row['voi_split']:9.3f} {row['voi_merge']:7.3f} {row['voi_sum']:7.3f}"
             f"  {row['adapted_rand_error']:18.3f}  {row['segments']:8d}"
         )
     if made_from := Record.from_json(report["made_from"].get(report["best"])):

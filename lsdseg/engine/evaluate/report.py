@@ -96,7 +96,7 @@ def _score_table(report: Mapping[str, Any]) -> str:
     rows = []
     for row in report["scores"]:
         method = " ".join(str(row[key]) for key in ("method", "merge_function") if row[key])
-        cells = [row["dataset"], method, row["threshold"], row["segments"]]
+        cells = [row["dataset"] + " (not written)" * (not row["written"]), method, row["threshold"], row["segments"]]
         for suffix in kinds.values():
             cells += [row[f"{name}{suffix}"] for name in ("voi_split", "voi_merge", "voi_sum", "adapted_rand_error")]
         cells += [None if row["erl_nm"] is None else round(row["erl_nm"]), row["normalized_erl"]]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from yacs.config import CfgNode
 
-from lsdseg.data_utils.layout import FRAGMENTS, edits_path, final_segmentation_name
+from lsdseg.data_utils.layout import FRAGMENTS, final_segmentation_name
 from lsdseg.data_utils.records import Record
 from lsdseg.data_utils.volumes import open_array, read, require_whole, voxels_of
 from lsdseg.engine.blocks.lock import working_on
@@ -27,7 +27,7 @@ from lsdseg.engine.post.steps.grid import (
     create_labels,
     seal_labels,
 )
-from lsdseg.engine.post.steps.tables import EDITS, edits_input, tables_name
+from lsdseg.engine.post.steps.tables import require_current, tables_name
 from lsdseg.engine.post.tables import check_lut, existing_lut, load_lut, load_part, lut_record, relabel
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.errors import UserError
@@ -104,8 +104,10 @@ def _record(sample: Sample, lut: Path, merge_function: str, threshold: float) ->
     Raises:
         UserError: there is no look-up table, it is damaged, or it was made from other fragments or edits.
     """
-    fragments, made_from = require_fragments(sample), lut_record(lut)
+    fragments = require_fragments(sample)
+    require_current(sample, lut, fragments)
     if lut.is_dir():
+        made_from = lut_record(lut)
         made = b"" if made_from is None else repr([made_from.inputs, made_from.settings]).encode()
         digest = hashlib.blake2b(made, digest_size=8).hexdigest()
     else:
@@ -113,15 +115,6 @@ def _record(sample: Sample, lut: Path, merge_function: str, threshold: float) ->
         check_lut(lut, table)
         digest = _digest(table)
     inputs = {FRAGMENTS: fragments, "the look-up table": digest}
-    if made_from is not None and made_from.inputs.get(FRAGMENTS) != fragments:
-        raise UserError(
-            f"{lut} was made from other fragments: run 03_agglomerate_blockwise.py and 04_find_segments_full.py again"
-        )
-    edits = edits_input(sample, fragments)
-    if made_from is not None and made_from.inputs.get(EDITS) != edits.get(EDITS):
-        raise UserError(
-            f"{lut} was made before the last edit in {edits_path(sample.output)}: run 04_find_segments_full.py again"
-        )
     settings = {"the merge function": merge_function, "the threshold": threshold}
     return Record("05_extract_segmentation_from_lut.py", inputs, settings)
 

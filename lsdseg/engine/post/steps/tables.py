@@ -113,22 +113,38 @@ def tables_left(sample: Sample, merge_function: str, thresholds: Sequence[float]
         UserError: fragments or edges are missing, or made from something else; the log of edits cannot be used.
     """
     fragments = require_fragments(sample)
-    inputs = _inputs(sample, merge_function, fragments) | edits_input(sample, fragments)
+    edits = active(EditLog(edits_path(sample.output), fragments).read())
+    inputs = _inputs(sample, merge_function, fragments) | _edits_input(edits)
     paths = {value: lut_path(sample.output, merge_function, value) for value in thresholds}
     made = {value: lut_record(path) or lut_record(in_blocks(path)) for value, path in paths.items()}
     return [value for value, record in made.items() if record is None or record.inputs != inputs]
 
 
-def edits_input(sample: Sample, fragments: str) -> dict[str, str]:
-    """Return what the record of a table says now of the edits that are made in it: nothing if there are none.
+def require_current(sample: Sample, lut: Path, fragments: str) -> None:
+    """Check that a table that says what it was made from has the fragments and the edits that there are now.
+
+    Args:
+        sample: the sample.
+        lut: the file or the folder.
+        fragments: their id, see `require_fragments`.
 
     Raises:
-        UserError: the log of edits cannot be used.
+        UserError: it has others; the log of edits cannot be used.
     """
-    return _edits_input(active(EditLog(edits_path(sample.output), fragments).read()))
+    made_from = lut_record(lut)
+    if made_from is None:
+        return
+    if made_from.inputs.get(FRAGMENTS) != fragments:
+        raise UserError(
+            f"{lut} was made from other fragments: run 03_agglomerate_blockwise.py and 04_find_segments_full.py again"
+        )
+    log = EditLog(edits_path(sample.output), fragments)
+    if made_from.inputs.get(EDITS) != _edits_input(active(log.read())).get(EDITS):
+        raise UserError(f"{lut} was made before the last edit in {log.path}: run 04_find_segments_full.py again")
 
 
 def _edits_input(edits: Sequence[Edit]) -> dict[str, str]:
+    """Return what the record of a table says of edits that are made in it: nothing if there are none."""
     return {EDITS: hashlib.blake2b(repr(edits).encode(), digest_size=16).hexdigest()} if edits else {}
 
 

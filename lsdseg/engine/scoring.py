@@ -1,0 +1,125 @@
+"""Scores of segmentations that were written, and of those that look-up tables stand for.
+
+A look-up table and the fragments are a segmentation already: whoever reads it sees the fragments through the table. So
+thresholds can be compared before any of them is written.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from funlib.persistence import Array
+from numpy.typing import NDArray
+from yacs.config import CfgNode
+
+from lsdseg.config.implementations import MERGE_FUNCTIONS
+from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, final_segmentation_name, lut_path
+from lsdseg.data_utils.placement import place_array
+from lsdseg.data_utils.volumes import has_array, list_arrays, open_array, read
+from lsdseg.engine.evaluate.evaluate import evaluate
+from lsdseg.engine.post.methods import method_that_scores
+from lsdseg.engine.post.steps.fragments import require_fragments
+from lsdseg.engine.post.steps.grid import block_grid
+from lsdseg.engine.post.steps.tables import require_current
+from lsdseg.engine.post.tables import existing_lut, load_lut, load_part, lut_record, relabel
+from lsdseg.engine.sample import Sample
+from lsdseg.errors import UserError
+
+# What comes after the merge function in the name of a table: 70, or 70_4 for 0.704.
+HUNDREDTHS = re.compile(r"(\d+)(?:_(\d+))?")
+
+
+def score(
+    cfg: CfgNode,
+    skeletons: Path | None = None,
+    truth_file: Path | None = None,
+    truth_dataset: str | None = None,
+    fragments: str = FRAGMENTS,
+    tables: bool = False,
+) -> None:
+    """Score the test volumes, see `evaluate`.
+
+    Args:
+        cfg: the config.
+        skeletons, truth_file, truth_dataset, fragments: as for `evaluate`.
+        tables: score what look-up tables stand for, too, where it was not written. Without any segmentation that was
+            written, it is scored anyway.
+
+    Raises:
+        UserError: as for `evaluate`.
+    """
+
+    def of_tables(sample: Sample) -> dict[str, Array]:
+        written = any(SEGMENTATIONS.fullmatch(name) for name in list_arrays(sample.output))
+        return unwritten_segmentations(sample) if tables or not written else {}
+
+    evaluate(cfg, skeletons, truth_file, truth_dataset, fragments, of_tables)
+
+
+def unwritten_segmentations(sample: Sample) -> dict[str, Array]:
+    """Return the segmentations that look-up tables stand for and that were not written, by their dataset to be.
+
+    Tables that were made from other fragments, or before the last edit, are left out, which is printed.
+    """
+    found: dict[str, Array] = {}
+    for merge_function, threshold in _tables(sample):
+        name = final_segmentation_name(merge_function, threshold)
+        if has_array(sample.output, name):
+            continue
+        try:
+            path = existing_lut(sample.output, merge_function, threshold)
+            require_current(sample, path, require_fragments(sample))
+            labels = _Labels(sample, path)
+        except UserError as error:
+            print(f"a table is left out: {error}")
+            continue
+        array = place_array(labels, labels.fragments.voxel_size, labels.fragments.offset)
+        made_by = {"method": method_that_scores(merge_function).name, "merge_function": merge_function}
+        record = lut_record(path)
+        array.attrs.update(made_by | {"threshold": threshold} | (record.attributes if record else {}))
+        found[name] = array
+    return found
+
+
+def _tables(sample: Sample) -> Iterator[tuple[str, float]]:
+    """Merge function and threshold of each look-up table of a sample."""
+    for merge_function in (*MERGE_FUNCTIONS, "mutex"):
+        path = lut_path(sample.output, merge_function, 0)
+        start = path.stem.removesuffix("0")
+        names = {file.stem if file.suffix == ".npz" else file.name for file in path.parent.glob(f"{start}*")}
+        matches = (HUNDREDTHS.fullmatch(name.removeprefix(start)) for name in sorted(names))
+        for value in sorted(float(f"{match[1]}.{match[2] or 0}") / 100 for match in matches if match):
+            yield merge_function, round(value, 8)
+
+
+class _Labels:
+    """Fragments on disk, seen through a look-up table."""
+
+    dtype = np.dtype(np.uint64)
+
+    def __init__(self, sample: Sample, lut: Path) -> None:
+        self.fragments = open_array(sample.output, sample.fragments_dataset)
+        self.lut, self.grid, self.block = lut, block_grid(sample), sample.cfg.INS_SEGMENT.BLOCK_SIZE
+        self.shape, self.ndim, self.chunks = self.fragments.shape, 3, self.fragments.chunk_shape
+        self.whole = None if lut.is_dir() else load_lut(lut)
+
+    def __getitem__(self, slices: Any) -> NDArray[np.uint64]:
+        """Read voxels."""
+        voxels = read(self.fragments, slices)
+        try:
+            return relabel(voxels, self._table(slices) if self.whole is None else self.whole)
+        except ValueError as error:
+            raise UserError(f"{self.lut}: {error}; run 03 and 04 again") from error
+
+    def _table(self, slices: Any) -> NDArray[np.uint64]:
+        """Put the parts of a table together whose blocks have some of the voxels."""
+        if slices is ...:
+            slices = (slice(None),) * 3
+        ranges = [s.indices(size) for s, size in zip(slices, self.shape, strict=True)]
+        blocks = [range(first // b, -(-last // b)) for (first, last, _), b in zip(ranges, self.block, strict=True)]
+        places = np.stack(np.meshgrid(*blocks, indexing="ij"), axis=-1).reshape(-1, 3).tolist()
+        table = np.concatenate([load_part(self.lut, tuple(place), self.grid) for place in places], axis=1)
+        ordered: NDArray[np.uint64] = table[:, np.argsort(table[0])]
+        return ordered
