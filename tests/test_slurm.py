@@ -9,6 +9,7 @@ import pytest
 
 from lsdseg.config.loader import CHECKOUT
 from lsdseg.engine.blocks.run import run_blocks
+from lsdseg.engine.blocks.status import as_text, statuses
 from lsdseg.errors import UserError
 from tests import slurm
 from tests.block_master import (
@@ -57,6 +58,26 @@ def test_every_worker_is_a_job_and_none_is_left(folder, cluster):
     assert len({result["job"] for result in results(folder).values()}) >= 3
     assert {result["threads"] for result in results(folder).values()} == {"1"}
     wait_for(lambda: not slurm.job_ids(cluster))
+
+
+def test_status_lists_jobs(folder, cluster, monkeypatch):
+    workers = slurm.CPUS + 1
+    master = start_master(folder, "--seconds", 0.5, "SYSTEM.NUM_WORKERS", workers, *ON_SLURM)
+    wait_for(lambda: len(slurm.job_ids(cluster)) == workers and len(results(folder)) >= 2)
+    (status,) = statuses(folder)
+    assert [job.job for job in status.jobs] == sorted(slurm.job_ids(cluster), key=int)
+    running = [job for job in status.jobs if job.state == "RUNNING"]
+    assert len(running) == slurm.CPUS
+    assert all(job.node for job in running)
+    text = as_text(status)
+    assert f"Slurm jobs: 1 pending ({status.jobs[-1].job} " in text
+    assert f"{slurm.CPUS} running ({running[0].job} {running[0].node}, " in text
+    assert status.to_json()["jobs"][0]["state"] == "RUNNING"
+    monkeypatch.setenv("PATH", str(folder))
+    assert f"{workers} of which squeue says nothing here (" in as_text(*statuses(folder))
+    monkeypatch.undo()
+    assert master.wait(60) == 0, (folder / "master.log").read_text()
+    assert statuses(folder)[0].jobs == []
 
 
 def test_a_cancelled_job_is_replaced(folder, cluster):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from yacs.config import CfgNode
@@ -18,8 +19,46 @@ from lsdseg.errors import UserError
 
 SECONDS_BETWEEN_QUERIES = 2.0
 SECONDS_TO_ANSWER = 60  # of a command of Slurm
+SECONDS_TO_STATUS = 10  # for who only looks
 SECONDS_TO_END = 10  # of jobs that are canceled
+JOBS = "jobs"  # file in the folder of a step, with the ids of its jobs
 NOT_ENDED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED")
+
+
+@dataclass
+class Job:
+    """A job of a step.
+
+    Attributes:
+        job: its id.
+        state: RUNNING, PENDING and so on; "" if Slurm does not say.
+        node: where it runs.
+        time: how long it has run, as Slurm writes it.
+        reason: why it waits.
+    """
+
+    job: str
+    state: str = ""
+    node: str = ""
+    time: str = ""
+    reason: str = ""
+
+
+def jobs_of(folder: Path) -> list[Job]:
+    """Return the jobs of the step whose logs are in a folder; those that have ended are left out if Slurm says so."""
+    try:
+        ids = (folder / JOBS).read_text(encoding="utf-8").split()
+    except OSError:
+        return []
+    known = ["--noheader", "--states=all", f"--jobs={','.join(ids)}", "--format=%i|%T|%N|%M|%r"]
+    try:
+        answer = subprocess.run(["squeue", *known], capture_output=True, text=True, timeout=SECONDS_TO_STATUS)
+    except (OSError, subprocess.TimeoutExpired):
+        return [Job(job) for job in ids]
+    if answer.returncode:
+        return [Job(job) for job in ids]
+    found = {line.partition("|")[0]: Job(*line.split("|", 4)) for line in answer.stdout.splitlines()}
+    return [found[job] for job in ids if job in found and found[job].state in NOT_ENDED]
 
 
 class SlurmWorkers(Workers):
@@ -44,7 +83,7 @@ class SlurmWorkers(Workers):
         self.jobs: list[str] = []
         self.states: dict[str, str] = {}
         self.queried = 0.0
-        self.file = folder / "jobs"  # outlives a supervisor that is killed
+        self.file = folder / JOBS  # outlives a supervisor that is killed
         if self.file.is_file():
             self.jobs = self.file.read_text(encoding="utf-8").split()
             self.stop()

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lsdseg.engine.blocks.lock import is_locked
 from lsdseg.engine.blocks.markers import given_up, record_files, records_in
 from lsdseg.engine.blocks.reports import MOST_LISTED, Report, current_blocks, failed_blocks
+from lsdseg.engine.blocks.slurm import Job, jobs_of
 from lsdseg.engine.blocks.step import SKIPPED, STEP
 from lsdseg.engine.blocks.supervisor import STOPPED
 from lsdseg.errors import UserError
@@ -45,6 +46,7 @@ class Status:
         seconds_left: at that rate; None if there is none, or nothing is left.
         seconds_per_block: mean time of a block, for one worker.
         slowest: the blocks that took longest, and how many seconds.
+        jobs: of Slurm.
         stopped: why the run ended early, if it says so.
         map: uint8 over the grid of blocks, LEFT to FAILED.
     """
@@ -61,6 +63,7 @@ class Status:
     seconds_left: float | None
     seconds_per_block: float
     slowest: list[tuple[Report, float]]
+    jobs: list[Job]
     stopped: str
     map: NDArray[np.uint8] = field(repr=False)
 
@@ -138,6 +141,7 @@ def read_status(folder: Path) -> Status:
         seconds_left=60 * left / per_minute if per_minute and left else None,
         seconds_per_block=float(records["seconds"].mean()) if len(records) else 0.0,
         slowest=[(Report.at(int(numbers[n]), grid, begin, block), float(records["seconds"][n])) for n in longest],
+        jobs=jobs_of(folder),
         stopped=stopped.read_text(encoding="utf-8", errors="replace").strip() if stopped.is_file() else "",
         map=blocks.reshape(grid),
     )
@@ -154,6 +158,8 @@ def as_text(status: Status, columns: int = 80) -> str:
     if status.active:
         ahead = f", {duration(status.seconds_left)} left" if status.seconds_left else ""
         lines.append(f"  {status.per_minute:.1f} blocks per minute{ahead}; {status.seconds_per_block:.2f} s per block")
+    if status.jobs:
+        lines.append(f"  {_jobs_text(status.jobs)}")
     if status.stopped:
         lines.append(f"  stopped: {status.stopped}")
     for report in status.failed[:MOST_LISTED]:
@@ -162,6 +168,17 @@ def as_text(status: Status, columns: int = 80) -> str:
         lines.append(f"  slowest: block {report.block}, {report.place}: {seconds:.1f} s")
     lines += [f"  {row}" for row in text_map(status.map, columns - 2)]
     return "\n".join(lines)
+
+
+def _jobs_text(jobs: Sequence[Job]) -> str:
+    """Say how many jobs are in each state, and which: those that run with their node, those that wait with why."""
+    parts = []
+    for state in sorted({job.state for job in jobs}):
+        own = [job for job in jobs if job.state == state]
+        listed = [f"{job.job}{f' {about}' if (about := job.node or job.reason) else ''}" for job in own[:MOST_LISTED]]
+        more = ", ..." if len(own) > MOST_LISTED else ""
+        parts.append(f"{len(own)} {state.lower() or 'of which squeue says nothing here'} ({', '.join(listed)}{more})")
+    return f"Slurm jobs: {', '.join(parts)}"
 
 
 def text_map(blocks: NDArray[np.uint8], columns: int) -> list[str]:
