@@ -179,7 +179,7 @@ def test_half_a_line_is_reported_and_replaced(tmp_path, capsys):
     ("line", "reason"),
     [
         ("nonsense\n", "line 2 of .* is damaged"),
-        ('{"edit": 2, "action": "paint", "a": 1, "b": 2}\n', "no merge, split or undo"),
+        ('{"edit": 2, "action": "paint", "a": 1, "b": 2}\n', "no merge, split, mark or undo"),
         ('{"edit": 2, "action": "merge", "a": 1, "b": -2}\n', "its b is -2"),
         ('{"edit": 2, "action": "merge", "a": true, "b": 2}\n', "its a is True"),
         ('{"edit": 2, "action": "split", "a": 2, "b": 2}\n', "both fragments are the same"),

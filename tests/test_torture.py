@@ -30,6 +30,15 @@ def test_kills_change_nothing_and_differences_are_found(tmp_path, monkeypatch):
     assert differences(results(cfg, ["predict"]), expected) == ["volumes/other", "volumes/pred_lsds"]
 
 
+def test_segment_goes_on_after_kills_and_does_nothing_twice(tmp_path, monkeypatch):
+    kills = [fault("KILL", "power", 20), fault("KILL", "power", 90)]
+    monkeypatch.setattr(torture, "plan_step", lambda *_: [[kill] for kill in kills])
+    tortured = Torture(tmp_path, seed=1, kinds={"KILL"}, steps=[torture.SEGMENT], uri="")
+    assert tortured.chain(1) == tortured.expected
+    assert any("final_segmentation" in name for name in tortured.expected)
+    assert tortured.ends[-9] == 2
+
+
 @pytest.mark.parametrize(
     ("status", "signals", "printed"),
     [(1, {15}, "Traceback"), (-9, {15}, ""), (-7, set(), "Bus error"), (143, set(), ""), (1, {2}, "OSError")],

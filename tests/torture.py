@@ -2,7 +2,8 @@
 
     python -m tests.torture --minutes 10 --seed 1
 
-Prediction, 02, 03, 04 and 05 run on a small volume as a user starts them, with two workers. Every chain begins in an
+Prediction, 02, 03, 04 and 05 run on a small volume as a user starts them, with two workers; with --segment, segment.py
+does all of it. Every chain begins in an
 empty folder on a small disk of its own. Signals reach the master, the supervisor and the workers, and the disk fills
 up; the same command then has to go on. At the end every array, the graph and the tables must be those of a run that
 nothing disturbed. What goes wrong when is drawn from the seed and the number of the chain.
@@ -78,6 +79,8 @@ STEPS = {
     "tables": ("04_find_segments_full.py", ["-mf", MERGE_FUNCTION], 0),
     "relabel": ("05_extract_segmentation_from_lut.py", ["-mf", MERGE_FUNCTION, "-th", str(THRESHOLD)], 64),
 }
+SEGMENT = "segment"  # the step that is all of them, in segment.py: prediction, 02, 03, and 05 for each threshold
+ALL_STEPS = STEPS | {SEGMENT: ("segment.py", ["--blockwise"], 27 + 64 + 64 + 2 * 64)}
 MARK = "LSD_TORTURE"  # environment variable of all processes that are started here
 DISK = 64 * 2**20  # bytes of the disk of a chain; what it holds at the end is a tenth of that
 LIMIT = 400  # seconds after which a command hangs
@@ -142,7 +145,7 @@ def plan_step(rng: random.Random, blocks: int, kinds: set[str], seconds: float) 
     if not blocks:  # no workers
         allowed = {fault: weight for fault, weight in allowed.items() if fault[1] in ("master", "disk")}
     attempts = []
-    for _ in range(rng.randint(1, 2)):
+    for _ in range(rng.randint(1, max(2, blocks // 40))):
         faults = []
         for _ in range(rng.randint(2, 10)):
             kind, target = rng.choices(list(allowed), list(allowed.values()))[0]
@@ -349,7 +352,7 @@ class Attempt:
 
     def _blocks(self) -> int:
         """How many blocks the workers' logs report."""
-        logs = self.folder.glob("daisy_logs/*/worker_*.log")
+        logs = worker_logs(self.folder)
         return sum(line.startswith(b"block ") for log in logs for line in log.read_bytes().splitlines())
 
     def _inflict(self, fault: Fault) -> None:
@@ -366,13 +369,13 @@ class Attempt:
             "supervisor": below["supervisor"][:1],
             "workers": workers,
             "worker": workers[int(fault.choice * len(workers)) :][:1],
-            "power": [self.master, *below["supervisor"], *workers],
+            "power": self.processes.all() if fault.target == "power" else [],
         }[fault.target]
         for process in targets:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(SIGNALS[fault.kind])
                 self._happened(fault, f"process {process.pid}")
-                if process is self.master:
+                if process == self.master:
                     self.signals.add(SIGNALS[fault.kind])
                 if fault.kind == "STOP" and fault.then:
                     self.later.append((time.monotonic() + fault.pause, fault.then, process))
@@ -389,9 +392,14 @@ class Attempt:
             return
         with contextlib.suppress(psutil.NoSuchProcess):
             where.send_signal(signal.SIGCONT if what == "CONT" else signal.SIGKILL)
-            if where is self.master and what == "KILL":
+            if where == self.master and what == "KILL":
                 self.signals.add(signal.SIGKILL)
                 self.done.append(("KILL", "master"))
+
+
+def worker_logs(folder: Path) -> list[Path]:
+    """The logs of workers, of single steps and of segment.py."""
+    return [log for where in (".", "out_work") for log in folder.glob(f"{where}/daisy_logs/*/worker_*.log")]
 
 
 def digest(*arrays: np.ndarray) -> str:
@@ -424,6 +432,16 @@ def results(cfg: CfgNode, steps: list[str]) -> dict[str, str]:
     return found
 
 
+def results_of_segment(folder: Path) -> dict[str, str]:
+    """A hash of every array and table that segment.py wrote, also of what lies between."""
+    found = {}
+    for zarr in folder.rglob("*.zarr"):
+        for name in list_arrays(zarr):
+            array = open_array(zarr, name)
+            found[f"{zarr.name}/{name}"] = digest(read(array), np.array([*array.offset, *array.voxel_size]))
+    return found | {path.name: digest(load_lut(path)) for path in folder.rglob("luts_full/*.npz")}
+
+
 def _digest_rows(*columns: np.ndarray) -> str:
     """Hash of the rows of a table, in any order."""
     flat = [part for column in columns for part in np.atleast_2d(column.T)]
@@ -443,7 +461,7 @@ class Torture:
         work: an empty folder.
         seed: decides what goes wrong, and the volume and the weights.
         kinds: the kinds of faults.
-        steps: the first few of STEPS.
+        steps: the first few of STEPS, or SEGMENT.
         uri: MongoDB that keeps the graph; empty: Parquet files.
     """
 
@@ -453,7 +471,7 @@ class Torture:
         self.seconds = dict.fromkeys(steps, 0.0)  # that each step takes undisturbed
         self.counts: Counter[tuple[str, str]] = Counter()  # (fault, target) -> how often
         self.ends: Counter[int] = Counter()  # exit status -> how often
-        self.chains = self.refused = 0
+        self.chains = self.refused = self.happened = 0
         self.expected: dict[str, str] = {}
         self.expected = self.chain(0, disturbed=False)
 
@@ -474,15 +492,16 @@ class Torture:
         with small_disk(folder):
             try:
                 for step in self.steps:
-                    script, options, blocks = STEPS[step]
-                    command = [sys.executable, str(CHECKOUT / script), "-c", str(self.config), *options, *settings]
-                    plan = plan_step(rng, blocks, self.kinds, self.seconds[step]) if disturbed else []
+                    plan = plan_step(rng, ALL_STEPS[step][2], self.kinds, self.seconds[step]) if disturbed else []
                     began = time.monotonic()
-                    self._step(step, command, folder, processes, plan)
+                    self._step(step, self._command(step, folder, settings), folder, processes, plan)
                     if not disturbed:
                         self.seconds[step] = time.monotonic() - began
                 processes.wait_for_end()
-                found = results(load_config(self.config, settings), self.steps)
+                if self.steps == [SEGMENT]:
+                    found = results_of_segment(folder)
+                else:
+                    found = results(load_config(self.config, settings), self.steps)
                 if disturbed and (different := differences(found, self.expected)):
                     raise TortureError(f"differs from an undisturbed run: {', '.join(different)}")
             except TortureError:
@@ -495,25 +514,47 @@ class Torture:
         self.chains += disturbed
         return found
 
+    def _command(self, step: str, folder: Path, settings: list[str]) -> list[str]:
+        script, options, _ = ALL_STEPS[step]
+        command = [sys.executable, str(CHECKOUT / script), "-c", str(self.config), *options]
+        if step != SEGMENT:
+            return [*command, *settings]
+        volume = data_folder(load_config(self.config), "test") / "sample_A.zarr"
+        return [*command, "--raw", str(volume), "--out", str(folder / "out.zarr")]
+
     def _step(self, step: str, command: list[str], folder: Path, processes: Processes, plan: list[list[Fault]]) -> None:
         """Run one command until it is done: first with the faults of the plan, then without."""
         say(f"{folder.name} {step}")
-        in_vain = 0
+        in_vain = self.happened = 0
         while in_vain < ATTEMPTS:
             attempt = Attempt(command, folder, self.work / f"{folder.name}_{step}.log", processes)
             status = attempt.run(plan.pop(0) if plan else [])
             self.counts.update(attempt.done)
+            self.happened += len(attempt.done)
             self.ends[status] += 1
             printed = attempt.output()
             say(f"  ended with {status}: {(printed.splitlines() or [''])[-1][:150]}")
             check_end(status, attempt.signals, printed)
             if status == 0:
+                self._check_work(step, folder)
                 return
             if not attempt.done:
                 in_vain += 1
                 self.refused += 1
                 processes.wait_for_end()
         raise TortureError(f"{step} does not resume: {printed[-1000:]}")
+
+    def _check_work(self, step: str, folder: Path) -> None:
+        """Check that segment.py did no block twice, but for those that were in flight when something happened.
+
+        Raises:
+            TortureError: it did.
+        """
+        logs = [log.read_bytes().splitlines() for log in worker_logs(folder)]
+        done = sum(line.startswith(b"block ") for log in logs for line in log)
+        blocks, in_flight = ALL_STEPS[step][2], SETTINGS["SYSTEM"]["NUM_WORKERS"] * (self.happened + 1)
+        if step == SEGMENT and not blocks <= done <= blocks + in_flight:
+            raise TortureError(f"{done} blocks were done for {blocks}, though {self.happened} times something happened")
 
 
 def check_end(status: int, signals: set[int], printed: str) -> None:
@@ -557,13 +598,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--chain", type=int, help="run only the chain of this number")
     parser.add_argument("--faults", nargs="+", choices=[*SIGNALS, "FULL"], default=[*SIGNALS, "FULL"])
     parser.add_argument("--last-step", choices=STEPS, default=list(STEPS)[-1], help="leave out what comes after it")
+    parser.add_argument("--segment", action="store_true", help="let segment.py run all steps")
     parser.add_argument("--mongodb", action="store_true", help="keep the graph in MongoDB")
     parser.add_argument("--folder", type=Path, help="an empty folder to work in (default: one in the temporary folder)")
     options = parser.parse_args(arguments)
     repeat = f"python -m tests.torture --seed {options.seed} --faults {' '.join(options.faults)}"
-    repeat += f" --last-step {options.last_step}" + " --mongodb" * options.mongodb
+    repeat += f" --last-step {options.last_step}" + " --segment" * options.segment + " --mongodb" * options.mongodb
     work = options.folder or Path(tempfile.mkdtemp(prefix="torture_"))
-    steps = list(STEPS)[: list(STEPS).index(options.last_step) + 1]
+    steps = [SEGMENT] if options.segment else list(STEPS)[: list(STEPS).index(options.last_step) + 1]
     say(f"seed {options.seed}, in {work}")
     with database(options.mongodb, work) as uri:
         torture = Torture(work, options.seed, set(options.faults), steps, uri)
