@@ -136,13 +136,18 @@ def call_script(script: str, *arguments: object, cwd: Path | None = None) -> Non
         cwd: folder to run it in. None: the current directory.
 
     Raises:
-        SystemExit: the script failed; the status is the script's.
+        SystemExit: the script failed; the status is the script's, and 128 + N if signal N ended it.
     """
     command = [script, *map(str, arguments)]
     print("\n$ python", without_secrets(shlex.join(command)), flush=True)
     run = [sys.executable, str(CHECKOUT / script), *command[1:]]
-    if status := subprocess.run(run, cwd=cwd, preexec_fn=_end_with_parent).returncode:
-        sys.exit(status)
+    status = subprocess.run(run, cwd=cwd, preexec_fn=_end_with_parent).returncode
+    if status < 0:
+        name = signal.Signals(-status).name
+        memory = ", perhaps because memory ran out" if -status == signal.SIGKILL else ""
+        print(f"error: {script} was ended by {name}{memory}: run the same command again", file=sys.stderr)
+    if status:
+        sys.exit(status if status > 0 else 128 - status)
 
 
 def _end_with_parent() -> None:

@@ -259,6 +259,8 @@ def test_tables_are_scored_as_the_segmentations_that_they_stand_for(home, labels
     after = json.loads(scores_path(output(home)).read_text())
     rows = [{row["dataset"]: row | {"written": None} for row in report["scores"]} for report in (before, after)]
     assert rows[0] == rows[1]
+    edits = [rows[0][name] for name in rows[0] if "final" in name]
+    assert all((row["splits_needed"] is None) == in_parts for row in edits)
     assert after["best"] == before["best"]
 
     EditLog(edits_path(output(home)), record_of(open_array(output(home), "volumes/fragments")).id).merge(1, 2)

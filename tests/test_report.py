@@ -75,16 +75,19 @@ def test_report_shows_the_worst_neurons_and_says_how_many_there_are(count):
     }
     row |= {
         "dataset": "volumes/<b>",
+        "written": False,
         "method": "waterz",
         "merge_function": "mean",
         "threshold": 0.5,
         "erl_nm": None,
         "normalized_erl": None,
+        "splits_needed": 12,
+        "merges_needed": None,
     }
     report = {"sample": "a&b.zarr", "ground_truth": "labels", "best": "volumes/<b>", "scores": [row], "skeletons": None}
     html = render(report | {"objects": count, "voxels": truth.size}, list_neurons(*table), [])
     assert f"The {min(count, 50)} worst of {count} neurons" in html
-    assert "volumes/&lt;b&gt;" in html
+    assert "volumes/&lt;b&gt; (not written)" in html
     assert "a&amp;b.zarr" in html
     assert html.count("<tr") == 2 + 1 + min(count, 50)
     assert all(link.startswith("data:") for link in re.findall(r'(?:src|href)="([^"]*)', html))

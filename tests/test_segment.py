@@ -1,4 +1,5 @@
 import argparse
+import re
 import shutil
 import subprocess
 import sys
@@ -239,6 +240,14 @@ def test_a_failing_command_ends_the_script_with_its_status(tmp_path):
     with pytest.raises(SystemExit) as ended:
         call_script("data_utils/rescale.py", tmp_path / "none.zarr", tmp_path / "out.zarr", "--voxel-size", 8, 8, 8)
     assert ended.value.code == 2
+
+
+def test_a_command_that_a_signal_ends_is_named(tmp_path, capfd):
+    (tmp_path / "killed.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    with pytest.raises(SystemExit) as ended:
+        call_script(str(tmp_path / "killed.py"))
+    assert ended.value.code == 128 + 9
+    assert re.fullmatch(r"error: .*killed.py was ended by SIGKILL, perhaps because .*\n", capfd.readouterr().err)
 
 
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, config):

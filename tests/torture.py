@@ -297,6 +297,7 @@ class Attempt:
 
     def __init__(self, command: list[str], folder: Path, log: Path, processes: Processes):
         self.folder, self.log, self.processes = folder, log, processes
+        self.of_segment = any(word.endswith(ALL_STEPS[SEGMENT][0]) for word in command)
         self.began = time.monotonic()
         self.printed = log.stat().st_size if log.exists() else 0
         self.blocks_before = self._blocks()
@@ -375,7 +376,8 @@ class Attempt:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(SIGNALS[fault.kind])
                 self._happened(fault, f"process {process.pid}")
-                if process == self.master:
+                # A script that segment.py has started ends it, too.
+                if process == self.master or (self.of_segment and process in below["supervisor"]):
                     self.signals.add(SIGNALS[fault.kind])
                 if fault.kind == "STOP" and fault.then:
                     self.later.append((time.monotonic() + fault.pause, fault.then, process))

@@ -1,11 +1,12 @@
-"""Scores of segmentations that were written, and of those that look-up tables stand for.
+"""Scores of segmentations, with what the region adjacency graph adds to them.
 
 A look-up table and the fragments are a segmentation already: whoever reads it sees the fragments through the table. So
-thresholds can be compared before any of them is written.
+thresholds can be compared before any of them is written. And the graph says how many edits each of them needs.
 """
 
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from yacs.config import CfgNode
 from lsdseg.config.implementations import MERGE_FUNCTIONS
 from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, final_segmentation_name, lut_path
 from lsdseg.data_utils.placement import place_array
+from lsdseg.data_utils.records import identity, record_of
 from lsdseg.data_utils.volumes import has_array, list_arrays, open_array, read
-from lsdseg.engine.evaluate.evaluate import evaluate
+from lsdseg.engine.evaluate.edits_needed import edits_needed
+from lsdseg.engine.evaluate.evaluate import EDITS, FromGraph, evaluate, overlaps
+from lsdseg.engine.evaluate.metrics import Table, count_overlaps
 from lsdseg.engine.post.methods import method_that_scores
 from lsdseg.engine.post.steps.fragments import require_fragments
 from lsdseg.engine.post.steps.grid import block_grid
@@ -26,6 +30,7 @@ from lsdseg.engine.post.steps.tables import require_current
 from lsdseg.engine.post.tables import existing_lut, load_lut, load_part, lut_record, relabel
 from lsdseg.engine.sample import Sample
 from lsdseg.errors import UserError
+from lsdseg.rag import open_store
 
 # What comes after the merge function in the name of a table: 70, or 70_4 for 0.704.
 HUNDREDTHS = re.compile(r"(\d+)(?:_(\d+))?")
@@ -51,11 +56,12 @@ def score(
         UserError: as for `evaluate`.
     """
 
-    def of_tables(sample: Sample) -> dict[str, Array]:
+    def from_graph(sample: Sample) -> FromGraph:
         written = any(SEGMENTATIONS.fullmatch(name) for name in list_arrays(sample.output))
-        return unwritten_segmentations(sample) if tables or not written else {}
+        unwritten = unwritten_segmentations(sample) if tables or not written else {}
+        return FromGraph(unwritten, _Edits(sample))
 
-    evaluate(cfg, skeletons, truth_file, truth_dataset, fragments, of_tables)
+    evaluate(cfg, skeletons, truth_file, truth_dataset, fragments, from_graph)
 
 
 def unwritten_segmentations(sample: Sample) -> dict[str, Array]:
@@ -92,6 +98,43 @@ def _tables(sample: Sample) -> Iterator[tuple[str, float]]:
         matches = (HUNDREDTHS.fullmatch(name.removeprefix(start)) for name in sorted(names))
         for value in sorted(float(f"{match[1]}.{match[2] or 0}") / 100 for match in matches if match):
             yield merge_function, round(value, 8)
+
+
+class _Edits:
+    """Counts the edits that segmentations of a sample need which were made from its graph, if that fits into memory."""
+
+    def __init__(self, sample: Sample) -> None:
+        self.sample = sample
+
+    def __call__(self, segmentation: Array) -> dict[str, int]:
+        """Return the columns EDITS of a segmentation; nothing without its table and its graph."""
+        sample, record = self.sample, record_of(segmentation)
+        if record is None or record.inputs.get(FRAGMENTS) != self.fragments or "threshold" not in segmentation.attrs:
+            return {}
+        merge_function, threshold = str(segmentation.attrs["merge_function"]), float(segmentation.attrs["threshold"])
+        try:
+            path = existing_lut(sample.output, merge_function, threshold)
+            store = open_store(sample.cfg, sample.output, "r", self.fragments)
+        except UserError:
+            return {}
+        if path.is_dir() or store.count_nodes() > sample.cfg.INS_SEGMENT.FRAGMENTS_IN_MEMORY:
+            return {}
+        needed = edits_needed(load_lut(path), store.edges(merge_function), threshold, *self.overlaps)
+        return dict(zip(EDITS, needed, strict=True))
+
+    @cached_property
+    def fragments(self) -> str:
+        """Id of the fragments that there are."""
+        name = self.sample.fragments_dataset
+        return identity(open_array(self.sample.output, name)) if has_array(self.sample.output, name) else ""
+
+    @cached_property
+    def overlaps(self) -> Table:
+        """The voxels that fragments share with neurons, see `count_overlaps`."""
+        fragments, truth = open_array(self.sample.output, self.sample.fragments_dataset), self.sample.ground_truth
+        if truth is None:
+            raise ValueError(f"{self.sample.volume} has no ground truth")
+        return count_overlaps(overlaps(fragments, truth, self.sample.ground_truth_mask, description="edits"))
 
 
 class _Labels:

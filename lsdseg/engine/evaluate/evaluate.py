@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,18 @@ from lsdseg.files import write_whole
 SCORES = ("voi_split", "voi_merge", "voi_sum", "adapted_rand_error", "segments")
 VARIANT_SCORES = tuple(f"{score}_{variant}" for variant in VARIANTS for score in SCORES)
 RUN_LENGTHS = ("erl_nm", "normalized_erl")
-COLUMNS = ("dataset", "written", "method", "merge_function", "threshold", *SCORES, *VARIANT_SCORES, *RUN_LENGTHS)
+EDITS = ("splits_needed", "merges_needed")
+COLUMNS = (
+    "dataset",
+    "written",
+    "method",
+    "merge_function",
+    "threshold",
+    *SCORES,
+    *VARIANT_SCORES,
+    *RUN_LENGTHS,
+    *EDITS,
+)
 # Ground truth with more voxels is scored slab by slab only, without what needs all of it in memory.
 MAX_VOXELS = 2**28
 MOST_PICTURES = 10
@@ -66,13 +78,26 @@ LINE_STYLES = ("-", "--", ":", "-.")
 Report = dict[str, Any]
 
 
+@dataclass
+class FromGraph:
+    """What the region adjacency graph of a sample adds to its scores.
+
+    Attributes:
+        unwritten: segmentations that are no datasets of the output: the dataset that each would be -> array.
+        edits_needed: returns the columns EDITS of a segmentation; nothing if it was not made from the graph.
+    """
+
+    unwritten: Mapping[str, Array] = field(default_factory=dict)
+    edits_needed: Callable[[Array], Mapping[str, int]] = lambda _: {}
+
+
 def evaluate(
     cfg: CfgNode,
     skeletons: Path | None = None,
     truth_file: Path | None = None,
     truth_dataset: str | None = None,
     fragments: str = FRAGMENTS,
-    unwritten: Callable[[Sample], dict[str, Array]] = lambda _: {},
+    from_graph: Callable[[Sample], FromGraph] = lambda _: FromGraph(),
 ) -> None:
     """Score every segmentation of every test volume that has ground truth, DATA.NEURON_LABELS in its zarr.
 
@@ -85,8 +110,7 @@ def evaluate(
         truth_file: a zarr with the ground truth. None: the volume itself.
         truth_dataset: the ground truth in it. None: DATA.NEURON_LABELS.
         fragments: dataset of the fragments, which are scored if they are there.
-        unwritten: returns segmentations of a sample that are scored, too, though they are not datasets of its output:
-            the name of the dataset that each would be -> array.
+        from_graph: what the graph of a sample adds.
 
     Raises:
         UserError: no volume has ground truth, or a volume that has was not segmented; SWC files are broken.
@@ -99,27 +123,27 @@ def evaluate(
             continue
         if fragments != FRAGMENTS:
             open_array(sample.output, fragments)  # must be there if it is named
-        more = unwritten(sample)
-        names = [] if more and not _written(sample.output) else segmentations_in(sample.output)
+        graph = from_graph(sample)
+        names = [] if graph.unwritten and not _written(sample.output) else segmentations_in(sample.output)
         names = [name for name in names if name not in (FRAGMENTS, fragments)]
-        work.append((sample, [fragments] * has_array(sample.output, fragments) + names, more))
+        work.append((sample, [fragments] * has_array(sample.output, fragments) + names, graph))
     if not work:
         raise UserError(
             f"no test volume has {cfg.DATA.NEURON_LABELS}; add ground truth, or name it in DATA.NEURON_LABELS"
         )
-    for sample, names, more in work:
-        report = score_sample(sample, names, given, fragments, more)
+    for sample, names, graph in work:
+        report = score_sample(sample, names, given, fragments, graph)
         print(format_table(report))
         for suffix, content in (
             ("json", json.dumps(report, indent=2).encode()),
             ("csv", _csv(report).encode()),
             ("png", _plot(report)),
-            ("html", _html(sample, report, more).encode()),
+            ("html", _html(sample, report, graph.unwritten).encode()),
         ):
             with write_whole(scores_path(sample.output, suffix)) as partial:
                 partial.write_bytes(content)
-        if report["best"] in more:
-            made_by = more[report["best"]].attrs
+        if report["best"] in graph.unwritten:
+            made_by = graph.unwritten[report["best"]].attrs
             at = f"-mf {made_by['merge_function']} -th {made_by['threshold']:g}"
             print(f"to write it: python 05_extract_segmentation_from_lut.py -c CONFIG {at}")
         print(f"best: {report['best']}; scores in {scores_path(sample.output)}, and beside it as .csv, .png and .html")
@@ -208,7 +232,7 @@ def score_sample(
     names: Sequence[str],
     given: Mapping[str, Skeleton] | None = None,
     fragments: str = FRAGMENTS,
-    unwritten: Mapping[str, Array] | None = None,
+    graph: FromGraph | None = None,
 ) -> Report:
     """Score datasets in a sample's output against its ground truth.
 
@@ -217,54 +241,46 @@ def score_sample(
         names: the datasets.
         given: skeletons by name. None: they are made from the ground truth. Sections have none.
         fragments: the dataset of `names` that is no segmentation and cannot be the best.
-        unwritten: segmentations to score beside them, see `evaluate`.
+        graph: what it adds; None: nothing.
 
     Returns:
         sample, ground_truth: path of the volume, and name of its labels.
         by_section: whether sections were scored one by one.
-        objects, voxels: their number in the ground truth that was compared.
+        objects, voxels: how many the ground truth has.
         best: the segmentation with the lowest VOI sum.
         scores: a list of dicts with the keys COLUMNS, one per dataset. Scores of variants (`VARIANTS`) and run lengths
-            are None where the ground truth has more than MAX_VOXELS voxels, or nothing is left to score.
+            are None where the ground truth has more than MAX_VOXELS voxels, or nothing is left to score; edits, where a
+            segmentation was not made from a graph.
         skeletons: of the best segmentation, what `score_skeletons` returns; None if there are none.
 
     Raises:
         UserError: there is no ground truth, labels are no unsigned (z, y, x), or they do not meet (see `overlaps`).
     """
-    truth_name = sample.truth_dataset
-    if sample.ground_truth is None:
+    truth, truth_name = sample.ground_truth, sample.truth_dataset
+    if truth is None:
         raise UserError(f"{sample.volume} has no ground truth {truth_name}: add it, or name it in DATA.NEURON_LABELS")
-    check_labels(sample.ground_truth, f"{truth_name} in {sample.truth_file}")
+    check_labels(truth, f"{truth_name} in {sample.truth_file}")
     rows: list[dict[str, Any]] = []
-    made_from = {}
-    runs: dict[str, dict[str, Any] | None] = {}
-    by_section, unwritten = scored_by_section(sample.cfg), unwritten or {}
-    for name in (*names, *unwritten):
+    made_from, runs = dict[str, Any](), dict[str, Any]()
+    by_section, graph = scored_by_section(sample.cfg), graph or FromGraph()
+    for name in (*names, *graph.unwritten):
         require_whole(sample.output, name)
-        segmentation = _open(sample, name, unwritten)
+        segmentation = _open(sample, name, graph.unwritten)
         check_labels(segmentation, f"{name} in {sample.output}")
-        row = _score_all_voxels(sample, name, segmentation, by_section)
-        rows.append(
-            {
-                "dataset": name,
-                "written": name not in unwritten,
-                **row,
-                **_score_variants(sample, segmentation, by_section),
-            }
-        )
+        rows.append({"dataset": name, "written": name not in graph.unwritten})
         rows[-1] |= {key: segmentation.attrs.get(key) for key in ("method", "merge_function", "threshold")}
+        rows[-1] |= _score_all_voxels(sample, name, segmentation, by_section)
+        rows[-1] |= _score_variants(sample, segmentation, by_section)
         if not by_section:
             runs[name], given = _score_runs(sample, segmentation, given)
-            rows[-1] |= _run_lengths(runs[name])
-        if record := record_of(segmentation):
-            made_from[name] = record.to_json()
+            rows[-1] |= {**_run_lengths(runs[name]), **graph.edits_needed(segmentation)}
+        made_from |= {name: record.to_json()} if (record := record_of(segmentation)) else {}
     best = min((row for row in rows if row["dataset"] != fragments), key=lambda row: row["voi_sum"])["dataset"]
     return {
         "sample": str(sample.volume),
         "ground_truth": truth_name,
         "by_section": by_section,
-        "objects": rows[0]["objects"],
-        "voxels": rows[0]["voxels"],
+        **{key: rows[0][key] for key in ("objects", "voxels")},
         "best": best,
         "scores": [{key: row.get(key) for key in COLUMNS} for row in rows],
         "skeletons": runs.get(best),

@@ -92,7 +92,7 @@ def _score_table(report: Mapping[str, Any]) -> str:
     kinds = {"": "", " without boundary": "_without_boundary", " connected": "_connected"}
     head = ["dataset", "method", "threshold", "segments"]
     head += [f"{name}{kind}" for kind in kinds for name in ("split", "merge", "VOI sum", "Rand error")]
-    head += ["ERL (nm)", "normalized ERL"]
+    head += ["ERL (nm)", "normalized ERL", "splits needed", "merges needed"]
     rows = []
     for row in report["scores"]:
         method = " ".join(str(row[key]) for key in ("method", "merge_function") if row[key])
@@ -100,6 +100,7 @@ def _score_table(report: Mapping[str, Any]) -> str:
         for suffix in kinds.values():
             cells += [row[f"{name}{suffix}"] for name in ("voi_split", "voi_merge", "voi_sum", "adapted_rand_error")]
         cells += [None if row["erl_nm"] is None else round(row["erl_nm"]), row["normalized_erl"]]
+        cells += [row["splits_needed"], row["merges_needed"]]
         rows.append((cells, row["dataset"] == report["best"]))
     return _table(head, rows)
 
