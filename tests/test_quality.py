@@ -192,6 +192,19 @@ def test_sums_are_those_of_a_loop():
         assert ours[3] == pytest.approx(theirs[3])
 
 
+def test_segments_that_touch_no_face_are_orphans(home):
+    cfg, output, *_ = home
+    labels = read(open_array(output, SEGMENTATION))
+    labels[10:25, 20:40, 20:40] = 999
+    write_array(output, SEGMENTATION, labels, **PLACED)
+    quality(cfg)
+    orphans = {row["segment"] for row in read_report(output)["segments"] if row["orphan"]}
+    inside = np.ones(SHAPE, bool)
+    inside[1:-1, 1:-1, 1:-1] = False
+    assert orphans == set(np.unique(labels).tolist()) - set(np.unique(labels[inside]).tolist()) - {0}
+    assert 999 in orphans
+
+
 def test_ranking_by_hand():
     ids = np.array([7, 7, 9, 9, 5], np.uint64)
     voxels, sums = np.array([100, 100, 100, 100, 1]), np.array([1000.0, 1000, 1000, 5000, 900])

@@ -58,6 +58,8 @@ class Doubt:
         y: the same.
         x: the same.
         voxels: of the segment, without those at its boundary.
+        orphan: whether it touches no face of the volume. Neurites do not end inside a small volume: one that does is
+            probably split off from another.
     """
 
     segment: int
@@ -68,6 +70,7 @@ class Doubt:
     y: float
     x: float
     voxels: int
+    orphan: bool = False
 
 
 class Cubes(NamedTuple):
@@ -103,6 +106,9 @@ def quality(cfg: CfgNode, segmentation: str | None = None) -> None:
         array = open_array(sample.output, name)
         cube = _cube(sample, array)
         doubts, mean = rank_segments(_cubes_in(sample, array, name, cube), math.prod(cube), array.voxel_size)
+        outer = ids_at_faces(array)
+        for doubt in doubts:
+            doubt.orphan = doubt.segment not in outer
         sizes = {doubt.segment: doubt.voxels for doubt in doubts}
         splits = rank_splits(touching_in(sample, array, name), sizes, LEAST)
         lists = {"segments": list(map(asdict, doubts)), "splits": list(map(asdict, splits))}
@@ -117,12 +123,25 @@ def quality(cfg: CfgNode, segmentation: str | None = None) -> None:
         print(f"{name} in {sample.output}: centers lie {mean:.0f} nm apart on average; the most likely merges:")
         for doubt in doubts[:SHOWN]:
             print(f"{doubt.segment:>20}  doubt {doubt.doubt:8.3f}  {doubt.worst_nm:4.0f} nm apart at {_place(doubt)}")
-        print("the most likely splits:")
+        orphans = sum(doubt.orphan and doubt.voxels >= LEAST for doubt in doubts)
+        print(
+            f"{orphans} segments of {LEAST} voxels or more touch no face of the volume (orphan); the most likely splits:"
+        )
         for split in splits[:SHOWN]:
             ends = f"{split.segment} and {split.other}"
             print(f"{ends:>30}  affinity {split.affinity:.2f} across {split.faces} faces, at {_place(split)}")
         print(f"all {len(doubts)} segments are in {quality_path(sample.output, '.csv')}, all {len(splits)} contacts in")
         print(f"{quality_path(sample.output, '_splits.csv')}; python view.py --worst or --splits walks through them")
+
+
+def ids_at_faces(segmentation: Array) -> set[int]:
+    """Return the ids at the faces of a volume, (z, y, x)."""
+    found: set[int] = set()
+    for axis in range(3):
+        for at in (slice(0, 1), slice(segmentation.shape[axis] - 1, segmentation.shape[axis])):
+            face = tuple(at if n == axis else slice(None) for n in range(3))
+            found |= set(np.unique(read(segmentation, face)).tolist())
+    return found
 
 
 def _place(found: Doubt | Split) -> str:
