@@ -124,9 +124,8 @@ def quality(cfg: CfgNode, segmentation: str | None = None) -> None:
         for doubt in doubts[:SHOWN]:
             print(f"{doubt.segment:>20}  doubt {doubt.doubt:8.3f}  {doubt.worst_nm:4.0f} nm apart at {_place(doubt)}")
         orphans = sum(doubt.orphan and doubt.voxels >= LEAST for doubt in doubts)
-        print(
-            f"{orphans} segments of {LEAST} voxels or more touch no face of the volume (orphan); the most likely splits:"
-        )
+        print(f"{orphans} segments of {LEAST} voxels or more are orphans: they touch no face of the volume")
+        print("the most likely splits:")
         for split in splits[:SHOWN]:
             ends = f"{split.segment} and {split.other}"
             print(f"{ends:>30}  affinity {split.affinity:.2f} across {split.faces} faces, at {_place(split)}")
