@@ -6,6 +6,7 @@ which color-blind readers can tell apart.
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -19,6 +20,7 @@ from skimage.segmentation import find_boundaries
 from lsdseg.engine.evaluate.metrics import Mistake
 
 WORST_NEURONS = 50  # rows of the table of neurons
+ROOM = 0.04  # of the plot's axes, around a number beside a dot
 RADIUS = 60  # voxels of the finest axis that a picture shows to either side of an error
 TRUTH_COLOR, SEGMENT_COLOR, BOTH_COLOR = "#E69F00", "#56B4E9", "#FFFFFF"  # Okabe and Ito
 PLANES = ("xy", "xz", "yz")
@@ -164,6 +166,8 @@ def plot_split_merge(rows: Sequence[Mapping[str, Any]]) -> bytes:
         series.setdefault(" ".join(words), []).append(row)
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
+    limits = [1.1 * max(row[key] for row in rows) or 1 for key in ("voi_split", "voi_merge")]
+    numbered: list[tuple[float, float]] = []
     colors = ("#0072B2", "#D55E00", "#000000", "#009E73", "#CC79A7")
     for number, (name, members) in enumerate(series.items()):
         ordered = sorted(members, key=lambda row: row["threshold"] or 0)
@@ -171,11 +175,12 @@ def plot_split_merge(rows: Sequence[Mapping[str, Any]]) -> bytes:
         style: dict[str, Any] = {"color": colors[number % len(colors)], "marker": "osD^v"[number // 2 % 5]}
         axes.plot(split, merge, ("-", "--", ":", "-.")[number % 4], label=name, **style)
         for row in ordered:
-            if row["threshold"] is not None:
-                place = (row["voi_split"], row["voi_merge"])
+            place = (row["voi_split"], row["voi_merge"])
+            near = any(math.dist(*(np.divide(at, limits) for at in (place, other))) < ROOM for other in numbered)
+            if row["threshold"] is not None and not near:
+                numbered.append(place)
                 axes.annotate(f"{row['threshold']:g}", place, (4, 4), textcoords="offset points", fontsize=8)
     axes.set(xlabel="VOI split (bits)", ylabel="VOI merge (bits)")
-    limits = [1.1 * max(row[key] for row in rows) or 1 for key in ("voi_split", "voi_merge")]
     axes.set(xlim=(0, limits[0]), ylim=(0, limits[1]))
     if len(series) <= 20:
         figure.legend(loc="outside lower center", ncols=2, fontsize="small")
