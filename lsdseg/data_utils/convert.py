@@ -149,10 +149,15 @@ def convert_volume(
         volumes = [only_volume(source, RAW, dataset, files)]
         if labels is not None:
             volumes.append(only_volume(labels, LABELS, None, files))
-        _convert(Source(volumes, []), source, checked, wanted, resolution)
-    for name in list_arrays(checked):
-        array = open_array(checked, name)
-        print(f"{checked}: {name} {array.dtype} {array.shape}, {tuple(array.voxel_size)} nm")
+        convert_source(Source(volumes, []), source, checked, wanted, resolution)
+    print_arrays(checked)
+
+
+def print_arrays(zarr: Path) -> None:
+    """Print what a zarr holds."""
+    for name in list_arrays(zarr):
+        array = open_array(zarr, name)
+        print(f"{zarr}: {name} {array.dtype} {array.shape}, {tuple(array.voxel_size)} nm")
 
 
 def only_volume(path: Path, name: str, dataset: str | None, files: ExitStack) -> Volume:
@@ -180,11 +185,13 @@ def convert(
         UserError: the file cannot be read; it has no volumes/raw, or not these sections; there is no room on disk.
     """
     with open_source(path) as source:
-        _convert(source, path, target, sections, resolution)
+        convert_source(source, path, target, sections, resolution)
 
 
-def _convert(source: Source, path: Path, target: Path, sections: Sections, resolution: Sequence[float] | None) -> None:
-    """Do what `convert` says with what `open_source` gave."""
+def convert_source(
+    source: Source, path: Path, target: Path, sections: Sections, resolution: Sequence[float] | None
+) -> None:
+    """Do what `convert` says with what `open_source` gave; `path` is its name in messages."""
     parts, _ = select_parts(source, path, sections, resolution)
     voxels = sum(math.prod(part.shape) for part in parts)
     with (
