@@ -98,10 +98,9 @@ def download_volumes(
     known = read_table(table or TABLE)
     count = next((number for number, word in enumerate(words) if KEY.fullmatch(word)), len(words))
     names, overrides = words[:count], words[count:]
-    chosen = choose(known, names or (list(known.data_sets) if listed else []))
+    chosen = choose(known, names or (list(known) if listed else []))
     if listed:
         print(*(describe(data_set) for data_set in _data_sets(chosen)), sep="\n\n")
-        print(*(f"\nleft out: {name}: {reason}" for name, reason in known.left_out.items()), sep="\n")
         return
     if not names:
         raise UserError("no data set is named: give one or more names, as --list shows them")

@@ -61,29 +61,17 @@ class DataSet(NamedTuple):
     tried: bool
 
 
-class Table(NamedTuple):
-    """What a table holds: data sets by their names, and why others are left out."""
-
-    data_sets: dict[str, DataSet]
-    left_out: dict[str, str]
-
-
-def read_table(path: Path) -> Table:
+def read_table(path: Path) -> dict[str, DataSet]:
     """Read a table of data sets.
 
     Raises:
         UserError: it cannot be read, or an entry lacks a key or has a value that it cannot have.
     """
     content = read_json(path, "write it as docs/public_volumes.md says")
-    entries, left_out = content.get("data_sets"), content.get("left_out", {})
-    if (
-        not entries
-        or not _is_mapping(entries, NAME)
-        or not _is_mapping(left_out, NAME)
-        or not _all(left_out.values(), TEXT)
-    ):
+    entries = content.get("data_sets")
+    if not entries or not isinstance(entries, dict) or not _all(entries, NAME):
         raise UserError(f"{path} is no table of data sets: write it as docs/public_volumes.md says")
-    return Table({name: _data_set(name, entry, path) for name, entry in entries.items()}, left_out)
+    return {name: _data_set(name, entry, path) for name, entry in entries.items()}
 
 
 def _data_set(name: str, entry: Any, path: Path) -> DataSet:
@@ -146,20 +134,18 @@ def _is_size(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 1e6
 
 
-def choose(table: Table, words: Sequence[str]) -> list[tuple[DataSet, str]]:
+def choose(table: Mapping[str, DataSet], words: Sequence[str]) -> list[tuple[DataSet, str]]:
     """Return the volumes that words name: NAME is a whole data set, NAME/VOLUME one of its volumes.
 
     Raises:
         UserError: there is none of that name; the message names the nearest.
     """
     known: dict[str, list[tuple[DataSet, str]]] = {}
-    for name, data_set in table.data_sets.items():
+    for name, data_set in table.items():
         known[name] = [(data_set, volume) for volume in data_set.volumes]
         known |= {f"{name}/{volume}": [(data_set, volume)] for volume in data_set.volumes}
     chosen: list[tuple[DataSet, str]] = []
     for word in words:
-        if word in table.left_out:
-            raise UserError(f"{word} is not among the data sets: {table.left_out[word]}")
         if word not in known:
             nearest = difflib.get_close_matches(word[:100].lower(), known, n=1, cutoff=0)[0]
             raise UserError(f"no data set is called {quoted(word)}: did you mean {nearest}? --list shows all of them")
