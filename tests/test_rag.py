@@ -192,11 +192,13 @@ def test_mode_w_starts_over(open_graph):
     assert len(open_graph("w").read_nodes(1, VOXELS)[0]) == 0
 
 
-def test_other_blocks_are_refused(open_graph):
-    open_graph().write_nodes(0, *make_nodes(0))
-    for mode in ("r", "r+"):
-        with pytest.raises(UserError, match=r"voxels_in_block 1000, now 512.*DROP_DS_MONGOTABLE"):
-            open_graph(mode, voxels=512)
+def test_other_blocks_are_refused_but_to_read(open_graph):
+    for block in (0, 1):
+        open_graph("r+").write_nodes(block, *make_nodes(block))
+    with pytest.raises(UserError, match=r"voxels_in_block 1000, now 512.*DROP_DS_MONGOTABLE"):
+        open_graph("r+", voxels=512)
+    ids, _ = open_graph("r", voxels=512).read_nodes(1001, 2000)
+    assert sorted(ids.tolist()) == sorted(make_nodes(1)[0].tolist())
     open_graph("w", voxels=512)
     open_graph("r+", voxels=512)
 

@@ -545,7 +545,6 @@ def test_ground_truth_is_exported_from_the_command_line_and_trained_on(chain, tm
         "VOXEL_SIZE": (10, 10, 10),
     }
     settings = {f"MODEL_ISO.{key}": value for key, value in network.items()}
-    settings |= {"INS_SEGMENT.BLOCK_SIZE": (8, 32, 32)}  # of the graph
     settings |= {"DATA.HOME": tmp_path, "SYSTEM.NUM_WORKERS": 0, "TRAIN.AUGMENT": False, "TRAIN.DEVICE": "cpu"}
     overrides = [str(part) for pair in settings.items() for part in pair]
     cfg = load_config(overrides=overrides)

@@ -101,6 +101,9 @@ class RagStore(ABC):
         # Look for tables first: whoever creates a graph writes the record before the first table.
         exists = bool(self._tables())
         recorded = self._record_of(GRAPH)
+        if mode == "r" and recorded and isinstance(size := recorded.get("voxels_in_block"), int):
+            # To read a graph, one need not know with which blocks it was made.
+            self._voxels_in_block = self._record["voxels_in_block"] = size
         if not exists and mode == "r":
             raise UserError(f"there is no graph {self}: run 02_extract_fragments_blockwise.py first")
         if exists and mode == "x":
