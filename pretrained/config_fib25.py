@@ -16,4 +16,4 @@ _C = CfgNode(read_config_file(HERE.parent / "config" / "config_fib25.py"))
 # Absolute, because relative paths in a config start at the current directory.
 _C.TRAIN.CHECKPOINT = str(HERE / "fib25_mtlsd" / "model_checkpoint_8000")
 # The threshold that scored best on held-out sections.
-_C.INS_SEGMENT.THRESHOLDS = [0.5]
+_C.INS_SEGMENT.THRESHOLDS = [0.55]
