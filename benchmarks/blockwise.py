@@ -20,17 +20,15 @@ import re
 import tempfile
 import time
 import tracemalloc
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter
-from skimage.segmentation import find_boundaries
 from yacs.config import CfgNode
 
 from lsdseg.config.loader import load_config
 from lsdseg.data_utils.layout import data_folder, output_path
-from lsdseg.data_utils.phantom import make_phantom
 from lsdseg.data_utils.volumes import open_array, write_array
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep, Summary
@@ -39,9 +37,12 @@ from lsdseg.engine.post.steps.tables import find_segments
 from lsdseg.engine.predict import blockwise as predict
 from lsdseg.models import build_model
 from lsdseg.models.checkpoint import save_untrained
+from made_up import phantom_with_affinities
+from ratios import Rows, add_options
 
 BLOCK, LAYERS = 48, 6
 UNIT_BLOCKS = LAYERS * 2 * 2
+CONSTANT = 1.05  # a step scales whose cost per voxel grows by less from volume to volume
 MERGE_FUNCTION, THRESHOLD = "hist_quant_75", 0.5
 SETTINGS = {
     "SYSTEM.NUM_WORKERS": 1,
@@ -62,19 +63,6 @@ SETTINGS = {
     "INS_SEGMENT.MERGE_FUNCTION": MERGE_FUNCTION,
 }
 COLUMNS = "{:<16}{:>6}{:>8}{:>16}{:>8}{:>18}{:>8}"
-
-
-def two_layers() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Make a noisy phantom of two layers of blocks: raw (z, y, x) and affinities (3, z, y, x)."""
-    raw, labels, _ = make_phantom((2 * BLOCK,) * 3, seed=0)
-    inside = np.where(find_boundaries(labels, mode="thick"), 0, labels)
-    affinities = np.ones((3, *labels.shape), np.float32)
-    for axis in range(3):
-        here, before = np.moveaxis(inside, axis, 0)[1:], np.moveaxis(inside, axis, 0)[:-1]
-        np.moveaxis(affinities[axis], axis, 0)[1:] = (here == before) & (here > 0)
-    noise = np.random.default_rng(0).normal(0, 0.1, affinities.shape)
-    blurred = np.stack([gaussian_filter(channel, 0.7) for channel in affinities])
-    return raw, np.rint(255 * (blurred + noise).clip(0, 1)).astype(np.uint8)
 
 
 def measure(units: int, raw: NDArray[np.uint8], affinities: NDArray[np.uint8]) -> dict[str, tuple[float, float]]:
@@ -136,9 +124,10 @@ def main() -> None:
     parser.add_argument(
         "--units", type=int, nargs="+", default=[1, 4, 16], help="sizes of the volumes, in units, ascending"
     )
+    add_options(parser)
     args = parser.parse_args()
 
-    raw, affinities = two_layers()
+    raw, affinities = phantom_with_affinities(2 * BLOCK)  # two layers
     runs = [(units, measure(units, raw, affinities)) for units in [*args.units, *args.units[-2::-1]]]
     print(COLUMNS.format("step", "units", "blocks", "CPU s/Mvoxel", "ratio", "bytes per voxel", "ratio"))
     for step in runs[0][1]:
@@ -147,6 +136,21 @@ def main() -> None:
             ratios = [f"{ratio:.2f}" for ratio in costs[units] / costs[args.units[0]]]
             blocks = units * UNIT_BLOCKS
             print(COLUMNS.format(step, units, blocks, f"{seconds * 1e6:.4f}", ratios[0], f"{memory:.4g}", ratios[1]))
+    add_rows(Rows(args.json), runs)
+
+
+def add_rows(rows: Rows, runs: Sequence[tuple[int, dict[str, tuple[float, float]]]]) -> None:
+    """Add a row for each step and size. Each run of a size is compared with the smallest volume before or after it."""
+    smallest, middle = runs[0][0], len(runs) // 2
+    for step in runs[0][1]:
+        for units in sorted({size for size, _ in runs} - {smallest}):
+            at = [n for n, (size, _) in enumerate(runs) if size == units]
+            pairs = [(n, side) for n in at for side in (0, -1) if n == middle or (n < middle) == (side == 0)]
+            what, than = (f"{size * UNIT_BLOCKS} blocks" for size in (units, smallest))
+            for measure, unit, factor in ((0, "CPU s/Mvoxel", 1e6), (1, "bytes/voxel", 1)):
+                costs = [factor * runs[n][1][step][measure] for n, _ in pairs]
+                others = [factor * runs[side][1][step][measure] for _, side in pairs]
+                rows.add(f"{step}, {what}", costs, than, others, unit=unit, goal=CONSTANT)
 
 
 if __name__ == "__main__":
