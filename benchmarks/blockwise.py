@@ -11,7 +11,8 @@ Seconds are CPU seconds of the one worker, without its start and without its fir
 Bytes are its peak memory per voxel of a block, because it holds one block at a time. Look-up tables (nine thresholds)
 are made by the master from the whole graph. For them, CPU seconds and the peak memory of Python and NumPy are per voxel
 of the volume. Sizes run in the order 1, 4, 16, 4, 1, and the two runs of a size are averaged, so that a machine that
-slows down or speeds up does not matter. Ratios are relative to the smallest volume.
+slows down or speeds up does not matter. With --repeats 2, that goes on with 4, 16, 4, 1. Ratios are relative to the
+smallest volume; those of --json are relative to its run before or after, or to both for the largest volume.
 """
 
 import argparse
@@ -62,10 +63,12 @@ SETTINGS = {
     "INS_SEGMENT.EPSILON_AGGLOMERATE": 0.0,
     "INS_SEGMENT.MERGE_FUNCTION": MERGE_FUNCTION,
 }
+# Step -> seconds and bytes, both per voxel.
+Costs = dict[str, tuple[float, float]]
 COLUMNS = "{:<16}{:>6}{:>8}{:>16}{:>8}{:>18}{:>8}"
 
 
-def measure(units: int, raw: NDArray[np.uint8], affinities: NDArray[np.uint8]) -> dict[str, tuple[float, float]]:
+def measure(units: int, raw: NDArray[np.uint8], affinities: NDArray[np.uint8]) -> Costs:
     """Run all steps on a volume.
 
     Args:
@@ -77,7 +80,7 @@ def measure(units: int, raw: NDArray[np.uint8], affinities: NDArray[np.uint8]) -
         Step -> seconds and bytes, both per voxel.
     """
     voxels = units * UNIT_BLOCKS * BLOCK**3
-    measured: dict[str, tuple[float, float]] = {}
+    measured: Costs = {}
 
     def measured_run(cfg: CfgNode, block_step: BlockStep) -> Summary:
         summary = run_blocks(cfg, block_step)
@@ -124,11 +127,13 @@ def main() -> None:
     parser.add_argument(
         "--units", type=int, nargs="+", default=[1, 4, 16], help="sizes of the volumes, in units, ascending"
     )
-    add_options(parser)
+    add_options(parser, repeats=1)
     args = parser.parse_args()
+    rows = Rows(args.json)
 
     raw, affinities = phantom_with_affinities(2 * BLOCK)  # two layers
-    runs = [(units, measure(units, raw, affinities)) for units in [*args.units, *args.units[-2::-1]]]
+    up_and_down = [*args.units[1:], *args.units[-2::-1]]
+    runs = [(units, measure(units, raw, affinities)) for units in [args.units[0], *args.repeats * up_and_down]]
     print(COLUMNS.format("step", "units", "blocks", "CPU s/Mvoxel", "ratio", "bytes per voxel", "ratio"))
     for step in runs[0][1]:
         costs = {units: np.mean([run[step] for size, run in runs if size == units], axis=0) for units in args.units}
@@ -136,21 +141,31 @@ def main() -> None:
             ratios = [f"{ratio:.2f}" for ratio in costs[units] / costs[args.units[0]]]
             blocks = units * UNIT_BLOCKS
             print(COLUMNS.format(step, units, blocks, f"{seconds * 1e6:.4f}", ratios[0], f"{memory:.4g}", ratios[1]))
-    add_rows(Rows(args.json), runs)
+    add_rows(rows, runs, args.units)
 
 
-def add_rows(rows: Rows, runs: Sequence[tuple[int, dict[str, tuple[float, float]]]]) -> None:
-    """Add a row for each step and size. Each run of a size is compared with the smallest volume before or after it."""
-    smallest, middle = runs[0][0], len(runs) // 2
+def add_rows(rows: Rows, runs: Sequence[tuple[int, Costs]], sizes: Sequence[int]) -> None:
+    """Add rows for each step and size: seconds, and bytes.
+
+    Args:
+        rows: where to.
+        runs: (size, what `measure` returned), in the order in which they ran.
+        sizes: all sizes, the smallest first.
+    """
+    top = len(sizes) - 1  # runs from the smallest volume to the largest
+    pairs = []  # (size, costs, those of the smallest volume to compare with)
+    for begin in range(0, len(runs) - 1, max(1, 2 * top)):
+        first, last = runs[begin][1], runs[begin + 2 * top][1]
+        for n in range(1, 2 * top):
+            near = [first] * (n <= top) + [last] * (n >= top)
+            pairs.append((*runs[begin + n], near))
     for step in runs[0][1]:
-        for units in sorted({size for size, _ in runs} - {smallest}):
-            at = [n for n, (size, _) in enumerate(runs) if size == units]
-            pairs = [(n, side) for n in at for side in (0, -1) if n == middle or (n < middle) == (side == 0)]
-            what, than = (f"{size * UNIT_BLOCKS} blocks" for size in (units, smallest))
-            for measure, unit, factor in ((0, "CPU s/Mvoxel", 1e6), (1, "bytes/voxel", 1)):
-                costs = [factor * runs[n][1][step][measure] for n, _ in pairs]
-                others = [factor * runs[side][1][step][measure] for _, side in pairs]
-                rows.add(f"{step}, {what}", costs, than, others, unit=unit, goal=CONSTANT)
+        for size in sizes[1:]:
+            for place, (unit, factor) in enumerate({"CPU s/Mvoxel": 1e6, "bytes/voxel": 1}.items()):
+                own = [factor * costs[step][place] for units, costs, _ in pairs if units == size]
+                others = [factor * np.mean([c[step][place] for c in near]) for units, _, near in pairs if units == size]
+                what, than = (f"{units * UNIT_BLOCKS} blocks" for units in (size, sizes[0]))
+                rows.add(f"{step}, {what}", own, than, others, unit=unit, goal=CONSTANT)
 
 
 if __name__ == "__main__":

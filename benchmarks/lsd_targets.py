@@ -6,9 +6,8 @@
 Without --data, labels are those of two phantoms. Both use one thread. Our time is the median of three runs, after a run
 that compiles (its time is printed separately). lsd-lite runs once, label after label. This is repeated --repeats times.
 At full resolution lsd-lite would need up to half an hour for all labels, so it gets every k-th label and its time is
-scaled up (~). The last two columns compare the results. Correlations differ where a
-label is flat, because lsd-lite divides rounding errors there. Offsets differ where down-sampling leaves nothing of a
-label.
+scaled up (~). The last two columns compare the results. Correlations differ where a label is flat, because lsd-lite
+divides rounding errors there. Offsets differ where down-sampling leaves nothing of a label.
 """
 
 import argparse

@@ -5,8 +5,8 @@
 
 Without --uri, the store is Parquet files in a temporary folder; --folder chooses the disk. Each pass runs three times,
 and the median counts. In between, numpy writes the same columns as files of its own, and reads them; --json keeps the
-ratios. The first write is shown separately, because writing again replaces the edges, as a block that is
-processed twice does. The benchmark is one process, like a worker.
+ratios. The first write is shown separately, because writing again replaces the edges, as a block that is processed
+twice does. The benchmark is one process, like a worker.
 """
 
 import argparse

@@ -32,7 +32,7 @@ QUICK = (
     "table_tree.py --grid 4 --edge 20 --repeats 3",
     "rag_stores.py --edges 1000000",
     "block_overhead.py --blocks 10000 --repeats 3",
-    "blockwise.py --units 1 2",
+    "blockwise.py --units 1 2 --repeats 3",
     "lsd_targets.py --quick --repeats 3",
 )
 LONG = (

@@ -111,8 +111,8 @@ def first_block(cfg: CfgNode, alone: list[float]) -> float:
 
 
 def run(*words: object) -> None:
-    """Run Python with these arguments."""
-    subprocess.run([sys.executable, *map(str, words)], check=True, capture_output=True)
+    """Run Python with these arguments; only errors are shown."""
+    subprocess.run([sys.executable, *map(str, words)], check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

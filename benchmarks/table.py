@@ -18,8 +18,8 @@ from run import HERE, LONG, QUICK, RESULTS
 PAGE = HERE.parent / "docs" / "benchmarks.md"
 HEAD = """# Benchmarks
 
-`make bench` measures these rows, in a quarter of an hour on two cores, and `make bench-full` adds the long ones. Both
-write `benchmarks/results.json` and this page; nothing here is written by hand. What else was measured, and what it
+`make bench` measures these rows, in about a quarter of an hour on two cores, and `make bench-full` adds the long ones.
+Both write `benchmarks/results.json` and this page; nothing here is written by hand. What else was measured, and what it
 means for a run, is in [results.md](results.md) and [scale.md](scale.md).
 
 A ratio is what a row costs divided by what the other side costs, so less is better. Both sides run in turns. Each

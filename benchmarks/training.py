@@ -50,7 +50,8 @@ def main() -> None:
     print(f"{'precision':>9} {'bare (s)':>9} {'step (s)':>9} {'ratio':>6} {'(least to most)':>16} {'workers':>8}")
     for name in PRECISIONS:
         bare, steps = timed_steps(cfg, Precision(name, device), batch, args.repeats)
-        about = f"{batch.raw.shape[0]} patches of {'x'.join(map(str, batch.raw.shape[2:]))} voxels, {PRECISIONS[name]}"
+        voxels = " x ".join(map(str, (batch.raw.shape[0], *batch.raw.shape[2:])))
+        about = f"a batch of {voxels} voxels, {PRECISIONS[name]}"
         row = rows.add(f"training step, {about}", steps, "bare forward and backward pass", bare)
         spread = f"({row['least']:.2f} to {row['most']:.2f})"
         print(

@@ -67,6 +67,11 @@ def test_the_page_shows_ratios_goals_machines_and_load(rows_of):
     assert all(f"`python benchmarks/{command}`" in page for command in COMMANDS)
 
 
+def test_the_page_in_docs_is_made_of_the_rows_that_are_kept():
+    page = (CHECKOUT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert page == table.page_of(ratios.read_rows(BENCHMARKS / "results.json")), "run python benchmarks/table.py"
+
+
 def test_a_command_that_runs_again_replaces_its_own_rows(rows_of):
     quick, other = run.QUICK[0], run.QUICK[1]
     old = [*rows_of(other, [1.0], [1.0]), *rows_of(quick, [2.0], [1.0]), *rows_of("gone.py", [1.0], [1.0])]
