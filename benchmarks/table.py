@@ -128,8 +128,8 @@ def how_to_run(measured: set[str]) -> str:
         script = (HERE / command.split()[0]).read_text(encoding="utf-8")
         what = (ast.get_docstring(ast.parse(script)) or "").splitlines()[0].partition(": python ")[0].rstrip(".")
         full = f"python benchmarks/{command}"
-        target = "bench" if command in QUICK else "bench-full" + ("" if full in measured else ", not measured yet")
-        lines.append(f"| `{full}` | {what} | {target} |")
+        target = "bench" if command in QUICK else "bench-full"
+        lines.append(f"| `{full}` | {what} | {target}{'' if full in measured else ', not measured here'} |")
     lines += ["", "`--json FILE` writes the ratios of one command to a file, and `--help` explains its options.", ""]
     return "\n".join(lines)
 
