@@ -25,6 +25,7 @@ means for a run, is in [results.md](results.md) and [scale.md](scale.md).
 A ratio is what a row costs divided by what the other side costs, so less is better. Both sides run in turns. Each
 repeat gives a ratio; the table has their median, the least and the most. So a ratio means something on a machine that
 does other work, while a cost alone is only an upper bound there. A goal is the most that a ratio or a cost should be.
+The goal of a ratio is met or missed if it is in every repeat, and otherwise unclear; of a cost, the median counts.
 """
 
 
@@ -108,12 +109,13 @@ def line_of(row: Row) -> str:
 
 
 def goal_of(row: Row) -> str:
-    """Return the goal of a row, and whether it is missed."""
+    """Return the goal of a row, and whether it was reached; of a cost only the median is known."""
     if row["goal"] is None:
         return ""
-    in_ratio = row["goal_in"] == "ratio"
-    missed = ", missed" if row["ratio" if in_ratio else "cost"] > row["goal"] else ""
-    return f"{row['goal']:g}{'' if in_ratio else ' ' + row['goal_in']}{missed}"
+    if row["goal_in"] != "ratio":
+        return f"{row['goal']:g} {row['goal_in']}, {'met' if row['cost'] <= row['goal'] else 'missed'}"
+    verdict = "met" if row["most"] <= row["goal"] else "missed" if row["least"] > row["goal"] else "unclear"
+    return f"{row['goal']:g}, {verdict}"
 
 
 def number(value: float) -> str:

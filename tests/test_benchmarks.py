@@ -54,13 +54,17 @@ def test_sides_take_turns():
 
 def test_the_page_shows_ratios_goals_machines_and_load(rows_of):
     rows = [
-        *rows_of("luts.py", [3.0, 1.0, 2.0], [1.0, 1.0, 1.0], goal=1.5),
+        *rows_of("luts.py", [3.0, 1.0, 2.0], [1.0, 1.0, 1.0], goal=0.5),
+        *rows_of("luts.py", [3.0, 1.0], [1.0, 1.0], goal=2.5),
+        *rows_of("luts.py", [3.0, 1.0], [1.0, 1.0], goal=3),
         *rows_of("luts.py", [0.25], [1.0], goal=0.5, goal_in="s"),
         *rows_of("tree.py", [5.0], [1.0], cpu="Another CPU", load=1000.0),
     ]
     page = table.page_of(rows)
-    assert "| ours | theirs | 2 s | 1 s | **2** | 1 to 3 | 3 | 1.5, missed |" in page
-    assert "| ours | theirs | 0.25 s | 1 s | **0.25** | 0.25 to 0.25 | 1 | 0.5 s |" in page
+    assert "| ours | theirs | 2 s | 1 s | **2** | 1 to 3 | 3 | 0.5, missed |" in page
+    assert "| 1 to 3 | 2 | 2.5, unclear |" in page
+    assert "| 1 to 3 | 2 | 3, met |" in page
+    assert "| ours | theirs | 0.25 s | 1 s | **0.25** | 0.25 to 0.25 | 1 | 0.5 s, met |" in page
     first, second = re.split(r"^## .* cores$", page, flags=re.MULTILINE)[1:]
     assert "Other work shared the cores" in second
     assert "Other work shared the cores" not in first
