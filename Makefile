@@ -5,6 +5,7 @@
 # make test    add what the tests need, and run them all
 # make fuzz    give damaged and odd input to whatever reads files: CASES=10000 of each kind
 # make torture kill, stop and starve the whole chain at random: MINUTES=60 SEED=1 (OPTIONS=--mongodb)
+# make bench   measure this suite against other libraries, and write docs/benchmarks.md; make bench-full takes longer
 # make lint    add the linters, and check style, spelling, imports and types
 # make dev     add both, and pre-commit
 # make clean   remove what the other targets made
@@ -14,7 +15,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --progress-bar off --constraint constraints.txt --editable
 
-.PHONY: demo view segment raw-named test fuzz torture lint dev setup clean
+.PHONY: demo view segment raw-named test fuzz torture bench bench-full lint dev setup clean
 
 demo: setup
 	$(RUN) demo.py
@@ -41,6 +42,10 @@ torture: MINUTES ?= 10
 torture: $(VENV)/ready-test
 	$(RUN) -m tests.torture --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(OPTIONS)
 
+bench bench-full: $(VENV)/ready-bench
+	$(RUN) benchmarks/run.py $(if $(filter bench-full,$@),--full)
+	$(RUN) benchmarks/table.py
+
 lint: $(VENV)/ready-lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -64,7 +69,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@touch $@
 
 # One stamp for each extra of pyproject.toml.
-$(VENV)/ready-test $(VENV)/ready-lint $(VENV)/ready-dev: $(VENV)/ready-%: $(VENV)/ready
+$(VENV)/ready-test $(VENV)/ready-bench $(VENV)/ready-lint $(VENV)/ready-dev: $(VENV)/ready-%: $(VENV)/ready
 	@echo "adding the packages of the extra '$*' to $(VENV)"
 	$(INSTALL) '.[$*]'
 	@touch $@

@@ -4,7 +4,7 @@
     python benchmarks/block_overhead.py --blocks 640 --workers 64 --sleep 1
 
 Starting the workers does not count. It is measured in a run with one block per worker, and subtracted. The same is done
-with daisy alone, whose workers leave no record of what is done.
+with daisy alone, whose workers leave no record of what is done. Both take turns, --repeats times; medians are printed.
 """
 
 import argparse
@@ -12,7 +12,9 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from yacs.config import CfgNode
@@ -75,19 +77,37 @@ def seconds_of_daisy(blocks: int, workers: int, sleep: float) -> float:
 
 def main() -> None:
     """Measure and print a line for each."""
+    import ratios
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=2000, help="number of blocks (default %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="number of workers (default %(default)s)")
     parser.add_argument("--sleep", type=float, default=0.0, help="seconds that a block takes (default %(default)s)")
+    ratios.add_options(parser, repeats=1)
     args = parser.parse_args()
-    for what, run in {"this suite": seconds, "daisy alone": seconds_of_daisy}.items():
-        start = run(args.workers, args.workers, args.sleep)
-        total = run(args.blocks, args.workers, args.sleep)
-        each = (total - start) / (args.blocks - args.workers)
+    if args.blocks <= args.workers:
+        parser.error(f"--blocks {args.blocks}: there must be more blocks than workers ({args.workers})")
+    rows = ratios.Rows(args.json)
+    names = {"this suite": seconds, "daisy alone": seconds_of_daisy}
+    starts: dict[str, list[float]] = {name: [] for name in names}
+
+    def each(name: str) -> float:
+        start = names[name](args.workers, args.workers, args.sleep)
+        starts[name].append(start)
+        return (names[name](args.blocks, args.workers, args.sleep) - start) / (args.blocks - args.workers)
+
+    measured = ratios.in_turns(args.repeats, *(partial(each, name) for name in names))
+    for name, costs in zip(names, measured, strict=True):
         print(
-            f"{what}: {args.blocks} blocks on {args.workers} workers, {os.cpu_count()} cores: "
-            f"{each * 1000:.3f} ms per block, {start:.1f} s to start and end"
+            f"{name}: {args.blocks} blocks on {args.workers} workers, {os.cpu_count()} cores: "
+            f"{median(costs) * 1000:.3f} ms per block, {median(starts[name]):.1f} s to start and end"
         )
+    ours, theirs = ([cost * 1000 for cost in costs] for costs in measured)
+    if min(ours + theirs) <= 0:
+        print(f"{args.blocks} blocks take no longer than starting the workers: take more --blocks for a ratio")
+        return
+    about = f"{args.blocks} blocks of {args.sleep:g} s, {args.workers} workers"
+    rows.add(f"a block that does nothing: {about}", ours, "daisy alone", theirs, unit="ms")
 
 
 if __name__ == "__main__":

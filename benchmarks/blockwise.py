@@ -11,7 +11,8 @@ Seconds are CPU seconds of the one worker, without its start and without its fir
 Bytes are its peak memory per voxel of a block, because it holds one block at a time. Look-up tables (nine thresholds)
 are made by the master from the whole graph. For them, CPU seconds and the peak memory of Python and NumPy are per voxel
 of the volume. Sizes run in the order 1, 4, 16, 4, 1, and the two runs of a size are averaged, so that a machine that
-slows down or speeds up does not matter. Ratios are relative to the smallest volume.
+slows down or speeds up does not matter. With --repeats 2, that goes on with 4, 16, 4, 1. Ratios are relative to the
+smallest volume; those of --json are relative to its run before or after, or to both for the largest volume.
 """
 
 import argparse
@@ -20,17 +21,15 @@ import re
 import tempfile
 import time
 import tracemalloc
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter
-from skimage.segmentation import find_boundaries
 from yacs.config import CfgNode
 
 from lsdseg.config.loader import load_config
 from lsdseg.data_utils.layout import data_folder, output_path
-from lsdseg.data_utils.phantom import make_phantom
 from lsdseg.data_utils.volumes import open_array, write_array
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep, Summary
@@ -39,9 +38,12 @@ from lsdseg.engine.post.steps.tables import find_segments
 from lsdseg.engine.predict import blockwise as predict
 from lsdseg.models import build_model
 from lsdseg.models.checkpoint import save_untrained
+from made_up import phantom_with_affinities
+from ratios import Rows, add_options
 
 BLOCK, LAYERS = 48, 6
 UNIT_BLOCKS = LAYERS * 2 * 2
+CONSTANT = 1.05  # a step scales whose cost per voxel grows by less from volume to volume
 MERGE_FUNCTION, THRESHOLD = "hist_quant_75", 0.5
 SETTINGS = {
     "SYSTEM.NUM_WORKERS": 1,
@@ -61,23 +63,12 @@ SETTINGS = {
     "INS_SEGMENT.EPSILON_AGGLOMERATE": 0.0,
     "INS_SEGMENT.MERGE_FUNCTION": MERGE_FUNCTION,
 }
+# Step -> seconds and bytes, both per voxel.
+Costs = dict[str, tuple[float, float]]
 COLUMNS = "{:<16}{:>6}{:>8}{:>16}{:>8}{:>18}{:>8}"
 
 
-def two_layers() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Make a noisy phantom of two layers of blocks: raw (z, y, x) and affinities (3, z, y, x)."""
-    raw, labels, _ = make_phantom((2 * BLOCK,) * 3, seed=0)
-    inside = np.where(find_boundaries(labels, mode="thick"), 0, labels)
-    affinities = np.ones((3, *labels.shape), np.float32)
-    for axis in range(3):
-        here, before = np.moveaxis(inside, axis, 0)[1:], np.moveaxis(inside, axis, 0)[:-1]
-        np.moveaxis(affinities[axis], axis, 0)[1:] = (here == before) & (here > 0)
-    noise = np.random.default_rng(0).normal(0, 0.1, affinities.shape)
-    blurred = np.stack([gaussian_filter(channel, 0.7) for channel in affinities])
-    return raw, np.rint(255 * (blurred + noise).clip(0, 1)).astype(np.uint8)
-
-
-def measure(units: int, raw: NDArray[np.uint8], affinities: NDArray[np.uint8]) -> dict[str, tuple[float, float]]:
+def measure(units: int, raw: NDArray[np.uint8], affinities: NDArray[np.uint8]) -> Costs:
     """Run all steps on a volume.
 
     Args:
@@ -89,7 +80,7 @@ def measure(units: int, raw: NDArray[np.uint8], affinities: NDArray[np.uint8]) -
         Step -> seconds and bytes, both per voxel.
     """
     voxels = units * UNIT_BLOCKS * BLOCK**3
-    measured: dict[str, tuple[float, float]] = {}
+    measured: Costs = {}
 
     def measured_run(cfg: CfgNode, block_step: BlockStep) -> Summary:
         summary = run_blocks(cfg, block_step)
@@ -136,10 +127,13 @@ def main() -> None:
     parser.add_argument(
         "--units", type=int, nargs="+", default=[1, 4, 16], help="sizes of the volumes, in units, ascending"
     )
+    add_options(parser, repeats=1)
     args = parser.parse_args()
+    rows = Rows(args.json)
 
-    raw, affinities = two_layers()
-    runs = [(units, measure(units, raw, affinities)) for units in [*args.units, *args.units[-2::-1]]]
+    raw, affinities = phantom_with_affinities(2 * BLOCK)  # two layers
+    up_and_down = [*args.units[1:], *args.units[-2::-1]]
+    runs = [(units, measure(units, raw, affinities)) for units in [args.units[0], *args.repeats * up_and_down]]
     print(COLUMNS.format("step", "units", "blocks", "CPU s/Mvoxel", "ratio", "bytes per voxel", "ratio"))
     for step in runs[0][1]:
         costs = {units: np.mean([run[step] for size, run in runs if size == units], axis=0) for units in args.units}
@@ -147,6 +141,31 @@ def main() -> None:
             ratios = [f"{ratio:.2f}" for ratio in costs[units] / costs[args.units[0]]]
             blocks = units * UNIT_BLOCKS
             print(COLUMNS.format(step, units, blocks, f"{seconds * 1e6:.4f}", ratios[0], f"{memory:.4g}", ratios[1]))
+    add_rows(rows, runs, args.units)
+
+
+def add_rows(rows: Rows, runs: Sequence[tuple[int, Costs]], sizes: Sequence[int]) -> None:
+    """Add rows for each step and size: seconds, and bytes.
+
+    Args:
+        rows: where to.
+        runs: (size, what `measure` returned), in the order in which they ran.
+        sizes: all sizes, the smallest first.
+    """
+    top = len(sizes) - 1  # runs from the smallest volume to the largest
+    pairs = []  # (size, costs, those of the smallest volume to compare with)
+    for begin in range(0, len(runs) - 1, max(1, 2 * top)):
+        first, last = runs[begin][1], runs[begin + 2 * top][1]
+        for n in range(1, 2 * top):
+            near = [first] * (n <= top) + [last] * (n >= top)
+            pairs.append((*runs[begin + n], near))
+    for step in runs[0][1]:
+        for size in sizes[1:]:
+            for place, (unit, factor) in enumerate({"CPU s/Mvoxel": 1e6, "bytes/voxel": 1}.items()):
+                own = [factor * costs[step][place] for units, costs, _ in pairs if units == size]
+                others = [factor * np.mean([c[step][place] for c in near]) for units, _, near in pairs if units == size]
+                what, than = (f"{units * UNIT_BLOCKS} blocks" for units in (size, sizes[0]))
+                rows.add(f"{step}, {what}", own, than, others, unit=unit, goal=CONSTANT)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 Edges arrive block by block, as a store provides them; "shuffled" is the worst case for the caches. Times are CPU
 seconds on one core, without compilation. Memory is the peak of the whole process, including all edges. Relabeling is
-the median of five runs on a block of 256^3 voxels, with the look-up table mapped from disk. Ids are in cubes of 8^3
-voxels; "noise" has a different id at every voxel.
+the median of five runs on a block of 256^3 voxels, with the look-up table mapped from disk. In between, numpy copies
+the block. Ids are in cubes of 8^3 voxels; "noise" has a different id at every voxel.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from lsdseg.config.defaults import get_cfg_defaults
 from lsdseg.engine.post.tables import connected_segments, load_lut, relabel, save_lut
+from ratios import Rows, add_options, cpu_seconds, in_turns
 
 VOXELS_IN_BLOCK = 256**3
 FRAGMENTS_IN_BLOCK = 20_000
@@ -59,7 +61,9 @@ def main() -> None:
     """Measure, and print one line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--edges", type=int, default=10_000_000, help="number of edges (default %(default)s)")
+    add_options(parser)
     args = parser.parse_args()
+    rows = Rows(args.json)
 
     random = np.random.default_rng(0)
     thresholds = get_cfg_defaults().INS_SEGMENT.THRESHOLDS
@@ -89,8 +93,11 @@ def main() -> None:
         mapped = load_lut(Path(folder) / "lut.npz")
         for name, local in (("cubes", cubes), ("noise", noise)):
             fragments = np.where(local > 0, local + np.uint64(first), 0)
-            median = np.median([timed(relabel, fragments, mapped)[0] for _ in range(5)])
-            print(f"relabeling a block of {name}     {fragments.size / median / 1e6:8.0f} Mvoxel/s")
+            ours, copies = in_turns(
+                5, partial(cpu_seconds, relabel, fragments, mapped), partial(cpu_seconds, fragments.copy)
+            )
+            row = rows.add(f"relabel a block of 256^3 voxels, {name}", ours, "copy of the block by numpy", copies)
+            print(f"relabeling a block of {name}     {fragments.size / row['cost'] / 1e6:8.0f} Mvoxel/s")
 
 
 if __name__ == "__main__":

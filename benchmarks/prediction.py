@@ -3,10 +3,11 @@
     python benchmarks/prediction.py -c config_fib25.py --tile 104 --volume 250
 
 First, a forward pass of all of the input against only what the tile depends on: CPU seconds of one thread (seconds on a
-GPU), the best of --repeats, with random weights. The numbers that come out are compared, too. Then the prediction of a
-phantom on disk, reading and writing included, with one view and with eight: the voxels that it predicts in a second,
-against those of the bare forward pass of its tile in the fastest precision. --against adds predicter.py of another
-checkout of this repository, on the same volume. All three are started as a user starts them, in turns, --repeats times.
+GPU), the median of --repeats, taken in turns, with random weights. The numbers that come out are compared, too. Then
+the prediction of a phantom on disk, reading and writing included, with one view and with eight: the voxels that it
+predicts in a second, against those of the bare forward pass of its tile in the fastest precision. --against adds
+predicter.py of another checkout of this repository, on the same volume. All three are started as a user starts them, in
+turns, --repeats times.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,19 +34,17 @@ from lsdseg.engine.device import Precision
 from lsdseg.engine.predict.tile_size import tile_voxels
 from lsdseg.engine.predict.tiles import TilePredictor
 from lsdseg.models import build_model
+from ratios import Rows, add_options, in_turns, wall_seconds
 
 
-def timed(run: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Return the shortest time of a call, in seconds."""
-    times = []
-    for _ in range(repeats):
-        clock = time.perf_counter if device.type == "cuda" else time.process_time
-        began = clock()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(clock() - began)
-    return min(times)
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Return the time of a call, in seconds."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    began = clock()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock() - began
 
 
 def main() -> None:
@@ -52,16 +52,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-c", "--config", default="config_fib25.py")
     parser.add_argument("--tile", type=int, default=104, help="voxels along each axis, a multiple of the down-sampling")
-    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--volume", type=int, default=0, help="voxels of the volume along each axis; 0: none")
     parser.add_argument("--against", type=Path, help="another checkout of this repository")
+    add_options(parser, repeats=2)
     args = parser.parse_args()
-    time_tile(args)
+    rows = Rows(args.json)
+    time_tile(args, rows)
     if args.volume:
-        time_volume(args)
+        time_volume(args, rows)
 
 
-def time_tile(args: argparse.Namespace) -> None:
+def time_tile(args: argparse.Namespace, rows: Rows) -> None:
     """Print one row for each precision."""
     cfg = load_config(args.config)
     torch.set_num_threads(1)
@@ -69,44 +70,47 @@ def time_tile(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inside = tuple((context, context + args.tile) for context in cfg.MODEL.CONTEXT)
     print(f"{'precision':>9} {'all (s)':>9} {'tile (s)':>9} {'ratio':>6} {'difference':>11}")
-    for name in ("no", "bf16"):
+    for name, words in {"no": "float32", "bf16": "bf16"}.items():
         precision = Precision(name, device)
         model = precision.place(build_model(cfg)).eval()
         x = precision.place(torch.rand(1, 1, *(args.tile + 2 * context for context in cfg.MODEL.CONTEXT)))
         with torch.inference_mode(), precision.autocast():
             whole = model(x).affs[0][:, *(slice(*ends) for ends in inside)]
             difference = (whole - model(x, inside).affs[0]).abs().max().item()
-            everything = timed(lambda m=model, x=x: m(x), args.repeats, device)
-            needed = timed(lambda m=model, x=x: m(x, inside), args.repeats, device)
-        print(f"{name:>9} {everything:9.2f} {needed:9.2f} {everything / needed:6.2f} {difference:11.1e}", flush=True)
+            passes = [lambda m=model, x=x: m(x, inside), lambda m=model, x=x: m(x)]
+            needed, everything = in_turns(args.repeats, *(partial(timed, run, device) for run in passes))
+        row = rows.add(f"forward pass for a tile of {args.tile}^3, {words}", needed, "all of its input", everything)
+        print(
+            f"{name:>9} {row['other_cost']:9.2f} {row['cost']:9.2f} {1 / row['ratio']:6.2f} {difference:11.1e}",
+            flush=True,
+        )
 
 
-def time_volume(args: argparse.Namespace) -> None:
+def time_volume(args: argparse.Namespace, rows: Rows) -> None:
     """Print one row for each way to predict a volume."""
     with tempfile.TemporaryDirectory() as folder:
         keys = ["DATA.HOME", folder, "DATA.DROP_DS_MONGOTABLE", "True", "TRAIN.MIXED_PRECISION", "auto"]
         cfg = load_config("pretrained/config_fib25.py", keys)
         path = data_folder(cfg, "test") / "phantom.zarr"
         write_phantom(path, (args.volume,) * 3, seed=0, voxel_size=cfg.MODEL.VOXEL_SIZE)
-        rows: dict[str, list[float]] = {"bare forward pass": []}
-        for _ in range(args.repeats):
-            rows["bare forward pass"].append(bare_seconds(cfg, path))
-            commands = {"one view": (CHECKOUT, []), "eight views": (CHECKOUT, ["DATA.VIEWS", "8"])}
-            if args.against:
-                commands[f"{args.against.name}, one view"] = (args.against.absolute(), [])
-            for name, (checkout, more) in commands.items():
-                began = time.perf_counter()
-                command = [sys.executable, "predicter.py", "-c", "pretrained/config_fib25.py", *keys, *more]
-                # Each checkout must import its own code.
-                subprocess.run(command, cwd=checkout, env=environment(checkout), check=True, capture_output=True)
-                rows.setdefault(name, []).append(time.perf_counter() - began)
-    voxels = args.volume**3
+        commands = {"one view": (CHECKOUT, []), "eight views": (CHECKOUT, ["DATA.VIEWS", "8"])}
+        if args.against:
+            commands[f"{args.against.name}, one view"] = (args.against.absolute(), [])
+
+        def predicter(checkout: Path, more: list[str]) -> float:
+            command = [sys.executable, "predicter.py", "-c", "pretrained/config_fib25.py", *keys, *more]
+            # Each checkout must import its own code.
+            options = {"cwd": checkout, "env": environment(checkout), "check": True, "capture_output": True}
+            return wall_seconds(subprocess.run, command, **options)
+
+        sides = [partial(bare_seconds, cfg, path), *(partial(predicter, *command) for command in commands.values())]
+        bare, *others = in_turns(args.repeats, *sides)
     print(f"\n{'':>24} {'Mvoxel/s':>9} {'of bare':>8} {'(least to most)':>16}")
-    for name, seconds in rows.items():
-        ratios = sorted(bare / s for bare, s in zip(rows["bare forward pass"], seconds, strict=True))
-        spread = f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        speed = voxels / statistics.median(seconds) / 1e6
-        print(f"{name:>24} {speed:9.3f} {statistics.median(ratios):8.2f} {spread:>16}")
+    print(f"{'bare forward pass':>24} {args.volume**3 / statistics.median(bare) / 1e6:9.3f} {1:8.2f}")
+    for name, seconds in zip(commands, others, strict=True):
+        row = rows.add(f"predicter.py, {args.volume}^3 voxels, {name}", seconds, "bare forward pass of its tiles", bare)
+        spread = f"({1 / row['most']:.2f} to {1 / row['least']:.2f})"
+        print(f"{name:>24} {args.volume**3 / row['cost'] / 1e6:9.3f} {1 / row['ratio']:8.2f} {spread:>16}")
 
 
 def environment(checkout: Path) -> dict[str, str]:

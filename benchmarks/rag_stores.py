@@ -4,15 +4,16 @@
     python benchmarks/rag_stores.py --uri mongodb://localhost --edges 200000
 
 Without --uri, the store is Parquet files in a temporary folder; --folder chooses the disk. Each pass runs three times,
-and the median counts. The first write is shown separately, because writing again replaces the edges, as a block that is
-processed twice does. The benchmark is one process, like a worker.
+and the median counts. In between, numpy writes the same columns as files of its own, and reads them; --json keeps the
+ratios. The first write is shown separately, because writing again replaces the edges, as a block that is processed
+twice does. The benchmark is one process, like a worker.
 """
 
 import argparse
 import os
 import tempfile
-import time
 import uuid
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import pymongo
 from numpy.typing import NDArray
 
 from lsdseg.rag import MongoStore, ParquetStore
+from ratios import Rows, add_options, in_turns, wall_seconds
 
 VOXELS_IN_BLOCK = 256**3
 ROW = "{:<26}{:>14}{:>12}"
@@ -36,8 +38,8 @@ def make_block(block: int, count: int) -> Edges:
     return u.astype(np.uint64), v.astype(np.uint64), rng.random(count, dtype=np.float32)
 
 
-def measure(store: MongoStore | ParquetStore, blocks: list[Edges]) -> None:
-    """Write and read blocks, and print the speed."""
+def measure(store: MongoStore | ParquetStore, blocks: list[Edges], folder: Path, rows: Rows) -> None:
+    """Write and read blocks, print the speed, and add rows that compare it with files of numpy in an empty folder."""
     edges = sum(len(u) for u, _, _ in blocks)
 
     def write() -> None:
@@ -51,17 +53,25 @@ def measure(store: MongoStore | ParquetStore, blocks: list[Edges]) -> None:
     def stream() -> None:
         assert sum(len(u) for u, _, _ in store.edges("mean")) == edges
 
-    for name, action, repeats in [
-        ("write, first time", write, 1),
-        ("write again", write, 3),
-        ("read block by block", read_blocks, 3),
-        ("read as a stream", stream, 3),
+    def save() -> None:
+        for block, arrays in enumerate(blocks):
+            np.savez(folder / f"{block}.npz", *arrays)
+
+    def load() -> None:
+        for block in range(len(blocks)):
+            with np.load(folder / f"{block}.npz") as file:
+                assert len(file["arr_0"]) + len(file["arr_1"]) + len(file["arr_2"])
+
+    about = f"{type(store).__name__}, {len(blocks)} blocks of {edges // len(blocks)} edges"
+    for name, action, by_numpy, repeats in [
+        ("write, first time", write, save, 1),
+        ("write again", write, save, 3),
+        ("read block by block", read_blocks, load, 3),
+        ("read as a stream", stream, load, 3),
     ]:
-        seconds = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            action()
-            seconds.append(time.perf_counter() - began)
+        seconds, numpy_seconds = in_turns(repeats, partial(wall_seconds, action), partial(wall_seconds, by_numpy))
+        if repeats > 1:
+            rows.add(f"{name}: {about}", seconds, "files of numpy", numpy_seconds)
         median = np.median(seconds)
         print(ROW.format(name, f"{edges / median / 1e6:.3f}", f"{1e3 * median / len(blocks):.2f}"), flush=True)
 
@@ -73,19 +83,25 @@ def main() -> None:
     parser.add_argument("--edges-per-block", type=int, default=50_000, help="(default %(default)s)")
     parser.add_argument("--folder", type=Path, help="where to write files (default: the system's temporary folder)")
     parser.add_argument("--uri", help="measure this MongoDB server; the database is dropped afterwards")
+    add_options(parser)
     args = parser.parse_args()
+    rows = Rows(args.json)
     blocks = [make_block(b, args.edges_per_block) for b in range(max(args.edges // args.edges_per_block, 1))]
     print(f"{len(blocks)} blocks of {args.edges_per_block} edges; {os.cpu_count()} cores")
     print(ROW.format("", "M edges/s", "ms/block"))
     if args.uri:
         database = f"lsd_benchmark_{uuid.uuid4().hex[:12]}"
         try:
-            measure(MongoStore(args.uri, database, "sample", VOXELS_IN_BLOCK, "r+"), blocks)
+            with tempfile.TemporaryDirectory(dir=args.folder) as plain:
+                measure(MongoStore(args.uri, database, "sample", VOXELS_IN_BLOCK, "r+"), blocks, Path(plain), rows)
         finally:
             pymongo.MongoClient(args.uri).drop_database(database)
     else:
-        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            measure(ParquetStore(folder, VOXELS_IN_BLOCK, "r+"), blocks)
+        with (
+            tempfile.TemporaryDirectory(dir=args.folder) as folder,
+            tempfile.TemporaryDirectory(dir=args.folder) as plain,
+        ):
+            measure(ParquetStore(folder, VOXELS_IN_BLOCK, "r+"), blocks, Path(plain), rows)
             size = sum(file.stat().st_size for file in Path(folder).rglob("*.parquet"))
         print(f"{size / len(blocks) / args.edges_per_block:.1f} bytes per edge")
 

@@ -2,7 +2,8 @@
 
 Every block has a cube of fragments (--edge 29: 24 389 of them). Each fragment touches its 26 neighbors, and each such
 edge has a random score. Blocks and nodes are done one after the other, as a worker would do them. Prints CPU seconds
-and the memory of this process, how much each level leaves, and the time to write and read the same bytes.
+and the memory of this process, how much each level leaves, and the time to write and read the same bytes. All of this
+is done --repeats times.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from lsdseg.engine.post.graph import Edges
 from lsdseg.engine.post.table_tree import TableTree
 from lsdseg.engine.post.tables import save_part
+from ratios import Rows, add_options
 
 THRESHOLDS = (0.02, 0.05, 0.1)
 HALF = [step for step in product((-1, 0, 1), repeat=3) if step > (0, 0, 0)]
@@ -32,20 +34,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--grid", type=int, default=8, help="blocks along each axis")
     parser.add_argument("--edge", type=int, default=29, help="fragments of a block along each axis")
+    add_options(parser, repeats=1)
     args = parser.parse_args()
+    rows = Rows(args.json)
     grid, fragments = (args.grid,) * 3, (args.grid * args.edge) ** 3
     print(f"{fragments / 1e6:.1f} million fragments, about {13 * fragments / 1e6:.0f} million edges")
     with tempfile.TemporaryDirectory() as folder:
+        settle_blocks(TableTree(Path(folder), (1, 1, 1), THRESHOLDS), 2)  # compiles
+    runs = [measure(grid, args.edge) for _ in range(args.repeats)]
+    ours, theirs = zip(*runs, strict=True)
+    about = f"{len(THRESHOLDS)} thresholds, {args.grid}^3 blocks of {args.edge}^3 fragments"
+    rows.add(f"look-up tables in a tree of blocks: {about}", ours, "write and read as many bytes", theirs)
+    print(
+        json.dumps({"fragments": fragments, "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1000})
+    )
+
+
+def measure(grid: tuple[int, ...], edge: int) -> tuple[float, float]:
+    """Make all tables. Returns the CPU seconds that it took, and the seconds to write and read as many bytes."""
+    fragments = int(np.prod(grid)) * edge**3
+    with tempfile.TemporaryDirectory() as folder:
         tree, tables = TableTree(Path(folder, "tree"), grid, THRESHOLDS), Path(folder, "tables")
-        made, blocks = settle_blocks(tree, args.edge)
-        report("blocks", blocks, fragments, tree.size(0))
+        made, total = settle_blocks(tree, edge)
+        report("blocks", total, fragments, tree.size(0))
         level = 0
         while np.prod(tree.level_grid(level)) > 1:
             level += 1
             began = time.process_time()
             for position in np.ndindex(tree.level_grid(level)):
                 tree.settle_node(level, position)
-            report(f"level {level}", time.process_time() - began, fragments, tree.size(level))
+            seconds = time.process_time() - began
+            report(f"level {level}", seconds, fragments, tree.size(level))
+            total += seconds
         began = time.process_time()
         tree.settle_top(level)
         for lower in range(level, 0, -1):
@@ -54,13 +74,13 @@ def main() -> None:
         for position in np.ndindex(grid):
             for value, lut in (tree.tables_of_block(position) or {}).items():
                 save_part(tables / str(value), position, grid, lut)
-        report("down, and tables", time.process_time() - began, fragments, 0)
+        seconds = time.process_time() - began
+        report("down, and tables", seconds, fragments, 0)
         print(f"making up the graph took {made:.0f} s")
         size = sum(file.stat().st_size for file in Path(folder).rglob("*.npz"))
-        print(f"{size / 1e9:.2f} GB of files, written and read again in {stream(Path(folder, 'copy'), size):.1f} s")
-    print(
-        json.dumps({"fragments": fragments, "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1000})
-    )
+        plain = stream(Path(folder, "copy"), size)
+        print(f"{size / 1e9:.2f} GB of files, written and read again in {plain:.1f} s")
+    return total + seconds, plain
 
 
 def report(what: str, seconds: float, fragments: int, left: int) -> None:

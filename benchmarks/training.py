@@ -9,10 +9,10 @@ phantom. Times are CPU seconds of one thread (seconds on a GPU): the median of -
 
 import argparse
 import math
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,31 +27,36 @@ from lsdseg.engine.training.pipeline import TrainingBatch, training_batches
 from lsdseg.engine.training.ranks import Ranks
 from lsdseg.engine.training.train import seed_everything
 from lsdseg.engine.training.trainer import Trainer
+from ratios import Rows, add_options, in_turns
 
 PHANTOM = (160, 160, 160)
 PATCHES = 20
+PRECISIONS = {"no": "float32", "bf16": "bf16"}
 
 
 def main() -> None:
     """Print one row for each precision."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-c", "--config", default="config_fib25.py")
-    parser.add_argument("--repeats", type=int, default=7)
+    add_options(parser, repeats=7)
     parser.add_argument("options", nargs="*", help="KEY VALUE pairs")
     args = parser.parse_args()
+    rows = Rows(args.json)
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cfg = load_config(args.config, ["SYSTEM.NUM_WORKERS", "0", *args.options])
     batch, making = made_batch(cfg)
     print(f"a worker takes {making:.2f} CPU s for a batch of {batch.raw.shape[0]} x {batch.raw.shape[2:]} voxels")
     print(f"{'precision':>9} {'bare (s)':>9} {'step (s)':>9} {'ratio':>6} {'(least to most)':>16} {'workers':>8}")
-    for name in ("no", "bf16"):
+    for name in PRECISIONS:
         bare, steps = timed_steps(cfg, Precision(name, device), batch, args.repeats)
-        ratios = sorted(step / pure for step, pure in zip(steps, bare, strict=True))
-        step = statistics.median(steps)
+        voxels = " x ".join(map(str, (batch.raw.shape[0], *batch.raw.shape[2:])))
+        about = f"a batch of {voxels} voxels, {PRECISIONS[name]}"
+        row = rows.add(f"training step, {about}", steps, "bare forward and backward pass", bare)
+        spread = f"({row['least']:.2f} to {row['most']:.2f})"
         print(
-            f"{name:>9} {statistics.median(bare):9.3f} {step:9.3f} {statistics.median(ratios):6.2f} "
-            f"{f'({ratios[0]:.2f} to {ratios[-1]:.2f})':>16} {math.ceil(making / step):8}",
+            f"{name:>9} {row['other_cost']:9.3f} {row['cost']:9.3f} {row['ratio']:6.2f} "
+            f"{spread:>16} {math.ceil(making / row['cost']):8}",
             flush=True,
         )
 
@@ -84,10 +89,10 @@ def timed_steps(
             outputs = trainer.model(raw)
         sum(output.float().sum() for output in outputs).backward()
 
-    bare_times, step_times = [], []
-    for _ in range(repeats + 1):
-        bare_times.append(seconds(bare, precision.device))
-        step_times.append(seconds(lambda: trainer.run_iteration([batch], 0), precision.device))
+    def step() -> None:
+        trainer.run_iteration([batch], 0)
+
+    bare_times, step_times = in_turns(repeats + 1, *(partial(seconds, run, precision.device) for run in (bare, step)))
     return bare_times[1:], step_times[1:]
 
 

@@ -1,12 +1,13 @@
 """What a tree of blocks leaves of a graph, level by level: python benchmarks/tree.py SAMPLE.zarr --block 48
 
-Takes predicted affinities, makes fragments block by block, and agglomerates the graph of their contacts in a tree and
-at once. Prints what each level of the tree leaves, CPU seconds, and whether both give the same edges.
+Takes predicted affinities, or, without SAMPLE.zarr, those of a phantom of 4 x 4 x 4 blocks. Makes fragments block by
+block, and agglomerates the graph of their contacts in a tree and at once, --repeats times. Prints what each level of
+the tree leaves, CPU seconds, and whether both give the same edges.
 """
 
 import argparse
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from lsdseg.engine.post.contacts import NO_LIMIT, Contacts, find_contacts, settl
 from lsdseg.engine.post.graph import Edges, fragments_of_block
 from lsdseg.engine.post.tree import Tree
 from lsdseg.engine.sample import AFFINITIES
+from made_up import phantom_with_affinities
+from ratios import Rows, add_options, cpu_seconds, in_turns
 
 CONTEXT = 16
 
@@ -26,12 +29,13 @@ CONTEXT = 16
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sample", type=Path)
+    parser.add_argument("sample", type=Path, nargs="?")
     parser.add_argument("--block", type=int, default=48, help="voxels along each axis; what is left over is cut off")
     parser.add_argument("--merge-function", default="hist_quant_75")
+    add_options(parser, repeats=1)
     args = parser.parse_args()
-    array = open_array(args.sample, AFFINITIES)
-    affinities = direct_neighbors(read(array), offsets_of(array))
+    rows = Rows(args.json)
+    affinities = affinities_of(args.sample, args.block)
     grid = tuple(n // args.block for n in affinities.shape[1:])
     affinities = affinities[:, *(slice(n * args.block) for n in grid)]
     parts = contacts_of_blocks(affinities, grid, args.block)
@@ -39,16 +43,36 @@ def main() -> None:
     settle(simplified(parts[0, 0, 0], args.merge_function), args.merge_function)  # compiles
     count = sum(len(part.u) for part in parts.values())
     print(f"{len(parts)} blocks of {args.block}^3 voxels, {count} contacts")
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.process_time()
-        u, v, in_a_tree = merge_in_a_tree(Tree(Path(folder), grid, args.merge_function, NO_LIMIT), parts, args.block)
-        print(f"in a tree: {1e6 * (time.process_time() - began) / count:.1f} CPU us for each contact, with all files")
-    began = time.process_time()
-    whole, _ = Contacts.of_all([simplified(part, args.merge_function) for part in parts.values()])
-    at_once = settle(whole, args.merge_function).scores
-    print(f"at once: {1e6 * (time.process_time() - began) / count:.1f} CPU us for each contact")
-    same = np.array_equal(in_a_tree[np.lexsort((v, u))], at_once, equal_nan=True)
+    scores = {}
+
+    def in_a_tree() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            tree = Tree(Path(folder), grid, args.merge_function, NO_LIMIT)
+            u, v, found = merge_in_a_tree(tree, parts, args.block)
+        scores["in a tree"] = found[np.lexsort((v, u))]
+
+    def at_once() -> None:
+        whole, _ = Contacts.of_all([simplified(part, args.merge_function) for part in parts.values()])
+        scores["at once"] = settle(whole, args.merge_function).scores
+
+    costs = in_turns(args.repeats, *(partial(cpu_seconds, run) for run in (in_a_tree, at_once)))
+    tree, once = ([1e6 * cost / count for cost in side] for side in costs)
+    about = f"{len(parts)} blocks of {args.block}^3 voxels, {args.merge_function}"
+    row = rows.add(
+        f"agglomerate a graph in a tree, with all files: {about}", tree, "at once", once, unit="us per contact"
+    )
+    print(f"in a tree: {row['cost']:.1f} CPU us for each contact, with all files")
+    print(f"at once: {row['other_cost']:.1f} CPU us for each contact")
+    same = np.array_equal(*scores.values(), equal_nan=True)
     print(f"the edges are {'the same' if same else 'not the same'}")
+
+
+def affinities_of(sample: Path | None, block: int) -> np.ndarray:
+    """Return the affinities (3, z, y, x) of a sample, or of a phantom."""
+    if sample is None:
+        return phantom_with_affinities(4 * block)[1]
+    array = open_array(sample, AFFINITIES)
+    return direct_neighbors(read(array), offsets_of(array))
 
 
 def merge_in_a_tree(tree: Tree, parts: dict[tuple[int, ...], Contacts], size: int) -> Edges:
