@@ -108,7 +108,9 @@ def time_volume(args: argparse.Namespace, rows: Rows) -> None:
     print(f"\n{'':>24} {'Mvoxel/s':>9} {'of bare':>8} {'(least to most)':>16}")
     print(f"{'bare forward pass':>24} {args.volume**3 / statistics.median(bare) / 1e6:9.3f} {1:8.2f}")
     for name, seconds in zip(commands, others, strict=True):
-        row = rows.add(f"predicter.py, {args.volume}^3 voxels, {name}", seconds, "bare forward pass of its tiles", bare)
+        goal = 1.11 if name == "one view" and args.volume >= 250 else None  # in a small volume, start-up is most of it
+        about = f"predicter.py, {args.volume}^3 voxels, {name}"
+        row = rows.add(about, seconds, "bare forward pass of its tiles", bare, goal=goal)
         spread = f"({1 / row['most']:.2f} to {1 / row['least']:.2f})"
         print(f"{name:>24} {args.volume**3 / row['cost'] / 1e6:9.3f} {1 / row['ratio']:8.2f} {spread:>16}")
 
