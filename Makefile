@@ -4,7 +4,7 @@
 # make setup   create the virtual environment with what the scripts need, and nothing else
 # make test    add what the tests need, and run them all
 # make fuzz    give damaged and odd input to whatever reads files: CASES=10000 of each kind
-# make torture kill, stop and starve the whole chain at random: MINUTES=60 SEED=1 (OPTIONS=--mongodb)
+# make torture kill, stop and starve the whole chain at random, and segment.py: MINUTES=60 SEED=1 (OPTIONS=--mongodb)
 # make bench   measure this suite against other libraries, and write docs/benchmarks.md; make bench-full takes longer
 # make lint    add the linters, and check style, spelling, imports and types
 # make dev     add both, and pre-commit
@@ -41,6 +41,7 @@ fuzz: $(VENV)/ready-test
 torture: MINUTES ?= 10
 torture: $(VENV)/ready-test
 	$(RUN) -m tests.torture --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(OPTIONS)
+	$(RUN) -m tests.torture --segment --faults POWER --moments 20 --minutes 60 $(if $(SEED),--seed $(SEED))
 
 bench bench-full: $(VENV)/ready-bench
 	$(RUN) benchmarks/run.py $(if $(filter bench-full,$@),--full)

@@ -22,6 +22,7 @@ def open_worker(cfg, arguments):
     report = {
         "worker": os.getpid(),
         "job": os.environ.get("SLURM_JOB_ID"),
+        "node": os.environ.get("SLURMD_NODENAME"),
         "threads": os.environ["OMP_NUM_THREADS"],
         "device": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "database": os.environ.get("LSD_DB_URI"),

@@ -5,31 +5,33 @@ Needs Debian's packages slurm-wlm and munge, and root. Nothing of an installed S
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 DAEMONS = ("munged", "slurmctld", "slurmd")
 PARTITION = "main"
-CPUS = 4  # of the one node, whatever this machine has
+CPUS = 4  # of each node, whatever this machine has
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
+SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool_%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd_%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd_%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
@@ -41,9 +43,9 @@ SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=4000 State=UNKNOWN
 PartitionName={partition} Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=4000 State=UNKNOWN\n"
 
 
 def missing():
@@ -55,17 +57,21 @@ def missing():
 
 
 @contextmanager
-def one_machine_slurm(folder: Path):
-    """Start Slurm with one node of CPUS cores, and stop it at the end.
+def one_machine_slurm(folder: Path, nodes: int = 1):
+    """Start Slurm with nodes node1, node2, ... of CPUS cores each, and stop it at the end.
 
     Gives the environment variables that make sbatch, squeue and scancel talk to it. Raises RuntimeError with the
     daemons' logs if it does not come up within 30 seconds.
     """
     folder = Path(folder)
-    for name in ("state", "spool"):
+    names = [f"node{number}" for number in range(1, nodes + 1)]
+    for name in ("state", *(f"spool_{name}" for name in names)):
         (folder / name).mkdir(parents=True)
     host = socket.gethostname().partition(".")[0]
-    settings = CONF.format(folder=folder, host=host, ports=_free_ports(2), cpus=CPUS, partition=PARTITION)
+    port, *ports = _free_ports(1 + nodes)
+    settings = CONF.format(folder=folder, host=host, port=port, partition=PARTITION)
+    for name, its_port in zip(names, ports, strict=True):
+        settings += NODE.format(name=name, host=host, port=its_port, cpus=CPUS)
     (folder / "slurm.conf").write_text(settings)
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o600)
@@ -74,7 +80,7 @@ def one_machine_slurm(folder: Path):
     commands = [
         [_program("munged"), "--foreground", "--force", f"--socket={folder}/munge.socket", *files],
         [_program("slurmctld"), "-D", "-c"],
-        [_program("slurmd"), "-D", "-c", "-N", host],
+        *([_program("slurmd"), "-D", "-c", "-N", name] for name in names),
     ]
     daemons = []
     try:
@@ -98,6 +104,22 @@ def job_ids(environment):
     return subprocess.run(
         squeue, env=os.environ | environment, check=True, capture_output=True, text=True
     ).stdout.split()
+
+
+def kill_node(environment, name, with_jobs):
+    """Kill the slurmd of a node, and what runs there; Slurm is told what it would notice after its SlurmdTimeout."""
+    conf = environment["SLURM_CONF"]
+    slurmd = int(Path(conf).with_name(f"slurmd_{name}.pid").read_text())
+    os.kill(slurmd, signal.SIGKILL)
+    for process in psutil.process_iter() if with_jobs else ():
+        with suppress(psutil.Error):
+            variables = process.environ()
+            if (variables.get("SLURM_CONF"), variables.get("SLURMD_NODENAME")) == (conf, name):
+                for one in (process.parent(), process):
+                    if one is not None and (one == process or one.name().startswith("slurmstepd")):
+                        one.kill()
+    down = ["scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=dead"]
+    subprocess.run(down, env=os.environ | environment, check=True)
 
 
 def _wait_until_idle(folder, environment):

@@ -4,10 +4,16 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from lsdseg.config.loader import CHECKOUT
+from lsdseg.config.loader import CHECKOUT, load_config
+from lsdseg.data_utils.layout import data_folder
+from lsdseg.data_utils.volumes import open_array, read
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.status import as_text, statuses
 from lsdseg.errors import UserError
@@ -24,6 +30,7 @@ from tests.block_master import (
     trouble,
     wait_for,
 )
+from tests.torture import prepare
 
 pytestmark = pytest.mark.slurm
 
@@ -71,11 +78,14 @@ def test_status_lists_jobs(folder, cluster, monkeypatch):
     assert all(job.node for job in running)
     text = as_text(status)
     assert f"Slurm jobs: 1 pending ({status.jobs[-1].job} " in text
-    assert f"{slurm.CPUS} running ({running[0].job} {running[0].node}, " in text
-    assert status.to_json()["jobs"][0]["state"] == "RUNNING"
-    monkeypatch.setenv("PATH", str(folder))
-    assert f"{workers} of which squeue says nothing here (" in as_text(*statuses(folder))
-    monkeypatch.undo()
+    assert f"{slurm.CPUS} running ({running[0].job} {running[0].node} {running[0].time}, " in text
+    assert status.to_json()["jobs"][0] == asdict(running[0])
+    nobody = folder / "slurm.conf"
+    nobody.write_text(Path(cluster["SLURM_CONF"]).read_text().replace("SlurmctldPort=", "#"))
+    for name, value in (("PATH", folder), ("SLURM_CONF", nobody)):  # no squeue, then one without an answer
+        with monkeypatch.context() as patch:
+            patch.setenv(name, str(value))
+            assert f"{workers} of which squeue says nothing here (" in as_text(*statuses(folder))
     assert master.wait(60) == 0, (folder / "master.log").read_text()
     assert statuses(folder)[0].jobs == []
 
@@ -127,6 +137,26 @@ def test_ctrl_c_and_sigkill_cancel_all_jobs(folder, cluster):
     assert len(results(folder)) < BLOCKS
 
 
+@pytest.mark.parametrize("with_jobs", [False, True], ids=["slurmd", "all of it"])
+def test_a_node_that_dies_ends_no_run(tmp_path, monkeypatch, with_jobs):
+    monkeypatch.chdir(tmp_path)
+    with slurm.one_machine_slurm(tmp_path / "slurm", nodes=2) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        master = start_master(tmp_path, "--seconds", 0.15, "SYSTEM.NUM_WORKERS", 1, *ON_SLURM)
+        try:
+            wait_for(lambda: len(results(tmp_path)) >= 2)
+            (job,) = statuses(tmp_path)[0].jobs
+            slurm.kill_node(environment, job.node, with_jobs)
+            assert master.wait(60) == 0, (tmp_path / "master.log").read_text()
+        finally:
+            master.kill()
+            master.wait()
+    nodes = [result["node"] for result in results(tmp_path).values()]
+    assert len(nodes) == BLOCKS
+    assert set(nodes) == {"node1", "node2"} or not with_jobs  # Slurm no longer sees a worker, but it still works
+
+
 def test_refusals_of_slurm_are_passed_on(folder, cluster):
     for key, value, reason in [
         ("CLUSTER.PARTITION", "nope", "invalid partition specified: nope"),
@@ -143,3 +173,27 @@ def test_the_master_may_be_a_job_itself(folder, cluster):
     subprocess.run(sbatch, check=True, capture_output=True)
     wait_for(lambda: not slurm.job_ids(cluster))
     assert len(results(folder)) == BLOCKS
+
+
+def test_segment_works_from_a_login_shell_and_goes_on_as_a_job(folder, cluster):
+    config = prepare(folder / "home", seed=1)
+    volume = data_folder(load_config(config), "test") / "sample_A.zarr"
+    script = [sys.executable, str(CHECKOUT / "segment.py"), "-c", str(config), "--raw", str(volume), "--blockwise"]
+    script += ["--out", str(folder / "out.zarr"), "SYSTEM.NUM_WORKERS", "1", *map(str, ON_SLURM)]
+    script += ["INS_SEGMENT.BLOCK_SIZE", "(24, 32, 32)", "INS_SEGMENT.THRESHOLDS", "[0.3]"]
+    shell_log = folder / "shell.log"
+    with shell_log.open("w") as log:
+        shell = subprocess.Popen(script, stdout=log, stderr=log)
+    wait_for(lambda: shell.poll() is not None or "$ python 02_" in shell_log.read_text(), 300)
+    assert shell.poll() is None, shell_log.read_text()
+    shell.kill()
+    shell.wait()
+
+    sbatch = ["sbatch", f"--output={folder}/job.log", f"--wrap=PYTHONPATH={CHECKOUT} {shlex.join(script)}"]
+    subprocess.run(sbatch, check=True, capture_output=True)
+    wait_for(lambda: not slurm.job_ids(cluster), 400)
+    printed = (folder / "job.log").read_text()
+    assert "$ python super_predicter" not in printed
+    segmentation = read(open_array(folder / "out.zarr", "volumes/segmentation_030"))
+    assert len(np.unique(segmentation)) > 2, printed
+    assert (shell_log.read_text() + printed).count("workers: 1 (slurm)") >= 4  # prediction, 02, 03 and 05

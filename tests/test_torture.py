@@ -1,5 +1,7 @@
 """A minute of what `make torture` does for hours, and that it notices what differs."""
 
+import random
+
 import pytest
 
 from lsdseg.config.loader import load_config
@@ -7,19 +9,19 @@ from tests import torture
 from tests.torture import Fault, Torture, TortureError, differences, results
 
 
-def fault(kind, target, blocks):
-    return Fault(kind=kind, target=target, blocks=blocks, seconds=0.0, choice=0.0, then="", pause=1.0, room=0)
+def fault(kind, target, blocks, seconds=0.0):
+    return Fault(kind=kind, target=target, blocks=blocks, seconds=seconds, choice=0.0, then="", pause=1.0, room=0)
 
 
 def test_kills_change_nothing_and_differences_are_found(tmp_path, monkeypatch):
-    plan = [[fault("KILL", "workers", 3), fault("KILL", "power", 4)]]
+    plan = [[fault("KILL", "workers", 3), fault("POWER", "all", 4)]]
     monkeypatch.setattr(torture, "plan_step", lambda *_: plan)
-    tortured = Torture(tmp_path, seed=1, kinds={"KILL"}, steps=["predict"], uri="")
+    tortured = Torture(tmp_path, seed=1, kinds={"KILL", "POWER"}, steps=["predict"], uri="")
     expected = tortured.expected | {"volumes/other": ""}
     monkeypatch.setattr(tortured, "expected", expected)
     with pytest.raises(TortureError, match=r"differs from an undisturbed run: volumes/other$"):
         tortured.chain(1)
-    assert tortured.counts[("KILL", "power")] >= 2  # the master, the supervisor and what workers there were
+    assert tortured.counts[("POWER", "all")] >= 2  # the master, the supervisor and what workers there were
     assert tortured.counts[("KILL", "workers")] >= 1
 
     cfg = load_config(tortured.config, ["DATA.OUTFILE", str(tmp_path / "kept" / "outputs")])
@@ -31,12 +33,27 @@ def test_kills_change_nothing_and_differences_are_found(tmp_path, monkeypatch):
 
 
 def test_segment_goes_on_after_kills_and_does_nothing_twice(tmp_path, monkeypatch):
-    kills = [fault("KILL", "power", 20), fault("KILL", "power", 90)]
+    seed = random.SystemRandom().randrange(10**6)
+    print("seed", seed)
+    rng = random.Random(seed)
+    # In prediction or 02, and then later: 283 blocks are to be done, so none comes too late.
+    kills = [
+        fault("POWER", "all", rng.randrange(1, blocks), seconds=rng.uniform(0, seconds))
+        for blocks, seconds in ((80, 0.3), (170, 2))
+    ]
     monkeypatch.setattr(torture, "plan_step", lambda *_: [[kill] for kill in kills])
-    tortured = Torture(tmp_path, seed=1, kinds={"KILL"}, steps=[torture.SEGMENT], uri="")
+    tortured = Torture(tmp_path, seed, kinds={"POWER"}, steps=[torture.SEGMENT], uri="")
     assert tortured.chain(1) == tortured.expected
     assert any("final_segmentation" in name for name in tortured.expected)
-    assert tortured.ends[-9] == 2
+    assert (tortured.ends[-9], tortured.moments) == (2, 2)
+
+    step, blocks = max(tortured.blocks.items(), key=lambda item: item[1])
+    log = tmp_path / "more" / "daisy_logs" / step / "worker_0.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("block 1: 0.1 s\n" * (blocks + 2))
+    tortured.check_work(tmp_path / "more", moments=1)
+    with pytest.raises(TortureError, match=f"{step} did {blocks + 2} blocks instead of {blocks}, in 0 faults"):
+        tortured.check_work(tmp_path / "more", moments=0)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
     python -m tests.torture --minutes 10 --seed 1
 
 Prediction, 02, 03, 04 and 05 run on a small volume as a user starts them, with two workers; with --segment, segment.py
-does all of it. Every chain begins in an
-empty folder on a small disk of its own. Signals reach the master, the supervisor and the workers, and the disk fills
-up; the same command then has to go on. At the end every array, the graph and the tables must be those of a run that
-nothing disturbed. What goes wrong when is drawn from the seed and the number of the chain.
+does all of it. Every chain begins in an empty folder on a small disk of its own. Signals reach the master, the
+supervisor and the workers, or all of them at once, and the disk fills up; the same command then has to go on. At the
+end every array, the graph and the tables must be those of a run that nothing disturbed, and no step may have done a
+block twice, but for those that were in flight. What goes wrong when is drawn from the seed and the number of the chain.
 
 The first difference, a command that hangs, does not resume or ends with a traceback, and a process that is left behind
 end this with status 1 and a line that says how to repeat it. Nothing but processes started here is ever signaled: all
@@ -16,6 +16,7 @@ of them carry an environment variable with a random value.
 import argparse
 import contextlib
 import hashlib
+import math
 import os
 import random
 import shutil
@@ -88,13 +89,14 @@ SECONDS_TO_END = 90  # for what is left of a run that was killed
 ATTEMPTS = 3  # without a fault, before a command counts as one that does not resume
 
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT, "STOP": signal.SIGSTOP}
-# (fault, target) -> how often, relative to the others. "power" ends all processes of a run at once.
+SIGNALS["POWER"] = signal.SIGKILL  # as when power fails: for all processes of a run at once
+# (fault, target) -> how often, relative to the others.
 FAULTS = {
     ("KILL", "workers"): 8,
     ("KILL", "worker"): 4,
     ("KILL", "master"): 4,
     ("KILL", "supervisor"): 3,
-    ("KILL", "power"): 3,
+    ("POWER", "all"): 3,
     ("TERM", "master"): 2,
     ("TERM", "worker"): 1,
     ("TERM", "supervisor"): 1,
@@ -107,7 +109,8 @@ FAULTS = {
     ("STOP", "master"): 1,
     ("FULL", "disk"): 4,
 }
-ENDS_THE_RUN = {("KILL", "master"), ("KILL", "power"), ("TERM", "master"), ("INT", "master")}
+KINDS = [*SIGNALS, "FULL"]
+ENDS_THE_RUN = {("KILL", "master"), ("POWER", "all"), ("TERM", "master"), ("INT", "master")}
 
 
 class TortureError(Exception):
@@ -293,6 +296,7 @@ class Attempt:
     Attributes:
         signals: those that reached the master.
         done: (fault, target) of all faults that happened, once for each process that got a signal.
+        moments: how many faults happened.
     """
 
     def __init__(self, command: list[str], folder: Path, log: Path, processes: Processes):
@@ -308,6 +312,7 @@ class Attempt:
         self.master = psutil.Process(self.process.pid)
         self.signals: set[int] = set()
         self.done: list[tuple[str, str]] = []
+        self.moments = 0
         self.later: list[tuple[float, str, psutil.Process | Path]] = []  # what to do after a pause
 
     def run(self, faults: list[Fault]) -> int:
@@ -320,7 +325,9 @@ class Attempt:
             for fault in faults:
                 if not self._wait(self._blocks() + fault.blocks, fault.seconds):
                     break
+                before = len(self.done)
                 self._inflict(fault)
+                self.moments += len(self.done) > before
             else:
                 self._wait(sys.maxsize, 0)
         finally:
@@ -353,8 +360,7 @@ class Attempt:
 
     def _blocks(self) -> int:
         """How many blocks the workers' logs report."""
-        logs = worker_logs(self.folder)
-        return sum(line.startswith(b"block ") for log in logs for line in log.read_bytes().splitlines())
+        return blocks_logged(self.folder).total()
 
     def _inflict(self, fault: Fault) -> None:
         if fault.kind == "FULL":
@@ -370,7 +376,7 @@ class Attempt:
             "supervisor": below["supervisor"][:1],
             "workers": workers,
             "worker": workers[int(fault.choice * len(workers)) :][:1],
-            "power": self.processes.all() if fault.target == "power" else [],
+            "all": self.processes.all() if fault.target == "all" else [],
         }[fault.target]
         for process in targets:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -399,9 +405,13 @@ class Attempt:
                 self.done.append(("KILL", "master"))
 
 
-def worker_logs(folder: Path) -> list[Path]:
-    """The logs of workers, of single steps and of segment.py."""
-    return [log for where in (".", "out_work") for log in folder.glob(f"{where}/daisy_logs/*/worker_*.log")]
+def blocks_logged(folder: Path) -> Counter[str]:
+    """How many blocks the logs of the workers report, of single steps and of segment.py: log folder -> blocks."""
+    blocks: Counter[str] = Counter()
+    for where in (".", "out_work"):
+        for log in folder.glob(f"{where}/daisy_logs/*/worker_*.log"):
+            blocks[log.parent.name] += sum(line.startswith(b"block ") for line in log.read_bytes().splitlines())
+    return blocks
 
 
 def digest(*arrays: np.ndarray) -> str:
@@ -473,7 +483,8 @@ class Torture:
         self.seconds = dict.fromkeys(steps, 0.0)  # that each step takes undisturbed
         self.counts: Counter[tuple[str, str]] = Counter()  # (fault, target) -> how often
         self.ends: Counter[int] = Counter()  # exit status -> how often
-        self.chains = self.refused = self.happened = 0
+        self.chains = self.refused = self.moments = 0
+        self.blocks: Counter[str] = Counter()  # log folder of a step -> blocks done, undisturbed
         self.expected: dict[str, str] = {}
         self.expected = self.chain(0, disturbed=False)
 
@@ -487,7 +498,7 @@ class Torture:
             TortureError: results differ, or something does not do as promised; what was written is kept in `work/kept`.
         """
         folder, processes = self.work / f"chain_{number}", Processes()
-        rng = random.Random(f"{self.seed} {number}")
+        rng, moments = random.Random(f"{self.seed} {number}"), self.moments
         settings = ["DATA.OUTFILE", str(folder / "outputs")]
         if self.uri:
             settings += ["DATA.DB_HOST", self.uri, "DATA.DB_NAME", f"torture_{processes.mark}"]
@@ -500,6 +511,7 @@ class Torture:
                     if not disturbed:
                         self.seconds[step] = time.monotonic() - began
                 processes.wait_for_end()
+                self.check_work(folder, self.moments - moments)
                 if self.steps == [SEGMENT]:
                     found = results_of_segment(folder)
                 else:
@@ -527,18 +539,17 @@ class Torture:
     def _step(self, step: str, command: list[str], folder: Path, processes: Processes, plan: list[list[Fault]]) -> None:
         """Run one command until it is done: first with the faults of the plan, then without."""
         say(f"{folder.name} {step}")
-        in_vain = self.happened = 0
+        in_vain = 0
         while in_vain < ATTEMPTS:
             attempt = Attempt(command, folder, self.work / f"{folder.name}_{step}.log", processes)
             status = attempt.run(plan.pop(0) if plan else [])
             self.counts.update(attempt.done)
-            self.happened += len(attempt.done)
+            self.moments += attempt.moments
             self.ends[status] += 1
             printed = attempt.output()
             say(f"  ended with {status}: {(printed.splitlines() or [''])[-1][:150]}")
             check_end(status, attempt.signals, printed)
             if status == 0:
-                self._check_work(step, folder)
                 return
             if not attempt.done:
                 in_vain += 1
@@ -546,17 +557,23 @@ class Torture:
                 processes.wait_for_end()
         raise TortureError(f"{step} does not resume: {printed[-1000:]}")
 
-    def _check_work(self, step: str, folder: Path) -> None:
-        """Check that segment.py did no block twice, but for those that were in flight when something happened.
+    def check_work(self, folder: Path, moments: int) -> None:
+        """Check that no step did a block twice, but for those that were in flight when something happened.
+
+        Args:
+            folder: of the chain.
+            moments: how many faults happened in it.
 
         Raises:
             TortureError: it did.
         """
-        logs = [log.read_bytes().splitlines() for log in worker_logs(folder)]
-        done = sum(line.startswith(b"block ") for log in logs for line in log)
-        blocks, in_flight = ALL_STEPS[step][2], SETTINGS["SYSTEM"]["NUM_WORKERS"] * (self.happened + 1)
-        if step == SEGMENT and not blocks <= done <= blocks + in_flight:
-            raise TortureError(f"{done} blocks were done for {blocks}, though {self.happened} times something happened")
+        done = blocks_logged(folder)
+        if not self.expected:
+            self.blocks = done
+        in_flight = SETTINGS["SYSTEM"]["NUM_WORKERS"] * moments
+        for step, count in done.items():
+            if count > self.blocks[step] + in_flight:
+                raise TortureError(f"{step} did {count} blocks instead of {self.blocks[step]}, in {moments} faults")
 
 
 def check_end(status: int, signals: set[int], printed: str) -> None:
@@ -596,9 +613,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run chains for as long as told; returns the exit status."""
     parser = argparse.ArgumentParser(description="Kill, stop and starve the chain, and compare the results.")
     parser.add_argument("--minutes", type=float, default=10, help="no chain begins later than this (default: 10)")
+    parser.add_argument("--moments", type=int, help="no chain begins after so many faults")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="default: a new one")
     parser.add_argument("--chain", type=int, help="run only the chain of this number")
-    parser.add_argument("--faults", nargs="+", choices=[*SIGNALS, "FULL"], default=[*SIGNALS, "FULL"])
+    parser.add_argument("--faults", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--last-step", choices=STEPS, default=list(STEPS)[-1], help="leave out what comes after it")
     parser.add_argument("--segment", action="store_true", help="let segment.py run all steps")
     parser.add_argument("--mongodb", action="store_true", help="keep the graph in MongoDB")
@@ -617,7 +635,9 @@ def main(arguments: list[str] | None = None) -> int:
             while True:
                 torture.chain(number)
                 number += 1
-                if options.chain or time.monotonic() - began > 60 * options.minutes:
+                if options.chain or torture.moments >= (options.moments or math.inf):
+                    break
+                if time.monotonic() - began > 60 * options.minutes:
                     break
         except (TortureError, KeyboardInterrupt) as error:
             failure = error
@@ -643,7 +663,8 @@ def report(torture: Torture, seconds: float) -> None:
     )
     print(
         f"seed {torture.seed}: {torture.chains} chains in {seconds / 60:.1f} minutes: {kills} kills "
-        f"({60 * kills / max(seconds, 1):.1f} a minute), {kinds['STOP']} stops, {kinds['FULL']} full disks",
+        f"({60 * kills / max(seconds, 1):.1f} a minute), {kinds['STOP']} stops, {kinds['FULL']} full disks, at "
+        f"{torture.moments} moments",
         flush=True,
     )
 

@@ -380,7 +380,7 @@ _C.CLUSTER.PARTITION = ""
 _C.CLUSTER.ACCOUNT = ""
 _C.CLUSTER.TIME = ""
 _C.CLUSTER.MEMORY = ""
-# GPUs and CPU cores of each worker.
+# GPUs of each worker that predicts (none if TRAIN.DEVICE is "cpu"), and CPU cores of each worker.
 _C.CLUSTER.GPUS_PER_WORKER = 1
 _C.CLUSTER.CPUS_PER_WORKER = 2
 # End the run when this many blocks in a row fail with the same error: the others would fail, too.

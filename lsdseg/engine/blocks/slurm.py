@@ -49,6 +49,8 @@ def jobs_of(folder: Path) -> list[Job]:
     try:
         ids = (folder / JOBS).read_text(encoding="utf-8").split()
     except OSError:
+        ids = []
+    if not ids:
         return []
     known = ["--noheader", "--states=all", f"--jobs={','.join(ids)}", "--format=%i|%T|%N|%M|%r"]
     try:
@@ -79,7 +81,9 @@ class SlurmWorkers(Workers):
             "time": cluster.TIME,
             "mem": cluster.MEMORY,
         }
-        self.options = [f"--{option}={value}" for option, value in options.items() if value] + list(cluster.EXTRA)
+        # The supervisor replaces a job whose node died. One that Slurm requeues would wait for minutes before that.
+        self.options = ["--no-requeue", *(f"--{option}={value}" for option, value in options.items() if value)]
+        self.options += cluster.EXTRA
         self.jobs: list[str] = []
         self.states: dict[str, str] = {}
         self.queried = 0.0

@@ -171,11 +171,12 @@ def as_text(status: Status, columns: int = 80) -> str:
 
 
 def _jobs_text(jobs: Sequence[Job]) -> str:
-    """Say how many jobs are in each state, and which: those that run with their node, those that wait with why."""
+    """Say how many jobs are in each state, and which: those that run with node and time, those that wait with why."""
     parts = []
     for state in sorted({job.state for job in jobs}):
         own = [job for job in jobs if job.state == state]
-        listed = [f"{job.job}{f' {about}' if (about := job.node or job.reason) else ''}" for job in own[:MOST_LISTED]]
+        about = [[job.job, job.node, job.time] if job.node else [job.job, job.reason] for job in own[:MOST_LISTED]]
+        listed = [" ".join(filter(None, words)) for words in about]
         more = ", ..." if len(own) > MOST_LISTED else ""
         parts.append(f"{len(own)} {state.lower() or 'of which squeue says nothing here'} ({', '.join(listed)}{more})")
     return f"Slurm jobs: {', '.join(parts)}"

@@ -147,7 +147,7 @@ def _predict_step(sample: Sample, tile: Coordinate) -> BlockStep:
         open_worker=f"{__name__}:open_worker",
         arguments=sample.arguments | {"tile": list(tile)},
         markers=sample.markers("predict"),
-        gpu=True,
+        gpu=sample.cfg.TRAIN.DEVICE != "cpu",
     )
 
 
