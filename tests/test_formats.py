@@ -31,21 +31,21 @@ def to_zarr(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=CHECKOUT)
 
 
-def write_hdf(path, data):
+def write_hdf(path, data, voxel_size=VOXEL_SIZE, offset=OFFSET, chunks=(5, 7, 9)):
     with h5py.File(path, "w") as file:
-        file.create_dataset("em", data=data, chunks=(5, 7, 9)).attrs.update(resolution=VOXEL_SIZE, offset=OFFSET)
+        file.create_dataset("em", data=data, chunks=chunks).attrs.update(resolution=voxel_size, offset=offset)
 
 
-def write_imagej(path, data):
-    z, y, x = VOXEL_SIZE
+def write_imagej(path, data, voxel_size=VOXEL_SIZE):
+    z, y, x = voxel_size
     metadata = {"spacing": z / 1000, "unit": "um", "axes": "ZYX"}
     tifffile.imwrite(path, data, imagej=True, resolution=(1000 / x, 1000 / y), metadata=metadata)
 
 
-def write_ome(path, data):
-    sizes = {f"PhysicalSize{axis}": size for axis, size in zip("ZYX", VOXEL_SIZE, strict=True)}
+def write_ome(path, data, voxel_size=VOXEL_SIZE):
+    sizes = {f"PhysicalSize{axis}": size for axis, size in zip("ZYX", voxel_size, strict=True)}
     units = {f"PhysicalSize{axis}Unit": "nm" for axis in "ZYX"}
-    tifffile.imwrite(path, data, ome=True, metadata={"axes": "ZYX", **sizes, **units})
+    tifffile.imwrite(path, data, ome=True, photometric="minisblack", metadata={"axes": "ZYX", **sizes, **units})
 
 
 def write_stage_position(path, data):
@@ -64,26 +64,26 @@ def write_sections(path, data):
         tifffile.imwrite(path / f"section_{number:03d}.tif", section, compression="zlib")
 
 
-def write_n5(path, data, attributes=None):
+def write_n5(path, data, attributes=None, voxel_size=VOXEL_SIZE, offset=OFFSET, chunks=(4, 5, 6)):
     dataset = path / "em" / "s0"
     spec = {"driver": "n5", "kvstore": {"driver": "file", "path": f"{dataset}/"}}
-    metadata = {"dimensions": data.shape[::-1], "blockSize": [6, 5, 4], "dataType": data.dtype.name}
+    metadata = {"dimensions": data.shape[::-1], "blockSize": chunks[::-1], "dataType": data.dtype.name}
     metadata["compression"] = {"type": "gzip"}
     store = tensorstore.open(spec | {"metadata": metadata}, create=True).result()
     store.write(data.T).result()
-    placed = {"pixelResolution": {"unit": "nm", "dimensions": VOXEL_SIZE[::-1]}, "offset": OFFSET[::-1]}
+    placed = {"pixelResolution": {"unit": "nm", "dimensions": voxel_size[::-1]}, "offset": offset[::-1]}
     file = dataset / "attributes.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | (placed if attributes is None else attributes)))
     (path / "attributes.json").write_text(json.dumps({"n5": "2.5.0"}))
 
 
-def write_precomputed(path, data, sharded=False):
+def write_precomputed(path, data, sharded=False, voxel_size=VOXEL_SIZE, offset=OFFSET, chunks=(4, 5, 6)):
     scale = {
         "key": "s0",
         "size": data.shape[::-1],
-        "resolution": VOXEL_SIZE[::-1],
-        "voxel_offset": [o // v for o, v in zip(OFFSET, VOXEL_SIZE, strict=True)][::-1],
-        "chunk_size": [6, 5, 4],
+        "resolution": voxel_size[::-1],
+        "voxel_offset": [o // v for o, v in zip(offset, voxel_size, strict=True)][::-1],
+        "chunk_size": chunks[::-1],
         "encoding": "raw",
     }
     if sharded:
@@ -100,7 +100,7 @@ def write_precomputed(path, data, sharded=False):
     store[..., 0].write(data.T).result()
 
 
-def write_ome_zarr(path, data, version="0.4", axes="tczyx"):
+def write_ome_zarr(path, data, version="0.4", axes="tczyx", voxel_size=VOXEL_SIZE, offset=OFFSET):
     """A pyramid of two levels, in micrometers, as others write it."""
     driver = "zarr" if version == "0.4" else "zarr3"
     order = [axes.replace("t", "").replace("c", "").index(name) for name in "zyx"]
@@ -111,8 +111,8 @@ def write_ome_zarr(path, data, version="0.4", axes="tczyx"):
         spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{path}/{level}/"}}
         store = tensorstore.open(spec, create=True, dtype=data.dtype, shape=shape).result()
         store.write(voxels.reshape(shape)).result()
-        size = dict(zip("zyx", VOXEL_SIZE, strict=True))
-        at = dict(zip("zyx", OFFSET, strict=True))
+        size = dict(zip("zyx", voxel_size, strict=True))
+        at = dict(zip("zyx", offset, strict=True))
         scale = [size[name] * step / 1000 if name in size else 1 for name in axes]
         translation = [at[name] / 1000 if name in at else 0 for name in axes]
         steps = [{"type": "scale", "scale": scale}, {"type": "translation", "translation": translation}]
@@ -133,12 +133,12 @@ def _space(name):
     return {"name": name, "type": "space", "unit": "micrometer"}
 
 
-def write_zarr3(path, data):
+def write_zarr3(path, data, voxel_size=VOXEL_SIZE, offset=OFFSET):
     """volumes/raw with attributes, in format 3."""
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/volumes/raw/"}}
     tensorstore.open(spec, create=True, dtype=data.dtype, shape=data.shape).result().write(data).result()
     file = path / "volumes" / "raw" / "zarr.json"
-    placed = {"attributes": {"resolution": VOXEL_SIZE, "offset": OFFSET}}
+    placed = {"attributes": {"resolution": voxel_size, "offset": offset}}
     file.write_text(json.dumps(json.loads(file.read_text()) | placed))
     (path / "zarr.json").write_text(json.dumps({"zarr_format": 3, "node_type": "group"}))
 
