@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,14 @@ def write_imagej(path, data, voxel_size=VOXEL_SIZE):
     z, y, x = voxel_size
     metadata = {"spacing": z / 1000, "unit": "um", "axes": "ZYX"}
     tifffile.imwrite(path, data, imagej=True, resolution=(1000 / x, 1000 / y), metadata=metadata)
+
+
+def write_one_page(path, data):
+    """A stack as ImageJ writes those of more than 4 GB: its pages but the first are not described."""
+    z, y, x = VOXEL_SIZE
+    metadata = {"spacing": z / 1000, "unit": "um", "axes": "ZYX"}
+    options = {"imagej": True, "truncate": True, "metadata": metadata}
+    tifffile.imwrite(path, data, byteorder=">", resolution=(1000 / x, 1000 / y), **options)
 
 
 def write_ome(path, data, voxel_size=VOXEL_SIZE):
@@ -146,6 +155,7 @@ def write_zarr3(path, data, voxel_size=VOXEL_SIZE, offset=OFFSET):
 WRITERS = {
     "volume.hdf": write_hdf,
     "imagej.tif": write_imagej,
+    "large.tif": write_one_page,
     "ome.tif": write_ome,
     "stage.tif": write_stage_position,
     "sections": write_sections,
@@ -168,6 +178,18 @@ def test_the_marked_voxel_is_at_the_same_nanometer(name, tmp_path):
     np.testing.assert_array_equal(read(raw), VOXELS)
     placed = not name.endswith(".tif") and name != "sections"
     assert (tuple(raw.voxel_size), tuple(raw.offset)) == (VOXEL_SIZE, OFFSET if placed else (0, 0, 0))
+
+
+def test_more_sections_than_a_process_may_open(tmp_path):
+    write_sections(tmp_path / "in", np.repeat(VOXELS, 4, axis=0))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 30, limit[1]))
+    try:
+        convert_volume(tmp_path / "in", tmp_path / "out.zarr", labels=None, **OPTIONS | {"resolution": VOXEL_SIZE})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    np.testing.assert_array_equal(read(open_array(tmp_path / "out.zarr", RAW)), np.repeat(VOXELS, 4, axis=0))
 
 
 def test_labels_of_another_format_come_along_and_sections_are_cut(tmp_path):

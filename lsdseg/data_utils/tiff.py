@@ -1,7 +1,8 @@
 """TIFF stacks, as volumes to convert: one file of many sections, or a folder with one file for each."""
 
+import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from xml.etree import ElementTree
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from lsdseg.data_utils import placement
 from lsdseg.data_utils.formats import Source, Volume, total_bytes
 from lsdseg.data_utils.layout import RAW
+from lsdseg.data_utils.mapped import MappedArray
 from lsdseg.errors import UserError
 
 SUFFIXES = (".tif", ".tiff")
@@ -48,7 +51,18 @@ class Sections:
 
     def __getitem__(self, where: tuple[slice, slice, slice]) -> NDArray[Any]:
         z, y, x = where
-        return np.stack([page.asarray()[y, x] for page in self.pages[z]])
+        return np.stack([_read(page)[y, x] for page in self.pages[z]])
+
+
+def _read(page: Any) -> NDArray[Any]:
+    """Read a page of a file that is closed."""
+    file = page.parent.filehandle
+    file.open()
+    try:
+        values: NDArray[Any] = page.asarray()
+        return values
+    finally:
+        file.close()
 
 
 @contextmanager
@@ -62,23 +76,44 @@ def open_tiff(path: Path) -> Iterator[Source]:
         UserError: a file is damaged, or no stack of gray sections; it has several channels or points in time.
     """
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-    with ExitStack() as opened:
-        try:
-            tiffs = [opened.enter_context(tifffile.TiffFile(file)) for file in files]
-            pages = [page for tiff in tiffs for page in tiff.pages]
-            voxel_size, offset = _voxel_size(tiffs[0]), _offset(tiffs[0])
-            stacked = _stacked_axes(tiffs[0])
-        except Exception as error:  # tifffile and the parser of XML raise what they like
-            raise UserError(f"{path} is no TIFF or damaged ({str(error)[:100]}): use another copy") from error
-        if len(stacked) > 1 or (tiffs[0].is_ome and "C" in stacked):
-            axes = " and ".join(f"{count} along {axis}" for axis, count in stacked.items())
-            raise UserError(f"{path} has {axes}: save one stack of sections, such as one channel, in a file of its own")
-        data = Sections(pages, str(path))
-        attributes = {"resolution": voxel_size} if voxel_size else {}
-        if voxel_size and offset:
-            attributes["offset"] = offset
-        size = partial(total_bytes, files)
-        yield Source([Volume(RAW, data, attributes, size, (1, *data.shape[1:]))], [])
+    try:
+        with tifffile.TiffFile(files[0]) as first:
+            voxel_size, offset = _voxel_size(first), _offset(first)
+            stacked, is_ome = _stacked_axes(first), first.is_ome
+            stack = _undescribed_stack(first)
+        pages = _pages(files)
+    except Exception as error:  # tifffile and the parser of XML raise what they like
+        raise UserError(f"{path} is no TIFF or damaged ({str(error)[:100]}): use another copy") from error
+    if len(stacked) > 1 or (is_ome and "C" in stacked):
+        axes = " and ".join(f"{count} along {axis}" for axis, count in stacked.items())
+        raise UserError(f"{path} has {axes}: save one stack of sections, such as one channel, in a file of its own")
+    if stack and len(files) > 1:
+        raise UserError(f"{files[0]} is one of several stacks: convert each by itself")
+    data = Sections(pages, str(path))
+    attributes = {"resolution": voxel_size} if voxel_size else {}
+    if voxel_size and offset:
+        attributes["offset"] = offset
+    size = partial(total_bytes, files)
+    yield Source([Volume(RAW, stack or data, attributes, size, (1, *data.shape[1:]))], [])
+
+
+def _pages(files: list[Path]) -> list[Any]:
+    """Return the pages of all files, which are closed: a process may not have thousands of files open."""
+    pages: list[Any] = []
+    for file in tqdm(files, desc="files", unit="file", delay=2):
+        with tifffile.TiffFile(file) as tiff:
+            pages += tiff.pages
+    return pages
+
+
+def _undescribed_stack(tiff: tifffile.TiffFile) -> MappedArray | None:
+    """Return a stack of which the file describes only the first section, as ImageJ writes those of more than 4 GB."""
+    stack = tiff.series[0]
+    if not stack.is_truncated:
+        return None
+    shape = (stack.size // math.prod(stack.shape[-2:]), *stack.shape[-2:])
+    dtype = np.dtype(stack.dtype).newbyteorder(tiff.byteorder)
+    return MappedArray(partial(np.memmap, tiff.filehandle.path, dtype, "r", stack.dataoffset, shape))
 
 
 def _stacked_axes(tiff: tifffile.TiffFile) -> dict[str, int]:
