@@ -28,6 +28,7 @@ from lsdseg.files import room_on_disk
 Convert = Callable[[NDArray[Any]], NDArray[Any]]
 # Values that occur, sorted, and how often each does.
 Counts = tuple[NDArray[Any], NDArray[np.int64]]
+SLAB_BYTES = 2**25  # of what is changed at a time, which may need ten times as much memory
 MOST_VALUES = 2**24  # different gray values of a volume, so that a table of them fits into memory
 
 
@@ -252,5 +253,5 @@ def write_volume(zarr: Path, name: str, array: Array, convert: Convert = np.asar
         dtype=dtype,
         attributes=dict(array.attrs) | attributes,
     )
-    for slab in tqdm(slabs(array), desc=f"{name} of {zarr.stem}", unit="slab", delay=2):
+    for slab in tqdm(slabs(array, SLAB_BYTES), desc=f"{name} of {zarr.stem}", unit="slab", delay=2):
         written[slab] = convert(read(array, slab))

@@ -19,15 +19,20 @@ from lsdseg.data_utils.clahe import clahe_region
 from lsdseg.data_utils.components import write_components
 from lsdseg.data_utils.gray import LARGEST_RAW, gray_percentiles, own_window
 from lsdseg.data_utils.labels import is_labeled
-from lsdseg.data_utils.preprocess import check_gray_values, gray_value_counts, matching, merged_counts, write_volume
+from lsdseg.data_utils.preprocess import (
+    SLAB_BYTES,
+    check_gray_values,
+    gray_value_counts,
+    matching,
+    merged_counts,
+    write_volume,
+)
 from lsdseg.data_utils.records import Record, identity
 from lsdseg.data_utils.regions import crop
 from lsdseg.data_utils.replace import check_replaceable_zarr, write_zarr
 from lsdseg.data_utils.volumes import create_array, has_array, list_arrays, open_array, read, slabs
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk
-
-SLAB_BYTES = 2**25  # of a block; most operations need ten times as much memory
 
 
 class Job(NamedTuple):
