@@ -3,14 +3,17 @@
     python benchmarks/memory.py --gb 1 4 --folder /scratch
 
 Memory that stays the same while the volume grows fits any volume. Each row is one program, started as a user starts it.
-Peak memory is that of the program and all processes that it starts, and the rate counts the voxels that it reads,
-without compression. A volume is a cube of zeros with blobs along its diagonal. It takes little room on disk, so rates
-are those of code and compression, not of a disk. Exit status 1: a program failed, or took more than 1.5 GB.
+Peak memory is that of the program and of all processes that it starts, added up (Linux only). The rate counts the
+voxels that it reads, without compression. A volume is a cube of zeros with blobs along its diagonal. It takes little
+room on disk, so rates are those of code and compression, not of a disk. Exit status 1: a program failed, or took more
+than 1.5 GB.
 """
 
 import argparse
+import contextlib
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -107,39 +110,27 @@ def command_of(name: str, size: float, folder: Path) -> tuple[list[str], int]:
 def measure(command: tuple[list[str], int]) -> tuple[float, float, int, str]:
     """Run a program, and return its peak memory in bytes, its seconds, the bytes it reads, and its error, if any."""
     arguments, count = command
-    began, peak = time.monotonic(), 0.0
+    began, peaks = time.monotonic(), {}
     with tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=errors)
-        tree = psutil.Process(child.pid)
-        while True:
-            pid, status, usage = os.wait4(child.pid, os.WNOHANG)
-            if pid:
-                break
-            peak = max(peak, memory_of(tree))
+        program = psutil.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=errors)
+        while program.poll() is None:
+            peaks |= peaks_of(program)
             time.sleep(0.02)
-        child.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.monotonic() - began
         errors.seek(0)
-        error = errors.read().strip().splitlines()[-1][:200] if child.returncode else ""
-    return max(peak, usage.ru_maxrss * 1024), seconds, count, error
+        error = errors.read().strip().splitlines()[-1][:200] if program.returncode else ""
+    return sum(peaks.values()), seconds, count, error
 
 
-def memory_of(tree: psutil.Process) -> float:
-    """Return the bytes that a process and those that it started have in memory."""
-    total = 0.0
-    for process in [tree, *_children(tree)]:
-        try:
-            total += process.memory_info().rss
-        except psutil.Error:  # it has just ended
-            continue
-    return total
-
-
-def _children(tree: psutil.Process) -> list[psutil.Process]:
-    try:
-        return tree.children(recursive=True)
-    except psutil.Error:
-        return []
+def peaks_of(program: psutil.Process) -> dict[int, float]:
+    """Return process number -> bytes that it ever had in memory, of a program and what it started."""
+    peaks = {}
+    with contextlib.suppress(psutil.Error, OSError):  # it has just ended
+        for process in [program, *program.children(recursive=True)]:
+            status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
+            if found := re.search(r"VmHWM:\s+(\d+) kB", status):  # gone when a process has ended
+                peaks[process.pid] = int(found[1]) * 1024.0
+    return peaks
 
 
 def blobs(shape: tuple[int, ...]) -> Iterator[tuple[tuple[slice, ...], NDArray]]:

@@ -16,6 +16,7 @@ import tifffile
 from lsdseg.config.loader import CHECKOUT
 from lsdseg.data_utils.convert import convert_volume
 from lsdseg.data_utils.export import export_dataset
+from lsdseg.data_utils.formats import open_source
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
 from lsdseg.errors import UserError
@@ -178,6 +179,29 @@ def test_the_marked_voxel_is_at_the_same_nanometer(name, tmp_path):
     np.testing.assert_array_equal(read(raw), VOXELS)
     placed = not name.endswith(".tif") and name != "sections"
     assert (tuple(raw.voxel_size), tuple(raw.offset)) == (VOXEL_SIZE, OFFSET if placed else (0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"byteorder": ">"},
+        {"compression": "zlib"},
+        {"compression": "zlib", "rowsperstrip": 5},
+        {"compression": "zlib", "rowsperstrip": 5, "predictor": 2, "byteorder": ">"},
+        {"compression": "zlib", "tile": (16, 32)},
+        {"tile": (32, 16)},
+    ],
+)
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_boxes_of_sections_are_read_from_strips_and_tiles(options, dtype, tmp_path):
+    data = np.random.default_rng(2).integers(0, 250, (3, 50, 70)).astype(dtype)
+    tifffile.imwrite(tmp_path / "in.tif", data, photometric="minisblack", **options)
+    with open_source(tmp_path / "in.tif") as source:
+        stored = source.volumes[0].data
+        for box in (np.s_[:, :, :], np.s_[1:3, 7:33, 15:17], np.s_[2:, 49:, 69:], np.s_[::2, 3:40:9, 60:20:-7]):
+            np.testing.assert_array_equal(stored[box], data[box])
+        assert stored[0:0, 3:3, :].shape == (0, 0, 70)
 
 
 def test_more_sections_than_a_process_may_open(tmp_path):

@@ -1,5 +1,6 @@
 """TIFF stacks, as volumes to convert: one file of many sections, or a folder with one file for each."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,19 +51,53 @@ class Sections:
         self.dtype = np.dtype(first.dtype)
 
     def __getitem__(self, where: tuple[slice, slice, slice]) -> NDArray[Any]:
-        z, y, x = where
-        return np.stack([_read(page)[y, x] for page in self.pages[z]])
+        pages = self.pages[where[0]]
+        rows, columns = (range(size)[along] for size, along in zip(self.shape[1:], where[1:], strict=True))
+        values = np.empty((len(pages), len(rows), len(columns)), self.dtype)
+        if values.size:
+            y, x = (slice(min(along), max(along) + 1) for along in (rows, columns))
+            for section, page in zip(values, pages, strict=True):
+                section[...] = _read(page, y, x)[:: rows.step, :: columns.step]
+        return values
 
 
-def _read(page: Any) -> NDArray[Any]:
-    """Read a page of a file that is closed."""
+def _read(page: Any, y: slice, x: slice) -> NDArray[Any]:
+    """Read a box of a page of a file that is closed.
+
+    Only the strips or tiles that it touches are read: a section may be as large as memory, and is read in many boxes.
+    """
     file = page.parent.filehandle
+    if page.is_memmappable:
+        dtype = np.dtype(page.dtype).newbyteorder(page.parent.byteorder)
+        return np.memmap(file.path, dtype, "r", page.dataoffsets[0], page.shape)[y, x]
+    (height, width), across = page.chunks[-2:], page.chunked[-1]
+    values = np.full((y.stop - y.start, x.stop - x.start), page.nodata, page.dtype)
     file.open()
     try:
-        values: NDArray[Any] = page.asarray()
-        return values
+        for row, column in itertools.product(_pieces(y, height), _pieces(x, width)):
+            number = row * across + column
+            if page.databytecounts[number]:
+                file.seek(page.dataoffsets[number])
+                data = file.read(page.databytecounts[number])
+                tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader}
+                piece = page.decode(data, number, **tables)[0][0, :, :, 0]
+                rows = _common(y, row * height, piece.shape[0])
+                columns = _common(x, column * width, piece.shape[1])
+                values[rows[1], columns[1]] = piece[rows[0], columns[0]]
     finally:
         file.close()
+    return values
+
+
+def _pieces(along: slice, width: int) -> range:
+    """Return the numbers of the strips or tiles that a slice touches."""
+    return range(along.start // width, (along.stop - 1) // width + 1)
+
+
+def _common(along: slice, begin: int, width: int) -> tuple[slice, slice]:
+    """Return what a strip or tile and a slice have in common: in the one, and in the other."""
+    first, last = max(along.start, begin), min(along.stop, begin + width)
+    return slice(first - begin, last - begin), slice(first - along.start, last - along.start)
 
 
 @contextmanager
