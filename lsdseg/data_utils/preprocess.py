@@ -13,7 +13,6 @@ import fastremap
 import numpy as np
 from funlib.persistence import Array
 from numpy.typing import NDArray
-from tqdm import tqdm
 from yacs.config import CfgNode
 
 from lsdseg.data_utils.gray import LARGEST_RAW
@@ -132,7 +131,7 @@ def gray_value_counts(raw: Array) -> Counts:
         UserError: there are more than MOST_VALUES different ones.
     """
     counts: Counts = np.empty(0, raw.dtype), np.empty(0, np.int64)
-    for slab in tqdm(slabs(raw), desc="gray values", unit="slab", delay=2):
+    for slab in slabs(raw).with_progress("gray values"):
         counts = merged_counts([counts, fastremap.unique(read(raw, slab), return_counts=True)])
         if len(counts[0]) > MOST_VALUES:
             raise UserError(f"raw has more than {MOST_VALUES} different gray values: store it as uint16 to match them")
@@ -236,7 +235,7 @@ def _write_sections(zarr: Path, name: str, array: Array, raw: Array, convert: Co
         for z in range(raw.shape[0])
     ]
     first = (array.offset[0] - raw.offset[0]) // raw.voxel_size[0]
-    for slab in tqdm(slabs(array), desc=f"{name} of {zarr.stem}", unit="slab", delay=2):
+    for slab in slabs(array).with_progress(f"{name} of {zarr.stem}"):
         for z, values in enumerate(convert(read(array, slab)), start=first + slab[0].start):
             sections[z][slab[1:]] = values
 
@@ -253,5 +252,5 @@ def write_volume(zarr: Path, name: str, array: Array, convert: Convert = np.asar
         dtype=dtype,
         attributes=dict(array.attrs) | attributes,
     )
-    for slab in tqdm(slabs(array, SLAB_BYTES), desc=f"{name} of {zarr.stem}", unit="slab", delay=2):
+    for slab in slabs(array, SLAB_BYTES).with_progress(f"{name} of {zarr.stem}"):
         written[slab] = convert(read(array, slab))

@@ -13,7 +13,6 @@ import numpy as np
 from funlib.geometry import Coordinate, Roi
 from funlib.persistence import Array
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from lsdseg.data_utils.clahe import clahe_region
 from lsdseg.data_utils.components import write_components
@@ -106,7 +105,7 @@ def equalize(job: Job, tile: Sequence[int], limit: float) -> Write:
 
     def write(zarr: Path) -> None:
         new = _create(zarr, job, array.shape, array.offset, array.dtype)
-        for slab in tqdm(slabs(new, SLAB_BYTES), desc="CLAHE", unit="slab"):
+        for slab in slabs(new, SLAB_BYTES).with_progress("CLAHE", delay=0):
             new[slab] = clahe_region(lambda voxels: read(array, voxels), array.shape, slab, window, tile, limit)
 
     return write
@@ -140,7 +139,7 @@ def remove_small(job: Job, voxels: int) -> Write:
     _check_labels(job)
     counts = [
         fastremap.unique(read(job.array, slab), return_counts=True)
-        for slab in tqdm(slabs(job.array, SLAB_BYTES), desc="sizes", unit="slab", delay=2)
+        for slab in slabs(job.array, SLAB_BYTES).with_progress("sizes")
     ]
     ids, sizes = merged_counts(counts)
     small = ids[(sizes < voxels) & is_labeled(ids) & (ids != 0)]
@@ -174,7 +173,7 @@ def pad(job: Job, by: Sequence[int], mode: str) -> Write:
     def write(zarr: Path) -> None:
         shape = [len(along) for along in voxels]
         new = _create(zarr, job, shape, array.offset - Coordinate(by) * array.voxel_size, array.dtype)
-        for slab in tqdm(slabs(new, SLAB_BYTES), desc="padding", unit="slab", delay=2):
+        for slab in slabs(new, SLAB_BYTES).with_progress("padding"):
             wanted = [along[part] for along, part in zip(voxels, slab, strict=True)]
             inside = [along[along >= 0] for along in wanted]
             if all(map(len, inside)):
@@ -246,7 +245,7 @@ def _check_labels(job: Job) -> None:
 def _labeled_box(array: Array) -> Roi | None:
     """Return the smallest box in nm with all labeled voxels of labels or of a mask, None if there are none."""
     begin, end = np.array(array.shape), np.zeros(3, int)
-    for slab in tqdm(slabs(array, SLAB_BYTES), desc="labeled box", unit="slab", delay=2):
+    for slab in slabs(array, SLAB_BYTES).with_progress("labeled box"):
         values = read(array, slab)
         labeled = (values != 0) & is_labeled(values)
         if labeled.any():
