@@ -50,15 +50,12 @@ OPTIONS = {
 }
 OF_RAW = ("clahe", "match", "pad")
 
-# Takes the blobs of one chunk: (slices, values).
-Write = Callable[[tuple[slice, ...], NDArray], None]
-
 
 def main() -> None:
     """Print the table, row by row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", nargs="+", type=float, default=[16], help="sizes of the volume (default: 16)")
-    parser.add_argument("--folder", type=Path, help="where to work; it is emptied (default: that for temporary files)")
+    parser.add_argument("--folder", type=Path, help="where to work (default: the folder for temporary files)")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="programs whose row holds one of these")
     args = parser.parse_args()
     names = [f"to_zarr {name}" for name in SOURCES]
@@ -212,7 +209,7 @@ def exported(to: str) -> Callable[[Path, tuple[int, ...]], None]:
     return make
 
 
-# How the source is made -> what it is called. One that begins with a dot is the suffix of a file.
+# What a source is called -> how it is made. A name that begins with a dot is the suffix of a file.
 SOURCES: dict[str, Callable[[Path, tuple[int, ...]], None]] = {
     ".zarr": make_zarr,
     ".hdf": make_hdf,

@@ -4,6 +4,7 @@ The result is a new zarr, which appears whole or not at all. It also holds all o
 their place in nm, so that it can be trained on.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from lsdseg.data_utils.preprocess import (
 from lsdseg.data_utils.records import Record, identity
 from lsdseg.data_utils.regions import crop
 from lsdseg.data_utils.replace import check_replaceable_zarr, write_zarr
-from lsdseg.data_utils.volumes import create_array, has_array, list_arrays, open_array, read, slabs
+from lsdseg.data_utils.volumes import Slabs, create_array, has_array, list_arrays, open_array, read, slabs
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk
 
@@ -105,7 +106,10 @@ def equalize(job: Job, tile: Sequence[int], limit: float) -> Write:
 
     def write(zarr: Path) -> None:
         new = _create(zarr, job, array.shape, array.offset, array.dtype)
-        for slab in slabs(new, SLAB_BYTES).with_progress("CLAHE", delay=0):
+        # Squares, not rows through the whole volume: a thin row would be small beside its context.
+        side = max(1, math.isqrt(SLAB_BYTES // (math.prod(new.chunk_shape) * new.dtype.itemsize)))
+        z, y, x = new.chunk_shape
+        for slab in Slabs(new.shape, (z, y * side, x * side)).with_progress("CLAHE", delay=0):
             new[slab] = clahe_region(lambda voxels: read(array, voxels), array.shape, slab, window, tile, limit)
 
     return write

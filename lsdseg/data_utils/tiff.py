@@ -66,14 +66,13 @@ def _read(page: Any, y: slice, x: slice) -> NDArray[Any]:
 
     Only the strips or tiles that it touches are read: a section may be as large as memory, and is read in many boxes.
     """
-    file = page.parent.filehandle
+    path = page.parent.filehandle.path
     if page.is_memmappable:
         dtype = np.dtype(page.dtype).newbyteorder(page.parent.byteorder)
-        return np.memmap(file.path, dtype, "r", page.dataoffsets[0], page.shape)[y, x]
+        return np.memmap(path, dtype, "r", page.dataoffsets[0], page.shape)[y, x]
     (height, width), across = page.chunks[-2:], page.chunked[-1]
     values = np.full((y.stop - y.start, x.stop - x.start), page.nodata, page.dtype)
-    file.open()
-    try:
+    with open(path, "rb") as file:
         for row, column in itertools.product(_pieces(y, height), _pieces(x, width)):
             number = row * across + column
             if page.databytecounts[number]:
@@ -84,8 +83,6 @@ def _read(page: Any, y: slice, x: slice) -> NDArray[Any]:
                 rows = _common(y, row * height, piece.shape[0])
                 columns = _common(x, column * width, piece.shape[1])
                 values[rows[1], columns[1]] = piece[rows[0], columns[0]]
-    finally:
-        file.close()
     return values
 
 
