@@ -212,8 +212,13 @@ def test_mode_and_mean_of_windows():
     assert Level((1, 1, 1), (0, 0, 0), (9, 9, 9), (8, 8, 16)).coarser().voxel_size == (16, 16, 16)
 
 
-@pytest.mark.parametrize("name", [SEGMENTATION, AFFINITIES])
-def test_large_levels_are_sharded(sample, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "shard_bytes", "shards"),
+    # Chunks are of 8^3 voxels, and there are 5 x 9 x 19.
+    [(SEGMENTATION, 2**28, 2 * 3 * 5), (AFFINITIES, 2**28, 2 * 3 * 5), (AFFINITIES, 8 * 8**3 * 12, 3 * 5 * 10)],
+)
+def test_large_levels_are_sharded(sample, tmp_path, monkeypatch, name, shard_bytes, shards):
+    monkeypatch.setattr(export_precomputed, "SHARD_BYTES", shard_bytes)
     for module in (pyramid, export_precomputed):
         monkeypatch.setattr(module, "EDGE", 8)
     monkeypatch.setattr(export_precomputed, "MANY_CHUNKS", 100)
@@ -221,7 +226,7 @@ def test_large_levels_are_sharded(sample, tmp_path, monkeypatch, name):
     scales = json.loads((tmp_path / "out" / "info").read_text())["scales"]
     assert ["sharding" in scale for scale in scales][:4] == [True, True, True, False]
     files = list((tmp_path / "out" / scales[0]["key"]).iterdir())
-    assert len(files) == 2 * 3 * 5  # shards of 4 x 4 x 4 chunks; there are 5 x 9 x 19
+    assert len(files) == shards
     data, _, offset = read_precomputed(tmp_path / "out")
     np.testing.assert_array_equal(data, DATA[name])
     assert tuple(offset) == OFFSET

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import tifffile
 from lsdseg.config.loader import CHECKOUT
 from lsdseg.data_utils.convert import convert_volume
 from lsdseg.data_utils.export import export_dataset
+from lsdseg.data_utils.formats import open_source
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
 from lsdseg.errors import UserError
@@ -31,21 +33,29 @@ def to_zarr(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=CHECKOUT)
 
 
-def write_hdf(path, data):
+def write_hdf(path, data, voxel_size=VOXEL_SIZE, offset=OFFSET, chunks=(5, 7, 9)):
     with h5py.File(path, "w") as file:
-        file.create_dataset("em", data=data, chunks=(5, 7, 9)).attrs.update(resolution=VOXEL_SIZE, offset=OFFSET)
+        file.create_dataset("em", data=data, chunks=chunks).attrs.update(resolution=voxel_size, offset=offset)
 
 
-def write_imagej(path, data):
-    z, y, x = VOXEL_SIZE
+def write_imagej(path, data, voxel_size=VOXEL_SIZE):
+    z, y, x = voxel_size
     metadata = {"spacing": z / 1000, "unit": "um", "axes": "ZYX"}
     tifffile.imwrite(path, data, imagej=True, resolution=(1000 / x, 1000 / y), metadata=metadata)
 
 
-def write_ome(path, data):
-    sizes = {f"PhysicalSize{axis}": size for axis, size in zip("ZYX", VOXEL_SIZE, strict=True)}
+def write_one_page(path, data):
+    """A stack as ImageJ writes those of more than 4 GB: its pages but the first are not described."""
+    z, y, x = VOXEL_SIZE
+    metadata = {"spacing": z / 1000, "unit": "um", "axes": "ZYX"}
+    options = {"imagej": True, "truncate": True, "metadata": metadata}
+    tifffile.imwrite(path, data, byteorder=">", resolution=(1000 / x, 1000 / y), **options)
+
+
+def write_ome(path, data, voxel_size=VOXEL_SIZE):
+    sizes = {f"PhysicalSize{axis}": size for axis, size in zip("ZYX", voxel_size, strict=True)}
     units = {f"PhysicalSize{axis}Unit": "nm" for axis in "ZYX"}
-    tifffile.imwrite(path, data, ome=True, metadata={"axes": "ZYX", **sizes, **units})
+    tifffile.imwrite(path, data, ome=True, photometric="minisblack", metadata={"axes": "ZYX", **sizes, **units})
 
 
 def write_stage_position(path, data):
@@ -64,26 +74,26 @@ def write_sections(path, data):
         tifffile.imwrite(path / f"section_{number:03d}.tif", section, compression="zlib")
 
 
-def write_n5(path, data, attributes=None):
+def write_n5(path, data, attributes=None, voxel_size=VOXEL_SIZE, offset=OFFSET, chunks=(4, 5, 6)):
     dataset = path / "em" / "s0"
     spec = {"driver": "n5", "kvstore": {"driver": "file", "path": f"{dataset}/"}}
-    metadata = {"dimensions": data.shape[::-1], "blockSize": [6, 5, 4], "dataType": data.dtype.name}
+    metadata = {"dimensions": data.shape[::-1], "blockSize": chunks[::-1], "dataType": data.dtype.name}
     metadata["compression"] = {"type": "gzip"}
     store = tensorstore.open(spec | {"metadata": metadata}, create=True).result()
     store.write(data.T).result()
-    placed = {"pixelResolution": {"unit": "nm", "dimensions": VOXEL_SIZE[::-1]}, "offset": OFFSET[::-1]}
+    placed = {"pixelResolution": {"unit": "nm", "dimensions": voxel_size[::-1]}, "offset": offset[::-1]}
     file = dataset / "attributes.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | (placed if attributes is None else attributes)))
     (path / "attributes.json").write_text(json.dumps({"n5": "2.5.0"}))
 
 
-def write_precomputed(path, data, sharded=False):
+def write_precomputed(path, data, sharded=False, voxel_size=VOXEL_SIZE, offset=OFFSET, chunks=(4, 5, 6)):
     scale = {
         "key": "s0",
         "size": data.shape[::-1],
-        "resolution": VOXEL_SIZE[::-1],
-        "voxel_offset": [o // v for o, v in zip(OFFSET, VOXEL_SIZE, strict=True)][::-1],
-        "chunk_size": [6, 5, 4],
+        "resolution": voxel_size[::-1],
+        "voxel_offset": [o // v for o, v in zip(offset, voxel_size, strict=True)][::-1],
+        "chunk_size": chunks[::-1],
         "encoding": "raw",
     }
     if sharded:
@@ -100,7 +110,7 @@ def write_precomputed(path, data, sharded=False):
     store[..., 0].write(data.T).result()
 
 
-def write_ome_zarr(path, data, version="0.4", axes="tczyx"):
+def write_ome_zarr(path, data, version="0.4", axes="tczyx", voxel_size=VOXEL_SIZE, offset=OFFSET):
     """A pyramid of two levels, in micrometers, as others write it."""
     driver = "zarr" if version == "0.4" else "zarr3"
     order = [axes.replace("t", "").replace("c", "").index(name) for name in "zyx"]
@@ -111,8 +121,8 @@ def write_ome_zarr(path, data, version="0.4", axes="tczyx"):
         spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{path}/{level}/"}}
         store = tensorstore.open(spec, create=True, dtype=data.dtype, shape=shape).result()
         store.write(voxels.reshape(shape)).result()
-        size = dict(zip("zyx", VOXEL_SIZE, strict=True))
-        at = dict(zip("zyx", OFFSET, strict=True))
+        size = dict(zip("zyx", voxel_size, strict=True))
+        at = dict(zip("zyx", offset, strict=True))
         scale = [size[name] * step / 1000 if name in size else 1 for name in axes]
         translation = [at[name] / 1000 if name in at else 0 for name in axes]
         steps = [{"type": "scale", "scale": scale}, {"type": "translation", "translation": translation}]
@@ -133,12 +143,12 @@ def _space(name):
     return {"name": name, "type": "space", "unit": "micrometer"}
 
 
-def write_zarr3(path, data):
+def write_zarr3(path, data, voxel_size=VOXEL_SIZE, offset=OFFSET):
     """volumes/raw with attributes, in format 3."""
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/volumes/raw/"}}
     tensorstore.open(spec, create=True, dtype=data.dtype, shape=data.shape).result().write(data).result()
     file = path / "volumes" / "raw" / "zarr.json"
-    placed = {"attributes": {"resolution": VOXEL_SIZE, "offset": OFFSET}}
+    placed = {"attributes": {"resolution": voxel_size, "offset": offset}}
     file.write_text(json.dumps(json.loads(file.read_text()) | placed))
     (path / "zarr.json").write_text(json.dumps({"zarr_format": 3, "node_type": "group"}))
 
@@ -146,6 +156,7 @@ def write_zarr3(path, data):
 WRITERS = {
     "volume.hdf": write_hdf,
     "imagej.tif": write_imagej,
+    "large.tif": write_one_page,
     "ome.tif": write_ome,
     "stage.tif": write_stage_position,
     "sections": write_sections,
@@ -168,6 +179,41 @@ def test_the_marked_voxel_is_at_the_same_nanometer(name, tmp_path):
     np.testing.assert_array_equal(read(raw), VOXELS)
     placed = not name.endswith(".tif") and name != "sections"
     assert (tuple(raw.voxel_size), tuple(raw.offset)) == (VOXEL_SIZE, OFFSET if placed else (0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"byteorder": ">"},
+        {"compression": "zlib"},
+        {"compression": "zlib", "rowsperstrip": 5},
+        {"compression": "zlib", "rowsperstrip": 5, "predictor": 2, "byteorder": ">"},
+        {"compression": "zlib", "tile": (16, 32)},
+        {"tile": (32, 16)},
+    ],
+)
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_boxes_of_sections_are_read_from_strips_and_tiles(options, dtype, tmp_path):
+    data = np.random.default_rng(2).integers(0, 250, (3, 50, 70)).astype(dtype)
+    tifffile.imwrite(tmp_path / "in.tif", data, photometric="minisblack", **options)
+    with open_source(tmp_path / "in.tif") as source:
+        stored = source.volumes[0].data
+        for box in (np.s_[:, :, :], np.s_[1:3, 7:33, 15:17], np.s_[2:, 49:, 69:], np.s_[::2, 3:40:9, 60:20:-7]):
+            np.testing.assert_array_equal(stored[box], data[box])
+        assert stored[0:0, 3:3, :].shape == (0, 0, 70)
+
+
+def test_more_sections_than_a_process_may_open(tmp_path):
+    write_sections(tmp_path / "in", np.repeat(VOXELS, 4, axis=0))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 30, limit[1]))
+    try:
+        convert_volume(tmp_path / "in", tmp_path / "out.zarr", labels=None, **OPTIONS | {"resolution": VOXEL_SIZE})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    np.testing.assert_array_equal(read(open_array(tmp_path / "out.zarr", RAW)), np.repeat(VOXELS, 4, axis=0))
 
 
 def test_labels_of_another_format_come_along_and_sections_are_cut(tmp_path):

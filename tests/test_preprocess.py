@@ -1,6 +1,5 @@
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +49,7 @@ def section(path, name):
 
 @pytest.mark.parametrize("block_bytes", [1, 2**28])
 def test_every_section_becomes_a_dataset_at_its_place(home, monkeypatch, block_bytes):
-    monkeypatch.setattr(preprocess_module, "slabs", partial(slabs, max_bytes=block_bytes))
+    monkeypatch.setattr(preprocess_module, "slabs", lambda array, *_: slabs(array, block_bytes))
     preprocess(config(home, "PREPROCESS.EXPORT_2D_FROM_3D", True))
     exported = folder(home, "FLY", "2d", "train") / "a.zarr"
     assert list_arrays(exported) == sorted(f"{name}/{z}" for name in (RAW, LABELS, LABELS_MASK) for z in range(9))
@@ -106,7 +105,7 @@ def two_data_sets(home):
 
 
 def test_gray_values_become_those_of_the_other_data_set(home, two_data_sets, monkeypatch):
-    monkeypatch.setattr(preprocess_module, "slabs", partial(slabs, max_bytes=1))
+    monkeypatch.setattr(preprocess_module, "slabs", lambda array, *_: slabs(array, 1))
     copied = ["PREPROCESS.DATASETS_TO_COPY", [LABELS]]
     preprocess(config(home, "PREPROCESS.HISTOGRAM_MATCH", ["FLY", "MOUSE"], *copied))
     for split, name, source in [("train", "a", RAW_DATA), ("test", "b", RAW_DATA[:3] // 2)]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from skimage.exposure import equalize_adapthist, match_histograms
 
+from lsdseg.data_utils import preprocess
 from lsdseg.data_utils import process as process_module
 from lsdseg.data_utils.clahe import clahe
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW
@@ -28,7 +29,8 @@ IDS[3, :5] = 2**64 - 3  # nobody labeled these
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """Blocks of one chunk: two or three along every axis."""
-    monkeypatch.setattr(process_module, "SLAB_BYTES", 1)
+    for module in (process_module, preprocess):
+        monkeypatch.setattr(module, "SLAB_BYTES", 1)
 
 
 @pytest.fixture

@@ -14,28 +14,27 @@ from funlib.persistence import Array
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from tqdm import tqdm
 
 from lsdseg.data_utils.labels import is_labeled
-from lsdseg.data_utils.volumes import read
+from lsdseg.data_utils.volumes import Slabs, read
 
 CONNECTIVITIES = {6: 1, 18: 2, 26: 3}  # neighbors of a voxel -> along how many axes they may differ from it
 
 
-def write_components(labels: Array, target: Array, blocks: Sequence[tuple[slice, ...]], connectivity: int) -> int:
+def write_components(labels: Array, target: Array, blocks: Slabs, connectivity: int) -> int:
     """Give every connected component of every label an id of its own: 1, 2, 3 ... in the order of their first voxels.
 
     Args:
         labels: integers (z, y, x). 0 and ids for unlabeled voxels stay what they are.
         target: uint64, the same shape, open for writing. It is written twice.
-        blocks: slices that cover the labels once, in an order in which blocks before one along an axis come first.
+        blocks: of the labels.
         connectivity: 6, 18 or 26, the number of neighbors of a voxel.
 
     Returns:
         The number of components.
     """
     firsts, pairs, count = [np.zeros(1, np.int64)], [], 0
-    for block in tqdm(blocks, desc="components", unit="block", delay=2):
+    for block in blocks.with_progress("components"):
         values = read(labels, block)
         found, added = cc3d.connected_components(  # its stubs forget 18
             _known(values),
@@ -48,7 +47,7 @@ def write_components(labels: Array, target: Array, blocks: Sequence[tuple[slice,
         count += added
         pairs += [_touching(labels, target, block, axis, connectivity) for axis in range(3) if block[axis].start]
     table, components = _numbered(np.concatenate(firsts), np.concatenate([np.empty((2, 0), np.int64), *pairs], axis=1))
-    for block in tqdm(blocks, desc="numbering", unit="block", delay=2):
+    for block in blocks.with_progress("numbering"):
         values = read(labels, block)
         unlabeled = values.astype(np.uint64) * ~is_labeled(values)
         target[block] = table[read(target, block)] + unlabeled

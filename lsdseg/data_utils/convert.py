@@ -26,6 +26,8 @@ from lsdseg.data_utils.volumes import create_array, list_arrays, open_array, sla
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk
 
+SLAB_BYTES = 2**27  # of what is copied at a time; some formats need it three times
+
 # Begin and end in sections of raw. None: from the first, to the last.
 Sections = tuple[int | None, int | None]
 
@@ -216,16 +218,19 @@ def _copy(part: Part, path: Path, zarr: Path, bar: tqdm) -> None:
         dtype=part.dtype,
         attributes=part.volume.attributes,
     )
-    for slab in slabs(array):
-        try:
-            data = part.read(slab)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        except Exception as error:
-            reason = str(error)[:200]
-            raise UserError(f"{part.volume.name} in {path} cannot be read ({reason}): use another copy") from error
-        array[slab] = data
-        bar.update(data.size)
+    for slab in slabs(array, SLAB_BYTES):
+        array[slab] = _read(part, slab, path)  # without a name, which would keep it in memory beside the next one
+        bar.update(math.prod(along.stop - along.start for along in slab))
+
+
+def _read(part: Part, slab: tuple[slice, ...], path: Path) -> NDArray[Any]:
+    try:
+        return part.read(slab)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:
+        reason = str(error)[:200]
+        raise UserError(f"{part.volume.name} in {path} cannot be read ({reason}): use another copy") from error
 
 
 def select_parts(

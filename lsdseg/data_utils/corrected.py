@@ -17,7 +17,6 @@ import numpy as np
 from funlib.geometry import Coordinate, Roi
 from funlib.persistence import Array
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from lsdseg.data_utils.convert import only_volume, target_paths
 from lsdseg.data_utils.formats import Volume
@@ -392,7 +391,7 @@ def write_labels(
             )
             for name, dtype in zip(names, (np.uint64, np.uint8), strict=True)
         )
-        for slab in tqdm(slabs(ids_array), desc="labels", unit="slab", delay=2):
+        for slab in slabs(ids_array).with_progress("labels"):
             ids, known = labels.read(slab)
             known &= select(ids)
             ids = np.where(known, ids, np.uint64(0))

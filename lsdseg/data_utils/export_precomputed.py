@@ -1,7 +1,7 @@
 """Export to Neuroglancer precomputed: a pyramid that Neuroglancer, cloud-volume and tensorstore read.
 
 The format counts voxels from the origin of the world and stores x, y, z, so an offset must be a whole number of voxels.
-Large levels are sharded: one file for 64 chunks, because file systems do not like millions of files.
+Large levels are sharded, one file for 64 chunks, fewer with many channels: file systems do not like millions of files.
 """
 
 import json
@@ -23,7 +23,7 @@ TITLE = "Neuroglancer precomputed"
 IMAGES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32")
 IDS = ("uint32", "uint64")  # what compressed_segmentation holds
 MANY_CHUNKS = 4096  # a level with more is sharded
-SHARD_BITS = 6  # one shard holds 2**6 chunks
+SHARD_BITS, SHARD_BYTES = 6, 2**28  # one shard holds 2**6 chunks, fewer if they take more; it is made in memory
 PROVENANCE, MESH = "provenance", "mesh"
 
 
@@ -47,7 +47,7 @@ def write_precomputed(export: Export, path: Path) -> None:
     levels = plan_levels(export.shape, begin, export.voxel_size)
     stores, blocks = [], []
     for level in levels:
-        sharding, block = _sharding(level)
+        sharding, block = _sharding(level, math.prod(export.channels) * dtype.itemsize)
         stores.append(_create(export, path, level, dtype.name, sharding))
         blocks.append(block)
     total = voxel_count(levels) * math.prod(export.channels)
@@ -101,7 +101,7 @@ def _create(export: Export, path: Path, level: Level, dtype: str, sharding: dict
     return store.T[tensorstore.d[:].translate_to[0]]
 
 
-def _sharding(level: Level) -> tuple[dict[str, Any], Sequence[int]]:
+def _sharding(level: Level, voxel_bytes: int) -> tuple[dict[str, Any], Sequence[int]]:
     """Return what the metadata of a scale says of shards, {} if it has none, and the shape to write at once, z, y, x.
 
     A shard is written at once. Its chunks have numbers that differ in the lowest bits only. The number of a chunk
@@ -112,7 +112,8 @@ def _sharding(level: Level) -> tuple[dict[str, Any], Sequence[int]]:
         return {}, (2 * EDGE,) * 3
     lengths = [(size - 1).bit_length() for size in grid]
     order = [axis for bit in range(max(lengths)) for axis in range(3) if bit < lengths[axis]]
-    lowest = order[:SHARD_BITS]
+    chunks_that_fit = SHARD_BYTES // (EDGE**3 * voxel_bytes)
+    lowest = order[: min(SHARD_BITS, max(1, chunks_that_fit).bit_length() - 1)]
     shards = {
         "@type": "neuroglancer_uint64_sharded_v1",
         "hash": "identity",

@@ -13,7 +13,6 @@ import fastremap
 import numpy as np
 from funlib.persistence import Array
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK
 from lsdseg.data_utils.placement import place_array
@@ -113,7 +112,7 @@ def renumber(labels: Array, where: str) -> Array:
     Raises:
         UserError: some voxels are unlabeled, and would get the id of a segment; there are more than 2**32 - 1 ids.
     """
-    covered = tqdm(slabs(labels), desc="ids", unit="slab", delay=2)
+    covered = slabs(labels).with_progress("ids")
     ids = fastremap.unique(np.concatenate([fastremap.unique(read(labels, slab)) for slab in covered]))
     if ids[0] < 0 or not is_labeled(ids[-1:]).all():
         raise UserError(f"{where} holds ids for unlabeled voxels, which cannot be renumbered: leave out --renumber")
@@ -182,7 +181,7 @@ def create_labels_mask(
             dtype=np.uint8,
             chunk_shape=labels.chunk_shape,
         )
-        for slab in tqdm(slabs(labels), desc="labels mask", unit="slab", delay=2):
+        for slab in slabs(labels).with_progress("labels mask"):
             mask[slab] = labels_mask(read(labels, slab), unlabeled)
         rename_array(path, partial, mask_dataset)
     return True

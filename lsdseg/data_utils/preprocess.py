@@ -13,7 +13,6 @@ import fastremap
 import numpy as np
 from funlib.persistence import Array
 from numpy.typing import NDArray
-from tqdm import tqdm
 from yacs.config import CfgNode
 
 from lsdseg.data_utils.gray import LARGEST_RAW
@@ -28,6 +27,7 @@ from lsdseg.files import room_on_disk
 Convert = Callable[[NDArray[Any]], NDArray[Any]]
 # Values that occur, sorted, and how often each does.
 Counts = tuple[NDArray[Any], NDArray[np.int64]]
+SLAB_BYTES = 2**25  # of what is changed at a time, which may need ten times as much memory
 MOST_VALUES = 2**24  # different gray values of a volume, so that a table of them fits into memory
 
 
@@ -131,7 +131,7 @@ def gray_value_counts(raw: Array) -> Counts:
         UserError: there are more than MOST_VALUES different ones.
     """
     counts: Counts = np.empty(0, raw.dtype), np.empty(0, np.int64)
-    for slab in tqdm(slabs(raw), desc="gray values", unit="slab", delay=2):
+    for slab in slabs(raw).with_progress("gray values"):
         counts = merged_counts([counts, fastremap.unique(read(raw, slab), return_counts=True)])
         if len(counts[0]) > MOST_VALUES:
             raise UserError(f"raw has more than {MOST_VALUES} different gray values: store it as uint16 to match them")
@@ -235,7 +235,7 @@ def _write_sections(zarr: Path, name: str, array: Array, raw: Array, convert: Co
         for z in range(raw.shape[0])
     ]
     first = (array.offset[0] - raw.offset[0]) // raw.voxel_size[0]
-    for slab in tqdm(slabs(array), desc=f"{name} of {zarr.stem}", unit="slab", delay=2):
+    for slab in slabs(array).with_progress(f"{name} of {zarr.stem}"):
         for z, values in enumerate(convert(read(array, slab)), start=first + slab[0].start):
             sections[z][slab[1:]] = values
 
@@ -252,5 +252,5 @@ def write_volume(zarr: Path, name: str, array: Array, convert: Convert = np.asar
         dtype=dtype,
         attributes=dict(array.attrs) | attributes,
     )
-    for slab in tqdm(slabs(array), desc=f"{name} of {zarr.stem}", unit="slab", delay=2):
+    for slab in slabs(array, SLAB_BYTES).with_progress(f"{name} of {zarr.stem}"):
         written[slab] = convert(read(array, slab))

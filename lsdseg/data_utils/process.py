@@ -4,6 +4,7 @@ The result is a new zarr, which appears whole or not at all. It also holds all o
 their place in nm, so that it can be trained on.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,21 +14,25 @@ import numpy as np
 from funlib.geometry import Coordinate, Roi
 from funlib.persistence import Array
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from lsdseg.data_utils.clahe import clahe_region
 from lsdseg.data_utils.components import write_components
 from lsdseg.data_utils.gray import LARGEST_RAW, gray_percentiles, own_window
 from lsdseg.data_utils.labels import is_labeled
-from lsdseg.data_utils.preprocess import check_gray_values, gray_value_counts, matching, merged_counts, write_volume
+from lsdseg.data_utils.preprocess import (
+    SLAB_BYTES,
+    check_gray_values,
+    gray_value_counts,
+    matching,
+    merged_counts,
+    write_volume,
+)
 from lsdseg.data_utils.records import Record, identity
 from lsdseg.data_utils.regions import crop
 from lsdseg.data_utils.replace import check_replaceable_zarr, write_zarr
-from lsdseg.data_utils.volumes import create_array, has_array, list_arrays, open_array, read, slabs
+from lsdseg.data_utils.volumes import Slabs, create_array, has_array, list_arrays, open_array, read, slabs
 from lsdseg.errors import UserError
 from lsdseg.files import room_on_disk
-
-SLAB_BYTES = 2**25  # of a block; most operations need ten times as much memory
 
 
 class Job(NamedTuple):
@@ -101,7 +106,10 @@ def equalize(job: Job, tile: Sequence[int], limit: float) -> Write:
 
     def write(zarr: Path) -> None:
         new = _create(zarr, job, array.shape, array.offset, array.dtype)
-        for slab in tqdm(slabs(new, SLAB_BYTES), desc="CLAHE", unit="slab"):
+        # Squares, not rows through the whole volume: a thin row would be small beside its context.
+        side = max(1, math.isqrt(SLAB_BYTES // (math.prod(new.chunk_shape) * new.dtype.itemsize)))
+        z, y, x = new.chunk_shape
+        for slab in Slabs(new.shape, (z, y * side, x * side)).with_progress("CLAHE", delay=0):
             new[slab] = clahe_region(lambda voxels: read(array, voxels), array.shape, slab, window, tile, limit)
 
     return write
@@ -135,7 +143,7 @@ def remove_small(job: Job, voxels: int) -> Write:
     _check_labels(job)
     counts = [
         fastremap.unique(read(job.array, slab), return_counts=True)
-        for slab in tqdm(slabs(job.array, SLAB_BYTES), desc="sizes", unit="slab", delay=2)
+        for slab in slabs(job.array, SLAB_BYTES).with_progress("sizes")
     ]
     ids, sizes = merged_counts(counts)
     small = ids[(sizes < voxels) & is_labeled(ids) & (ids != 0)]
@@ -169,7 +177,7 @@ def pad(job: Job, by: Sequence[int], mode: str) -> Write:
     def write(zarr: Path) -> None:
         shape = [len(along) for along in voxels]
         new = _create(zarr, job, shape, array.offset - Coordinate(by) * array.voxel_size, array.dtype)
-        for slab in tqdm(slabs(new, SLAB_BYTES), desc="padding", unit="slab", delay=2):
+        for slab in slabs(new, SLAB_BYTES).with_progress("padding"):
             wanted = [along[part] for along, part in zip(voxels, slab, strict=True)]
             inside = [along[along >= 0] for along in wanted]
             if all(map(len, inside)):
@@ -241,7 +249,7 @@ def _check_labels(job: Job) -> None:
 def _labeled_box(array: Array) -> Roi | None:
     """Return the smallest box in nm with all labeled voxels of labels or of a mask, None if there are none."""
     begin, end = np.array(array.shape), np.zeros(3, int)
-    for slab in tqdm(slabs(array, SLAB_BYTES), desc="labeled box", unit="slab", delay=2):
+    for slab in slabs(array, SLAB_BYTES).with_progress("labeled box"):
         values = read(array, slab)
         labeled = (values != 0) & is_labeled(values)
         if labeled.any():

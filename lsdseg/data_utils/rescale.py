@@ -15,7 +15,6 @@ from funlib.geometry import Coordinate, Roi
 from funlib.persistence import Array
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
-from tqdm import tqdm
 
 from lsdseg.data_utils.gray import LARGEST_RAW
 from lsdseg.data_utils.records import Record, identity
@@ -128,7 +127,7 @@ def rescale(
             attributes=dict(source.attrs) | (record.attributes if record else {}),
         )
         covered = slabs(array, int(SLAB_BYTES * min(1, 1 / math.prod(step))))
-        for slab in tqdm(covered, desc=f"{dataset} at {tuple(voxel_size)} nm", unit="slab"):
+        for slab in covered.with_progress(f"{dataset} at {tuple(voxel_size)} nm", delay=0):
             centers = _centers(slab, source, begin, voxel_size)
             if labels or same_voxels:
                 array[slab] = _nearest(source, centers)

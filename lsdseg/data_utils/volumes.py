@@ -6,7 +6,7 @@ order is z, y, x. Voxel sizes and offsets are whole nanometers (see `placement`)
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -17,6 +17,7 @@ import zarr
 from funlib.geometry import Roi
 from funlib.persistence import Array
 from numpy.typing import DTypeLike, NDArray
+from tqdm import tqdm
 from yacs.config import CfgNode
 
 from lsdseg.data_utils.formats import PLACE, Volume
@@ -388,6 +389,13 @@ class Slabs(Sequence[tuple[slice, ...]]):
     def __init__(self, shape: Sequence[int], step: Sequence[int]):
         self.shape, self.step = tuple(shape), tuple(step)
         self.grid = tuple(-(-size // width) for size, width in zip(self.shape, self.step, strict=True))
+
+    def with_progress(self, description: str, delay: float = 2) -> Iterator[tuple[slice, ...]]:
+        """Yield every slab, and show how many voxels are done and their rate, from `delay` seconds on."""
+        with tqdm(total=math.prod(self.shape), desc=description, unit="voxel", unit_scale=True, delay=delay) as bar:
+            for slab in self:
+                yield slab
+                bar.update(math.prod(along.stop - along.start for along in slab))
 
     def __len__(self) -> int:
         """Return the number of slabs."""
