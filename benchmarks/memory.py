@@ -30,7 +30,7 @@ import tifffile
 from numpy.typing import DTypeLike, NDArray
 
 from lsdseg.config.loader import CHECKOUT
-from lsdseg.data_utils.export import FORMATS
+from lsdseg.data_utils.export_formats import FORMATS
 from lsdseg.data_utils.layout import LABELS, RAW
 from lsdseg.data_utils.process import OPERATIONS
 from lsdseg.data_utils.volumes import create_array

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from lsdseg.cli import command_parser, run_command
-from lsdseg.data_utils.export import FORMATS, export_dataset
-from lsdseg.data_utils.regions import FORM
+from lsdseg.cli import command_parser, deferred, run_command
+from lsdseg.data_utils.export_formats import FORMATS
+
+export_dataset = deferred("lsdseg.data_utils.export:export_dataset")
 
 
 def main() -> None:
@@ -19,7 +20,7 @@ def main() -> None:
     parser.add_argument("target", metavar="OUT", type=Path)
     parser.add_argument("--to", metavar="FORMAT", choices=FORMATS, required=True, help="one of the formats below")
     parser.add_argument("--dataset", metavar="NAME", help="dataset to export (default: the only segmentation)")
-    parser.add_argument("--region", metavar=FORM, help="export this part only: begin and end in nm")
+    parser.add_argument("--region", metavar="Z0:Z1,Y0:Y1,X0:X1", help="export this part only: begin and end in nm")
     parser.add_argument(
         "--renumber", dest="renumbered", action="store_true", help="give segments the ids 1, 2, 3 ..., for few bits"
     )

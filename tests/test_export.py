@@ -15,7 +15,8 @@ from lsdseg.config.loader import CHECKOUT
 from lsdseg.data_utils import export as export_module
 from lsdseg.data_utils import export_mesh, export_precomputed, pyramid
 from lsdseg.data_utils.convert import convert_volume
-from lsdseg.data_utils.export import FORMATS, export_dataset
+from lsdseg.data_utils.export import export_dataset
+from lsdseg.data_utils.export_formats import FORMATS
 from lsdseg.data_utils.layout import LABELS, RAW
 from lsdseg.data_utils.pyramid import Level, mean, mode
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array

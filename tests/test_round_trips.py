@@ -21,7 +21,8 @@ from test_formats import (
 )
 
 from lsdseg.data_utils.convert import convert_volume
-from lsdseg.data_utils.export import FORMATS, export_dataset
+from lsdseg.data_utils.export import export_dataset
+from lsdseg.data_utils.export_formats import FORMATS
 from lsdseg.data_utils.layout import RAW
 from lsdseg.data_utils.volumes import create_array, list_arrays, open_array, read
 from lsdseg.errors import UserError
