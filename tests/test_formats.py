@@ -267,6 +267,12 @@ def _truncated(folder: Path):
     return folder / "in.tif"
 
 
+def _truncated_stack(folder: Path):
+    write_one_page(folder / "in.tif", VOXELS)
+    (folder / "in.tif").write_bytes((folder / "in.tif").read_bytes()[:-900])
+    return folder / "in.tif"
+
+
 def _unlike_sections(folder: Path):
     write_sections(folder / "in", VOXELS)
     tifffile.imwrite(folder / "in" / "section_900.tif", np.zeros((3, 3), np.uint8))
@@ -332,6 +338,7 @@ def _no_tiff(folder: Path):
         (_hyperstack, "has 5 along Z and 2 along C: save one stack"),
         (_channels_of_hdf, r"volumes/raw in .*in.hdf has shape \(4, 5, 8, 9\): store one channel of it"),
         (_truncated, "in.tif is no TIFF or damaged"),
+        (_truncated_stack, r"in.tif is no TIFF or damaged \(it has 1 of 10 sections\)"),
         (_unlike_sections, "differ in shape or type"),
         (_no_size, "volumes/raw in .* has no voxel size: .*--resolution Z Y X"),
         (_two_datasets, "holds em, first: name the one to take with --dataset"),

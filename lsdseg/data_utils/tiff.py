@@ -142,6 +142,8 @@ def _undescribed_stack(tiff: tifffile.TiffFile) -> MappedArray | None:
     """Return a stack of which the file describes only the first section, as ImageJ writes those of more than 4 GB."""
     stack = tiff.series[0]
     if not stack.is_truncated:
+        if (count := (tiff.imagej_metadata or {}).get("images", 1)) > len(tiff.pages):
+            raise ValueError(f"it has {len(tiff.pages)} of {count} sections")
         return None
     shape = (stack.size // math.prod(stack.shape[-2:]), *stack.shape[-2:])
     dtype = np.dtype(stack.dtype).newbyteorder(tiff.byteorder)
