@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,13 +58,22 @@ def missing():
 
 
 @contextmanager
-def one_machine_slurm(folder: Path, nodes: int = 1):
+def one_machine_slurm(nodes: int = 1):
     """Start Slurm with nodes node1, node2, ... of CPUS cores each, and stop it at the end.
 
     Gives the environment variables that make sbatch, squeue and scancel talk to it. Raises RuntimeError with the
-    daemons' logs if it does not come up within 30 seconds.
+    daemons' logs if it does not come up within 30 seconds. Its folder has a short path, because that of a socket must
+    not be longer than 107 characters.
     """
-    folder = Path(folder)
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm_", ignore_cleanup_errors=True) as folder,
+        _started(Path(folder), nodes) as environment,
+    ):
+        yield environment
+
+
+@contextmanager
+def _started(folder: Path, nodes: int):
     names = [f"node{number}" for number in range(1, nodes + 1)]
     for name in ("state", *(f"spool_{name}" for name in names)):
         (folder / name).mkdir(parents=True)

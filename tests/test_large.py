@@ -304,7 +304,7 @@ def test_mongodb_may_go_away_for_some_seconds_in_the_middle_of_03(home, undistur
 def test_slurm_jobs_give_the_same(home, undisturbed, tmp_path, monkeypatch):
     if slurm.missing():
         pytest.skip(f"Slurm cannot be started: {slurm.missing()}")
-    with slurm.one_machine_slurm(tmp_path / "slurm") as environment:
+    with slurm.one_machine_slurm() as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         jobs = {"CLUSTER__TYPE": "slurm", "CLUSTER__CPUS_PER_WORKER": 1, "CLUSTER__GPUS_PER_WORKER": 0}

@@ -36,11 +36,11 @@ pytestmark = pytest.mark.slurm
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster():
     """The environment variables of a running Slurm."""
     if slurm.missing():
         pytest.skip(f"Slurm cannot be started: {slurm.missing()}")
-    with slurm.one_machine_slurm(tmp_path_factory.mktemp("slurm")) as environment:
+    with slurm.one_machine_slurm() as environment:
         yield environment
 
 
@@ -140,7 +140,7 @@ def test_ctrl_c_and_sigkill_cancel_all_jobs(folder, cluster):
 @pytest.mark.parametrize("with_jobs", [False, True], ids=["slurmd", "all of it"])
 def test_a_node_that_dies_ends_no_run(tmp_path, monkeypatch, with_jobs):
     monkeypatch.chdir(tmp_path)
-    with slurm.one_machine_slurm(tmp_path / "slurm", nodes=2) as environment:
+    with slurm.one_machine_slurm(nodes=2) as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         master = start_master(tmp_path, "--seconds", 0.15, "SYSTEM.NUM_WORKERS", 1, *ON_SLURM)
