@@ -4,6 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lsdseg.engine.evaluate import edits_needed as module
 from lsdseg.engine.evaluate.edits_needed import edits_needed
 from lsdseg.rag.proofread import components
 
@@ -38,6 +39,12 @@ def test_one_cut_where_the_merge_was_least_sure():
 def test_a_cut_elsewhere_needs_another_one_and_a_merge():
     edges = [(1, 2, 0.4), (2, 3, 0.2), (3, 4, 0.1)]
     assert needed(edges, [(1, A, 50), (2, A, 40), (3, B, 40), (4, B, 50)]) == (2, 1)
+
+
+def test_what_takes_too_long_is_not_counted(monkeypatch):
+    monkeypatch.setattr(module, "MOST_WORK", 5)
+    assert needed(CHAIN, [(1, A, 50), (4, B, 50)]) == (1, 0)
+    assert needed([(1, 2, 0.4), (2, 3, 0.4), (3, 4, 0.4)], [(1, A, 50), (2, B, 50), (3, C, 50), (4, A, 50)]) is None
 
 
 def test_three_neurons_take_two_cuts():

@@ -120,7 +120,7 @@ class _Edits:
         if path.is_dir() or store.count_nodes() > sample.cfg.INS_SEGMENT.FRAGMENTS_IN_MEMORY:
             return {}
         needed = edits_needed(load_lut(path), store.edges(merge_function), threshold, *self.overlaps)
-        return dict(zip(EDITS, needed, strict=True))
+        return dict(zip(EDITS, needed, strict=True)) if needed else {}
 
     @cached_property
     def fragments(self) -> str:

@@ -16,6 +16,9 @@ from lsdseg.engine.evaluate.metrics import SLIVER
 from lsdseg.rag.proofread import components, min_cut
 from lsdseg.rag.store import Edges, Ids
 
+# A segmentation that takes more is not worth counting: edges of a segment, times cuts, summed; about ten seconds.
+MOST_WORK = 10**7
+
 
 class EditsNeeded(NamedTuple):
     """Numbers of edits.
@@ -43,8 +46,8 @@ def edits_needed(
     threshold: float,
     pairs: NDArray[np.uint64],
     counts: NDArray[np.int64],
-) -> EditsNeeded:
-    """Count the splits and merges that a segmentation needs.
+) -> EditsNeeded | None:
+    """Count the splits and merges that a segmentation needs; None if it takes more than MOST_WORK.
 
     Args:
         lut: uint64 (2, n), fragments, ascending, and their segments.
@@ -60,7 +63,7 @@ def edits_needed(
     ids, neurons = np.unique(per_segment[:, 0], return_counts=True)
     mixed = ids[(neurons > 1) & (ids > 0)]
     pure = per_segment[~np.isin(per_segment[:, 0], mixed)]
-    pieces, splits = Counter(pure[:, 1].tolist()), 0
+    pieces, splits, work = Counter(pure[:, 1].tolist()), 0, 0
     inside = np.isin(lut[1], mixed)
     fragments, owners = lut[0][inside], lut[1][inside]
     edges = _edges_among(fragments, edge_batches, threshold)
@@ -69,10 +72,12 @@ def edits_needed(
         own = owner == segment
         held = edges[0][own], edges[1][own], edges[2][own]
         for neuron in _cut_apart(fragments[owners == segment], held, parts):
-            if neuron is None:
-                splits += 1
-            else:
+            if neuron is not None:
                 pieces[neuron] += 1
+                continue
+            splits, work = splits + 1, work + len(held[0])
+            if work > MOST_WORK:
+                return None
     return EditsNeeded(splits, sum(count - 1 for count in pieces.values()))
 
 
