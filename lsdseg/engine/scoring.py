@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from yacs.config import CfgNode
 
 from lsdseg.config.implementations import MERGE_FUNCTIONS
-from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, final_segmentation_name, lut_path
+from lsdseg.data_utils.layout import FRAGMENTS, final_segmentation_name, lut_path
 from lsdseg.data_utils.placement import place_array
 from lsdseg.data_utils.records import identity, record_of
-from lsdseg.data_utils.volumes import has_array, list_arrays, open_array, read
+from lsdseg.data_utils.volumes import has_array, open_array, read
 from lsdseg.engine.evaluate.edits_needed import edits_needed
-from lsdseg.engine.evaluate.evaluate import EDITS, FromGraph, evaluate, overlaps
+from lsdseg.engine.evaluate.evaluate import EDITS, FromGraph, evaluate, overlaps, written_in
 from lsdseg.engine.evaluate.metrics import Table, count_overlaps
 from lsdseg.engine.post.methods import method_that_scores
 from lsdseg.engine.post.steps.fragments import require_fragments
@@ -57,8 +57,7 @@ def score(
     """
 
     def from_graph(sample: Sample) -> FromGraph:
-        written = any(SEGMENTATIONS.fullmatch(name) for name in list_arrays(sample.output))
-        unwritten = unwritten_segmentations(sample) if tables or not written else {}
+        unwritten = unwritten_segmentations(sample) if tables or not written_in(sample.output) else {}
         return FromGraph(unwritten, _Edits(sample))
 
     evaluate(cfg, skeletons, truth_file, truth_dataset, fragments, from_graph)

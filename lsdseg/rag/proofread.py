@@ -105,7 +105,7 @@ def apply_edits(
     rows = _rows_of(lut[0], edits)
     inside = np.isin(lut[1], np.unique(lut[1][rows]))
     ids = lut[0][inside]
-    u, v, scores = _edges_within(ids, edge_batches, threshold)
+    u, v, scores = edges_within(ids, edge_batches, threshold)
     for edit in edits:
         ends = np.searchsorted(ids, np.array([edit.a, edit.b], np.uint64))
         if edit.action == "merge":
@@ -156,7 +156,7 @@ def _capacities(scores: ArrayLike) -> NDArray[np.int32]:
     return capacities.astype(np.int32)
 
 
-def _edges_within(
+def edges_within(
     ids: Ids, edge_batches: Iterable[Edges], threshold: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     """Edges up to a threshold between some fragments, as their numbers in `ids`, and their scores."""

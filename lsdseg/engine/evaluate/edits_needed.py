@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lsdseg.engine.evaluate.metrics import SLIVER
-from lsdseg.rag.proofread import components, min_cut
+from lsdseg.rag.proofread import components, edges_within, min_cut
 from lsdseg.rag.store import Edges, Ids
 
 # A segmentation that takes more is not worth counting: edges of a segment, times cuts, summed; about ten seconds.
@@ -66,8 +66,8 @@ def edits_needed(
     pieces, splits, work = Counter(pure[:, 1].tolist()), 0, 0
     inside = np.isin(lut[1], mixed)
     fragments, owners = lut[0][inside], lut[1][inside]
-    edges = _edges_among(fragments, edge_batches, threshold)
-    owner = owners[np.searchsorted(fragments, edges[0])]
+    first, second, scores = edges_within(fragments, edge_batches, threshold)
+    edges, owner = (fragments[first], fragments[second], scores), owners[first]
     for segment in mixed:
         own = owner == segment
         held = edges[0][own], edges[1][own], edges[2][own]
@@ -89,16 +89,6 @@ def _parts(pairs: NDArray[np.uint64], counts: NDArray[np.int64]) -> _Parts:
     largest = order[np.append(fragments[1:] != fragments[:-1], True)[: len(order)]]
     kept = largest[(counts[largest] >= SLIVER * sizes[largest]) & (pairs[largest, 0] > 0)]
     return _Parts(pairs[kept, 0], pairs[kept, 1], counts[kept])
-
-
-def _edges_among(fragments: Ids, edge_batches: Iterable[Edges], threshold: float) -> Edges:
-    """The edges up to a threshold of some fragments."""
-    found = [(np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.float32))]
-    for u, v, scores in edge_batches:
-        among = np.isin(u, fragments) & np.isin(v, fragments) & (scores <= np.float32(threshold))
-        found.append((u[among], v[among], scores[among]))
-    u, v, scores = (np.concatenate(column) for column in zip(*found, strict=True))
-    return u, v, scores
 
 
 def _cut_apart(fragments: Ids, edges: Edges, parts: _Parts) -> Iterator[int | None]:

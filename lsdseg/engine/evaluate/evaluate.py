@@ -124,7 +124,7 @@ def evaluate(
         if fragments != FRAGMENTS:
             open_array(sample.output, fragments)  # must be there if it is named
         graph = from_graph(sample)
-        names = [] if graph.unwritten and not _written(sample.output) else segmentations_in(sample.output)
+        names = [] if graph.unwritten and not written_in(sample.output) else segmentations_in(sample.output)
         names = [name for name in names if name not in (FRAGMENTS, fragments)]
         work.append((sample, [fragments] * has_array(sample.output, fragments) + names, graph))
     if not work:
@@ -213,13 +213,14 @@ def segmentations_in(path: Path) -> list[str]:
     Raises:
         UserError: there is no segmentation.
     """
-    segmentations = _written(path)
+    segmentations = written_in(path)
     if not segmentations:
         raise UserError(f"no volumes/segmentation_* in {path}; run instance_segmenter.py first")
     return [FRAGMENTS] * has_array(path, FRAGMENTS) + segmentations
 
 
-def _written(path: Path) -> list[str]:
+def written_in(path: Path) -> list[str]:
+    """Return the names of the segmentations in an output zarr, perhaps none."""
     return [name for name in list_arrays(path) if SEGMENTATIONS.fullmatch(name)]
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from funlib.geometry import Coordinate
 from funlib.persistence import Array
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from lsdseg.data_utils.volumes import read, require_whole, slabs
 from lsdseg.engine.offsets import Offset, is_direct
@@ -154,7 +153,7 @@ def touching_in(sample: Sample, array: Array, name: str) -> Touching:
         )
     channels = [n for n, offset in enumerate(sample.offsets) if is_direct(offset)]
     found = [NOTHING]
-    for slab in tqdm(list(slabs(array, BLOCK)), f"contacts in {name}", unit="block", leave=False, delay=2):
+    for slab in slabs(array, BLOCK).with_progress(f"contacts in {name}"):
         affinities = np.stack([read(predicted, (channel, *slab)) for channel in channels]).astype(np.float32)
         affinities /= np.float32(255 if predicted.dtype == np.uint8 else 1)
         around = tuple(slice(max(0, s.start - 1), min(n, s.stop + 1)) for s, n in zip(slab, array.shape, strict=True))

@@ -10,7 +10,6 @@ import numpy as np
 from funlib.geometry import Coordinate, Roi
 from numpy.typing import NDArray
 from scipy.ndimage import binary_dilation
-from tqdm import tqdm
 
 from lsdseg.data_utils.convert import target_paths
 from lsdseg.data_utils.corrected import Corrected, write_labels
@@ -79,7 +78,7 @@ def _box(proofreading: Proofreading, marked: NDArray[np.uint64]) -> tuple[NDArra
     """First voxel of the box of some segments and one voxel around them, and the voxel behind its last one."""
     fragments = proofreading.fragments
     first, last = np.array(fragments.shape), np.zeros(3, np.int64)
-    for slab in tqdm(slabs(fragments), desc="looking for the segments", unit="slab", delay=2):
+    for slab in slabs(fragments).with_progress("looking for the segments"):
         inside = np.isin(proofreading.segments_of(read(fragments, slab)), marked)
         for axis, start in enumerate(part.start for part in slab):
             found = np.flatnonzero(inside.any(axis=tuple({0, 1, 2} - {axis}))) + start

@@ -56,7 +56,7 @@ def find_segments(cfg: CfgNode, merge_function: str | None, threshold: float | N
             fragments = require_fragments(sample)
             log = EditLog(edits_path(sample.output), fragments)
             edits = active(log.read())
-            inputs = _inputs(sample, merge_function, fragments) | _edits_input(edits)
+            inputs = _inputs(sample, merge_function, fragments, edits)
             store = open_store(cfg, sample.output, "r", fragments)
             made = partial(_record, merge_function, inputs)
             if store.count_nodes() <= cfg.INS_SEGMENT.FRAGMENTS_IN_MEMORY:
@@ -113,8 +113,7 @@ def tables_left(sample: Sample, merge_function: str, thresholds: Sequence[float]
         UserError: fragments or edges are missing, or made from something else; the log of edits cannot be used.
     """
     fragments = require_fragments(sample)
-    edits = active(EditLog(edits_path(sample.output), fragments).read())
-    inputs = _inputs(sample, merge_function, fragments) | _edits_input(edits)
+    inputs = _inputs(sample, merge_function, fragments, active(EditLog(edits_path(sample.output), fragments).read()))
     paths = {value: lut_path(sample.output, merge_function, value) for value in thresholds}
     made = {value: lut_record(path) or lut_record(in_blocks(path)) for value, path in paths.items()}
     return [value for value, record in made.items() if record is None or record.inputs != inputs]
@@ -148,9 +147,9 @@ def _edits_input(edits: Sequence[Edit]) -> dict[str, str]:
     return {EDITS: hashlib.blake2b(repr(edits).encode(), digest_size=16).hexdigest()} if edits else {}
 
 
-def _inputs(sample: Sample, merge_function: str, fragments: str) -> dict[str, str]:
-    """Return name -> id of what tables are made from, but edits."""
-    return {FRAGMENTS: fragments, EDGES: require_edges(sample, merge_function, fragments)}
+def _inputs(sample: Sample, merge_function: str, fragments: str, edits: Sequence[Edit]) -> dict[str, str]:
+    """Return name -> id of what tables are made from."""
+    return {FRAGMENTS: fragments, EDGES: require_edges(sample, merge_function, fragments)} | _edits_input(edits)
 
 
 def _edited(
