@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lsdseg.cli import argument, command_parser, deferred, run_command
-from lsdseg.config.rules import integer
+from lsdseg.config.rules import length
 from lsdseg.data_utils.layout import RAW
 
 rescale_zarr = deferred("lsdseg.data_utils.rescale:rescale_zarr")
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--to", metavar="DATASET", help="dataset to write (default: the same name)")
     grid = parser.add_mutually_exclusive_group(required=True)
     grid.add_argument(
-        "--voxel-size", type=argument(integer(1)), nargs=3, metavar=("Z", "Y", "X"), help="new voxel size in whole nm"
+        "--voxel-size", type=argument(length), nargs=3, metavar=("Z", "Y", "X"), help="new voxel size in nm"
     )
     grid.add_argument("--like", nargs=2, metavar=("ZARR", "DATASET"), help="or: voxel size and ROI of this volume")
     parser.add_argument("--labels", action="store_true", help="for labels and masks: take the nearest voxel")

@@ -402,7 +402,7 @@ RECURSIVE.append(RECURSIVE)
         (["DATA.HOME", 3], ["DATA.HOME is 3", "string"]),
         (["MODEL_ISO.PAD_CONV", "full"], ["MODEL_ISO.PAD_CONV is 'full'", "valid, same"]),
         (["MODEL_ISO.VOXEL_SIZE", (8, 8)], ["MODEL_ISO.VOXEL_SIZE", "3 values"]),
-        (["MODEL_ISO.VOXEL_SIZE", (8, 8, 0)], ["MODEL_ISO.VOXEL_SIZE", "from 1"]),
+        (["MODEL_ISO.VOXEL_SIZE", (8, 8, 0)], ["MODEL_ISO.VOXEL_SIZE", "from 0.001"]),
         (["MODEL_ANISO.LSD_SIGMA", 0], ["MODEL_ANISO.LSD_SIGMA is 0", "above 0"]),
         (["MODEL_ISO.LSDS", 6], ["MODEL_ISO.LSDS is 6", "10"]),
         (["MODEL_ISO.INTENSITYAUG_SCALE_MIN", 2], ["INTENSITYAUG_SCALE_MIN is 2.0", "1.2"]),

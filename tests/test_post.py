@@ -312,7 +312,7 @@ def test_mask_is_read_by_world_coordinates(tmp_path):
         voxel_size=(10, 10, 10),
         offset=(110, 190, 310),
     )
-    inside = read_mask(mask, affinities.roi, affinities.voxel_size)
+    inside = read_mask(mask, affinities.roi, affinities)
     # the one voxel covers z 120..140, y 200..220, x 340..360
     assert inside.shape == (6, 6, 6)
     assert inside[1:3, 1:3, 3:5].all()

@@ -4,7 +4,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from funlib.geometry import Roi
 
 from data_utils import rescale as rescale_script
 from lsdseg.data_utils import rescale as rescale_module
@@ -100,7 +99,7 @@ def test_labels_on_finer_voxels_and_back_are_the_same(tmp_path):
     labels = np.random.default_rng(0).integers(0, 50, SHAPE, dtype=np.uint64)
     source = volume(tmp_path / "in.zarr", labels)
     rescale(source, tmp_path / "fine.zarr", RAW, (5, 5, 5), labels=True)
-    rescale(open_array(tmp_path / "fine.zarr", RAW), tmp_path / "back.zarr", RAW, (8, 8, 8), source.roi, labels=True)
+    rescale(open_array(tmp_path / "fine.zarr", RAW), tmp_path / "back.zarr", RAW, (8, 8, 8), source, labels=True)
     back = open_array(tmp_path / "back.zarr", RAW)
     assert back.roi == source.roi
     np.testing.assert_array_equal(read(back), labels)
@@ -141,15 +140,16 @@ def test_an_interrupted_run_leaves_what_was_there(tmp_path, monkeypatch):
 def test_bad_input_is_refused_before_anything_is_written(tmp_path):
     raw = volume(tmp_path / "in.zarr", np.ones(SHAPE, np.uint8))
     ids = volume(tmp_path / "labels.zarr", np.ones(SHAPE, np.uint64))
-    for source, voxel_size, roi, message in [
+    wider = volume(tmp_path / "wider.zarr", np.ones((22, 10, 10), np.uint8))
+    for source, voxel_size, like, message in [
         (ids, (10, 10, 10), None, "uint64 .* is not raw"),
         (raw, (10, 0, 10), None, r"voxel size \(10, 0, 10\)"),
         (raw, (10, 10, 10**9), None, "more than 1000 times"),
         (raw, (10, 10), None, r"voxel size \(10, 10\)"),
-        (raw, (8, 8, 8), Roi(OFFSET, (8 * 22, 80, 80)), "source covers"),
+        (raw, (8, 8, 8), wider, "source covers"),
     ]:
         with pytest.raises(UserError, match=message):
-            rescale(source, tmp_path / "out.zarr", RAW, voxel_size, roi)
+            rescale(source, tmp_path / "out.zarr", RAW, voxel_size, like)
     assert not (tmp_path / "out.zarr").exists()
 
 

@@ -13,6 +13,7 @@ import torch
 import segment
 from lsdseg.cli import call_script
 from lsdseg.config.loader import load_config
+from lsdseg.data_utils.placement import offset_nm, voxel_size_nm
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
 from lsdseg.engine import chain, estimate
 from lsdseg.engine.blocks.status import statuses
@@ -23,6 +24,7 @@ from lsdseg.engine.predict.check import check_before_segmenting
 from lsdseg.errors import UserError
 from lsdseg.models import build_model
 from lsdseg.models.checkpoint import load_checkpoint, network_settings, save_checkpoint
+from lsdseg.rag.parquet import ParquetStore
 from pretrained.export import export
 
 CHECKOUT = Path(segment.__file__).parent
@@ -169,6 +171,31 @@ def test_a_volume_in_another_format_has_the_same_segmentation(tmp_path, config, 
         run(tmp_path / name, config, out=tmp_path / "out.zarr", resolution=["10"] * 3)
         assert len(commands(capfd)) == scripts
     np.testing.assert_array_equal(read(open_array(tmp_path / "out.zarr", "volumes/segmentation_050")), expected)
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_voxels_need_not_be_whole_nanometers(tmp_path, config, capfd, monkeypatch, blockwise):
+    monkeypatch.chdir(tmp_path)
+    raw = np.random.default_rng(0).integers(0, 256, SHAPE, dtype=np.uint8)
+    blocks = ("INS_SEGMENT.BLOCK_SIZE", "(16, 16, 16)", "INS_SEGMENT.CONTEXT", "(8, 8, 8)", "SYSTEM.NUM_WORKERS", 2)
+    found = {}
+    for name, size in (("whole", 10), ("half", 7.5)):
+        volume = write_volume(tmp_path / f"{name}.zarr", (size,) * 3, raw)
+        overrides = (*blocks, "MODEL_ISO.VOXEL_SIZE", (size,) * 3)
+        for scripts in (True, False):
+            capfd.readouterr()
+            run(volume, config, *overrides, blockwise=blockwise)
+            assert bool(commands(capfd)) == scripts
+        found[name] = open_array(tmp_path / f"{name}_segmentation.zarr", "volumes/segmentation_050")
+    np.testing.assert_array_equal(read(found["half"]), read(found["whole"]))
+    assert (voxel_size_nm(found["half"]), offset_nm(found["half"])) == ((7.5,) * 3, OFFSET)
+    if blockwise:
+        work = tmp_path / "half_segmentation_work"
+        first = next(status for status in statuses(work) if status.step.endswith("_predict")).slowest[0][0]
+        assert (first.begin, first.shape) == (list(OFFSET), [7.5 * 32] * 3)
+        centers = ParquetStore(next(work.rglob("*.rag")), 16**3).read_nodes(1, 2**60)[1]
+        assert ((centers > OFFSET) & (centers < np.add(OFFSET, np.multiply(SHAPE, 7.5)))).all()
+        assert np.ptp(centers, axis=0).min() > 7.5 * 16  # they are nanometers, all over the volume
 
 
 def test_a_volume_that_does_not_fit_into_memory_is_segmented_block_by_block(tmp_path, config, capsys, monkeypatch):

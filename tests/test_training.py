@@ -334,7 +334,7 @@ def test_lsds_of_a_batch_see_the_labels_around_it(home, tmp_path):
     )
     labels = read(open_array(data_folder(cfg, "train") / "phantom.zarr", "volumes/labels/neuron_ids"))
     whole = local_shape_descriptors(labels, 40, (8, 8, 8))
-    margin = lsd_context(40, gp.Coordinate(8, 8, 8), 1) / 8
+    margin = lsd_context(40, (8, 8, 8), 1)
     batch = batches_of(cfg, 1)[0]
     # Find the place of the patch in the volume from its raw data.
     raw = read(open_array(data_folder(cfg, "train") / "phantom.zarr", "volumes/raw")).astype(np.float32)

@@ -12,6 +12,7 @@ import zarr
 from funlib.geometry import Coordinate, Roi
 from funlib.persistence import open_ds
 
+from lsdseg.data_utils.placement import nanometers, offset_nm, voxel_size_nm
 from lsdseg.data_utils.replace import write_zarr
 from lsdseg.data_utils.volumes import (
     create_array,
@@ -264,8 +265,6 @@ def test_defaults_serve_arrays_without_attributes_only(tmp_path, data):
     ("attributes", "message"),
     [
         ({}, "has no voxel size"),
-        ({"resolution": [4.4, 4, 4]}, r"voxel size \(4.4, 4.0, 4.0\) nm, but only whole nanometers"),
-        ({"resolution": [4, 4, 4], "offset": [0.5, 0, 0]}, "offset .* only whole nanometers"),
         ({"resolution": [0, 4, 4]}, "correct its attribute resolution"),
         ({"resolution": [4, 4, 4], "units": ["parsec"] * 3}, "'parsec', an unknown unit"),
     ],
@@ -306,10 +305,37 @@ def test_format_3_is_refused_by_zarr_2(tmp_path):
         open_array(tmp_path / "a.zarr", "x")
 
 
-def test_whole_nanometers_are_checked_before_anything_is_replaced(tmp_path, data):
+@pytest.mark.parametrize(
+    ("voxel_size", "offset"),
+    [((7.5, 7.5, 7.5), (75, -15, 7.5)), ((8, 8, 8), (0.5, 0, 0)), ((20, 4.4, 4.4), (100, 0, 8.8))],
+)
+def test_nanometers_need_not_be_whole(tmp_path, data, voxel_size, offset):
+    """What is made on the voxels of an array has its unit, and files say nanometers."""
+    array = write_array(tmp_path / "a.zarr", "x", data, voxel_size=voxel_size, offset=offset)
+    assert (voxel_size_nm(array), offset_nm(array)) == (voxel_size, offset)
+    assert zarr.open(str(tmp_path / "a.zarr"), mode="r")["x"].attrs["resolution"] == list(voxel_size)
+    begin = array.offset + array.voxel_size * Coordinate(1, 2, 3)
+    part = Roi(begin, array.voxel_size * 4)
+    np.testing.assert_array_equal(array[part], data[1:5, 2:6, 3:7])
+    assert nanometers(begin, array) == pytest.approx(np.add(offset, np.multiply((1, 2, 3), voxel_size)))
+    child = write_array(
+        tmp_path / "a.zarr", "y", data, voxel_size=voxel_size_nm(array), offset=nanometers(begin, array)
+    )
+    assert (child.units, child.voxel_size, child.offset) == (array.units, array.voxel_size, begin)
+
+
+def test_many_voxels_of_a_third_of_a_nanometer_stay_on_their_grid(tmp_path, data):
+    first, second = (
+        write_array(tmp_path / "a.zarr", str(n), data, voxel_size=(25 / 3,) * 3, offset=(n * 25 / 3, 0, 0))
+        for n in (0, 1000)
+    )
+    assert not any((second.offset - first.offset) % first.voxel_size)
+
+
+def test_a_voxel_size_is_checked_before_anything_is_replaced(tmp_path, data):
     write_array(tmp_path / "a.zarr", "x", data, **GRID)
-    with pytest.raises(UserError, match="whole nanometers"):
-        write_array(tmp_path / "a.zarr", "x", data, voxel_size=(4.5, 4, 4), offset=(0, 0, 0))
+    with pytest.raises(UserError, match="correct its attribute resolution"):
+        write_array(tmp_path / "a.zarr", "x", data, voxel_size=(-4.5, 4, 4), offset=(0, 0, 0))
     np.testing.assert_array_equal(read(open_array(tmp_path / "a.zarr", "x")), data)
 
 

@@ -70,6 +70,17 @@ def number(low: float = -LARGEST, high: float = LARGEST, *, above: bool = False,
     return Rule(f"a number{lower}{upper}", parse)
 
 
+def nanometers(low: float = -LARGEST, high: float = LARGEST) -> Rule:
+    """Return a rule for a number from `low` to `high`, an int if it is whole, as lengths in nm mostly are."""
+    rule = number(low, high)
+
+    def parse(value: Any) -> float:
+        parsed: float = rule.parse(value)
+        return int(parsed) if parsed.is_integer() else parsed
+
+    return Rule(rule.allowed, parse)
+
+
 def integer(low: int = -LARGEST, high: int = LARGEST) -> Rule:
     """Return a rule for an int from `low` to `high`."""
 
@@ -188,6 +199,7 @@ threshold = number(0, 1, above=True)
 decay = number(0, 1, below=True)
 workers = 10_000
 voxels = 100_000
+length = nanometers(0.001, 1e9)
 offsets = sequence(sequence(integer(-voxels, voxels), 2, 3))
 levels = 11
 kernels = optional(sequence(sequence(sequence(integer(1, 100), 2, 3, kind=tuple), most=levels), most=levels))
@@ -209,7 +221,7 @@ def _model_rules(dims: int) -> dict[str, Rule]:
         "INPUT_SHAPE": shape.on(TRAINING),
         "OUTPUT_SHAPE": optional(shape).on(TRAINING),
         "GROW_INPUT": optional(sequence(integer(0, voxels), dims, kind=tuple)).on(),
-        "VOXEL_SIZE": shape.on(TRAINING),
+        "VOXEL_SIZE": sequence(length, dims, kind=tuple).on(TRAINING),
         "LSD_SIGMA": positive.on(TRAINING),
         "LSD_DOWNSAMPLE": integer(1, voxels).on(TRAINING),
         "GROWBOUNDARY_STEPS": integer(0, 1000).on(TRAINING),
@@ -275,8 +287,8 @@ RULES: dict[str, Rule] = {
     ).on(),
     "DATA.DROP_DS_MONGOTABLE": flag.on(),
     "PREPROCESS.EXPORT_2D_FROM_3D": optional(flag).on(),
-    "PREPROCESS.SOURCE_DATA_OFFSET": optional(sequence(integer(), 2, 3, kind=tuple)).on(),
-    "PREPROCESS.SOURCE_DATA_RESOLUTION": optional(sequence(integer(1), 2, 3, kind=tuple)).on(),
+    "PREPROCESS.SOURCE_DATA_OFFSET": optional(sequence(nanometers(), 2, 3, kind=tuple)).on(),
+    "PREPROCESS.SOURCE_DATA_RESOLUTION": optional(sequence(length, 2, 3, kind=tuple)).on(),
     "PREPROCESS.HISTOGRAM_MATCH": optional(sequence(nonempty, 2)).on(),
     "PREPROCESS.USE_WANDB": flag.on(),
     "PREPROCESS.DATASETS_TO_COPY": optional(sequence(nonempty)).on(),

@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 from lsdseg.config.model_types import label_keys
 from lsdseg.data_utils.gray import LARGEST_RAW
 from lsdseg.data_utils.labels import is_labeled
+from lsdseg.data_utils.placement import in_picometers, offset_nm, voxel_size_nm
 from lsdseg.data_utils.volumes import has_array, name_arrays, open_array, read, slabs, source_defaults
 from lsdseg.errors import UserError
 
@@ -36,7 +37,7 @@ def check_training_volumes(paths: Sequence[Path], cfg: CfgNode) -> None:
         UserError: as for `check_training_volume`, or voxel sizes differ. They can in 2D, where MODEL.VOXEL_SIZE leaves
             z open.
     """
-    voxel_sizes = [tuple(_open_raw(path, cfg).voxel_size) for path in paths]
+    voxel_sizes = [voxel_size_nm(_open_raw(path, cfg)) for path in paths]
     for path, voxel_size in zip(paths, voxel_sizes, strict=True):
         if voxel_size != voxel_sizes[0]:
             raise UserError(
@@ -103,9 +104,9 @@ def _open_raw(path: Path | str, cfg: CfgNode) -> Array:
     if raw.dtype.kind != "f" and raw.dtype.itemsize > LARGEST_RAW:
         raise UserError(f"{where} is {raw.dtype}, as labels are: name raw in DATA.RAW, or store it as uint8 or uint16")
     expected = tuple(cfg.MODEL.VOXEL_SIZE)
-    if tuple(raw.voxel_size)[-len(expected) :] != expected:
+    if voxel_size_nm(raw)[-len(expected) :] != expected:
         raise UserError(
-            f"{where} has voxel size {tuple(raw.voxel_size)} nm, the config has {expected}: "
+            f"{where} has voxel size {voxel_size_nm(raw)} nm, the config has {expected}: "
             f"change {_model_section(cfg)}.VOXEL_SIZE{'_2D' * cfg.DATA.DIM_2D} or resample the volume"
         )
     return raw
@@ -116,20 +117,21 @@ def _open_labels(path: Path | str, dataset: str, cfg: CfgNode, raw: Array) -> Ar
     where = f"{dataset} in {path}"
     labels = open_array(path, dataset, **source_defaults(cfg))
     check_labels(labels, where)
-    if labels.voxel_size != raw.voxel_size:
+    if voxel_size_nm(labels) != voxel_size_nm(raw):
         raise UserError(
-            f"{where} has voxel size {tuple(labels.voxel_size)} nm, {cfg.DATA.RAW} has "
-            f"{tuple(raw.voxel_size)}: correct its attribute resolution or resample the labels"
+            f"{where} has voxel size {voxel_size_nm(labels)} nm, {cfg.DATA.RAW} has "
+            f"{voxel_size_nm(raw)}: correct its attribute resolution or resample the labels"
         )
-    if not raw.roi.contains(labels.roi):
+    roi, shift = in_picometers(labels).roi, in_picometers(labels).offset - in_picometers(raw).offset
+    if not in_picometers(raw).roi.contains(roi):
         raise UserError(
-            f"{where} has shape {labels.shape} at {tuple(labels.offset)} nm, which is not inside {cfg.DATA.RAW} with "
-            f"{raw.shape} at {tuple(raw.offset)}: crop the labels or correct their attribute offset"
+            f"{where} has shape {labels.shape} at {offset_nm(labels)} nm, which is not inside {cfg.DATA.RAW} with "
+            f"{raw.shape} at {offset_nm(raw)}: crop the labels or correct their attribute offset"
         )
-    if any((labels.offset - raw.offset) % raw.voxel_size):
+    if any(shift % in_picometers(raw).voxel_size):
         raise UserError(
-            f"{where} has offset {tuple(labels.offset)} nm, which is between the voxels of {cfg.DATA.RAW} at "
-            f"{tuple(raw.offset)}: correct its attribute offset"
+            f"{where} has offset {offset_nm(labels)} nm, which is between the voxels of {cfg.DATA.RAW} at "
+            f"{offset_nm(raw)}: correct its attribute offset"
         )
     return labels
 
@@ -144,8 +146,8 @@ def _check_mask(path: Path | str, dataset: str, mask_dataset: str, cfg: CfgNode,
     mask = open_array(path, mask_dataset, **source_defaults(cfg))
     if mask.shape != labels.shape or mask.roi != labels.roi or mask.voxel_size != labels.voxel_size:
         raise UserError(
-            f"{where} has shape {mask.shape} at {tuple(mask.offset)} nm, but {dataset} has {labels.shape} at "
-            f"{tuple(labels.offset)}: correct it, or delete it and it is created again"
+            f"{where} has shape {mask.shape} at {offset_nm(mask)} nm, but {dataset} has {labels.shape} at "
+            f"{offset_nm(labels)}: correct it, or delete it and it is created again"
         )
     if not any(read(mask, slab).any() for slab in slabs(mask)):
         raise UserError(f"{where} is zero everywhere: correct it, or delete it and it is created again")

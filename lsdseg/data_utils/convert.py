@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from funlib.geometry import Coordinate
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lsdseg.data_utils.formats import FORMATS, Source, Volume, choose_volume, open_source
 from lsdseg.data_utils.labels import as_ids, create_labels_mask
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW
-from lsdseg.data_utils.placement import read_placement
+from lsdseg.data_utils.placement import offset_nm, read_placement, voxel_size_nm
 from lsdseg.data_utils.replace import check_replaceable_zarr, write_zarr
 from lsdseg.data_utils.volumes import create_array, list_arrays, open_array, slabs
 from lsdseg.errors import UserError
@@ -40,14 +39,14 @@ class Part(NamedTuple):
         begin: its first section to copy.
         end: the section after the last one to copy.
         voxel_size: in nm.
-        offset: offset of the part in nm.
+        offset: of the part in nm.
     """
 
     volume: Volume
     begin: int
     end: int
-    voxel_size: Coordinate
-    offset: Coordinate
+    voxel_size: Sequence[float]
+    offset: Sequence[float]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -105,7 +104,7 @@ def convert_files(
         convert(path, target, sections=wanted, resolution=resolution)
         for name in list_arrays(target):
             array = open_array(target, name)
-            print(f"{target}: {name} {array.dtype} {array.shape}, {tuple(array.offset)} nm")
+            print(f"{target}: {name} {array.dtype} {array.shape}, {offset_nm(array)} nm")
 
 
 def convert_folder(folder: Path, output: Path, **options: Any) -> None:
@@ -159,7 +158,7 @@ def print_arrays(zarr: Path) -> None:
     """Print what a zarr holds."""
     for name in list_arrays(zarr):
         array = open_array(zarr, name)
-        print(f"{zarr}: {name} {array.dtype} {array.shape}, {tuple(array.voxel_size)} nm")
+        print(f"{zarr}: {name} {array.dtype} {array.shape}, {voxel_size_nm(array)} nm")
 
 
 def only_volume(path: Path, name: str, dataset: str | None, files: ExitStack) -> Volume:
@@ -258,8 +257,8 @@ def select_parts(
     parts, left_out = [], list(source.others)
     for volume in source.volumes:
         whole = _part(volume, path, 0, volume.data.shape[-3], resolution)
-        first = max(0, math.ceil((world_begin - whole.offset[0]) / whole.voxel_size[0]))
-        last = min(whole.end, math.floor((world_end - whole.offset[0]) / whole.voxel_size[0]))
+        first, last = (round((z - whole.offset[0]) / whole.voxel_size[0], 6) for z in (world_begin, world_end))
+        first, last = max(0, math.ceil(first)), min(whole.end, math.floor(last))
         if first < last:
             parts.append(_part(volume, path, first, last, resolution))
         else:
@@ -272,9 +271,9 @@ def _part(volume: Volume, path: Path, begin: int, end: int, resolution: Sequence
     where = f"{volume.name} in {path}"
     fallback = (resolution, (0, 0, 0)) if resolution else None
     voxel_size, offset = read_placement(volume.attributes, where, fallback, "--resolution Z Y X")
-    if voxel_size.dims != 3 or offset.dims != 3:
+    if not len(voxel_size) == len(offset) == 3:
         raise UserError(f"{where}: its attributes resolution and offset need three numbers each, z, y, x")
-    return Part(volume, begin, end, voxel_size, offset + Coordinate(begin * voxel_size[0], 0, 0))
+    return Part(volume, begin, end, voxel_size, (offset[0] + begin * voxel_size[0], *offset[1:]))
 
 
 def parse_sections(text: str) -> Sections:

@@ -22,10 +22,17 @@ from lsdseg.data_utils.convert import only_volume, target_paths
 from lsdseg.data_utils.formats import Volume
 from lsdseg.data_utils.labels import as_ids, is_labeled
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW
-from lsdseg.data_utils.placement import read_placement
+from lsdseg.data_utils.placement import (
+    Placement,
+    checked_placement,
+    nanometers,
+    offset_nm,
+    read_placement,
+    voxel_size_nm,
+)
 from lsdseg.data_utils.preprocess import write_volume
 from lsdseg.data_utils.records import Record, identity
-from lsdseg.data_utils.regions import FORM, check_region, crop, parse_region, region_text
+from lsdseg.data_utils.regions import FORM, check_region, crop, parse_region, region_between, region_text
 from lsdseg.data_utils.replace import array_folder, check_replaceable_array, write_zarr
 from lsdseg.data_utils.volumes import create_array, has_array, open_array, rename_array, slabs
 from lsdseg.data_utils.webknossos import open_annotation
@@ -41,15 +48,17 @@ class Corrected(NamedTuple):
 
     Attributes:
         name: of the file, for messages.
-        read: takes slices that count the voxels of `roi`, and gives uint64 ids, and bool: whether they are known.
-        roi: in nm.
+        read: takes slices from the first voxel on, and gives uint64 ids, and bool: whether they are known.
+        shape: in voxels.
         voxel_size: in nm.
+        offset: in nm.
     """
 
     name: str
     read: Callable[[tuple[slice, ...]], tuple[NDArray[np.uint64], NDArray[np.bool_]]]
-    roi: Roi
-    voxel_size: Coordinate
+    shape: Sequence[int]
+    voxel_size: Sequence[float]
+    offset: Sequence[float]
 
 
 def import_proofread(
@@ -94,15 +103,15 @@ def import_proofread(
     with ExitStack() as files:
         volume = _ordered(_open_volume(files, corrected, dataset), axes, corrected)
         sent = None if before is None else (_open_volume(files, before), before)
-        labels = _placed(volume, corrected, sent, region, image, f"{raw} in {sample}")
+        labels, roi = _placed(volume, corrected, sent, region, image, f"{raw} in {sample}")
         margin = Coordinate(context) * image.voxel_size
-        kept = crop(image, labels.roi.grow(margin, margin).intersect(image.roi))
-        settings = {"region": region_text(labels.roi), "unknown": list(map(int, unknown)), "only": only is not None}
+        kept = crop(image, roi.grow(margin, margin).intersect(image.roi))
+        settings = {"region": region_text(roi, image), "unknown": list(map(int, unknown)), "only": only is not None}
         record = Record(STEP, {"raw": identity(image)}, settings)
         with room_on_disk(checked), write_zarr(checked, [sample, corrected, *([before] if before else [])]) as zarr:
             write_volume(zarr, RAW, kept)
             counted = write_labels(zarr, LABELS, LABELS_MASK, labels, select, record)
-    print(f"{checked}: {RAW} {kept.dtype} {kept.shape}, {tuple(kept.offset)} nm")
+    print(f"{checked}: {RAW} {kept.dtype} {kept.shape}, {offset_nm(kept)} nm")
     print(f"{checked}: {counted}")
 
 
@@ -138,16 +147,18 @@ def add_ground_truth(
     placed = open_array(target, RAW) if has_array(target, RAW) else None
     if resolution is None and placed is None:
         raise UserError(f"{target} holds no {RAW} that says where the labels lie: give -res Z,Y,X and -off Z,Y,X")
-    size, begin = (placed.voxel_size, placed.offset) if placed else ((0, 0, 0), (0, 0, 0))
-    given = {"resolution": list(resolution or size), "offset": list(offset or begin)}
+    as_raw: Placement = (voxel_size_nm(placed), offset_nm(placed)) if placed else ((), (0, 0, 0))
     with ExitStack() as files:
         volume = _ordered(_open_volume(files, corrected), axes, corrected)
-        voxel_size, begin = read_placement(given, f"-res and -off of {corrected}")
-        roi = Roi(begin, Coordinate(volume.data.shape) * voxel_size)
+        size, begin = checked_placement(resolution or as_raw[0], offset or as_raw[1], f"-res and -off of {corrected}")
+        shape = tuple(map(int, volume.data.shape))
         if placed is not None:
-            check_region(roi, placed, f"{RAW} in {target}")
-        labels = Corrected(str(corrected), _reader(volume, (0, 0, 0), None, str(corrected)), roi, voxel_size)
-        record = Record("data_utils/make_gt_from_seg2link_vols.py", {}, {"region": region_text(roi)})
+            end = [b + n * v for b, n, v in zip(begin, shape, size, strict=True)]
+            where = f"{RAW} in {target}"
+            check_region(region_between(begin, end, placed, where), placed, where)
+        labels = Corrected(str(corrected), _reader(volume, (0, 0, 0), None, str(corrected)), shape, size, begin)
+        settings = {"shape": list(shape), "voxel size": list(size), "offset": list(begin)}
+        record = Record("data_utils/make_gt_from_seg2link_vols.py", {}, settings)
         with room_on_disk(target):
             counted = write_labels(target, dataset, LABELS_MASK, labels, select, record)
     print(f"{target}: {counted}")
@@ -213,8 +224,8 @@ def _open_image(sample: Path, raw: str) -> Array:
 
 def _placed(
     volume: Volume, path: Path, sent: tuple[Volume, Path] | None, region: str | None, image: Array, where: str
-) -> Corrected:
-    """Find the place of what was corrected on the voxels of `image`, which is called `where`.
+) -> tuple[Corrected, Roi]:
+    """Find the place of what was corrected on the voxels of `image`, which is called `where`, and its ROI there.
 
     Args:
         volume: the ids.
@@ -227,9 +238,10 @@ def _placed(
     roi, first = _place(volume, path, region, image, where)
     earlier = None
     if sent is not None:
-        _, begin = _place(*sent, region_text(roi), image, where)
+        _, begin = _place(*sent, region_text(roi, image), image, where)
         earlier = _reader(sent[0], begin, None, str(sent[1]))
-    return Corrected(str(path), _reader(volume, first, earlier, str(path)), roi, image.voxel_size)
+    reader, shape = _reader(volume, first, earlier, str(path)), roi.shape / image.voxel_size
+    return Corrected(str(path), reader, shape, voxel_size_nm(image), nanometers(roi.begin, image)), roi
 
 
 def _open_volume(files: ExitStack, path: Path, dataset: str | None = None) -> Volume:
@@ -289,15 +301,15 @@ def _place(volume: Volume, path: Path, region: str | None, image: Array, where: 
         where: names raw, for messages.
 
     Returns:
-        The region to take in nm, and its first voxel in the file.
+        The region of `image` to take, and its first voxel in the file.
 
     Raises:
         UserError: the file does not say, holds another number of voxels, or has other voxels than raw.
     """
     shape, size = tuple(map(int, volume.data.shape)), image.voxel_size
-    own = _own_roi(volume, path, size, where)
+    own = _own_roi(volume, path, image, where)
     if region is not None:
-        roi = parse_region(region)
+        roi = parse_region(region, image, where)
     elif own is None and shape != tuple(image.shape):
         raise UserError(f"{path} does not say where it lies in {where}: add --region {FORM}, as it was exported")
     else:
@@ -307,29 +319,31 @@ def _place(volume: Volume, path: Path, region: str | None, image: Array, where: 
     if own is not None and own.contains(roi) and not any((roi.begin - own.begin) % size):
         return roi, tuple((roi.begin - own.begin) / size)
     if own is not None and any(own.begin):  # programs that know of no offset write 0
-        raise UserError(f"{path} covers {region_text(own)} nm, not region {region_text(roi)}: correct or omit --region")
+        covered, wrong = region_text(own, image), region_text(roi, image)
+        raise UserError(f"{path} covers {covered} nm, not region {wrong}: correct or omit --region")
     if shape == wanted:
         return roi, (0, 0, 0)
     turned = [axes for axes in STORED if tuple(shape[axes.index(axis)] for axis in "zyx") == wanted]
     remedy = f"add --axes {turned[0]}" if turned else "give the --region that was exported"
-    raise UserError(f"{path} holds {shape} voxels, but region {region_text(roi)} has {wanted}: {remedy}")
+    raise UserError(f"{path} holds {shape} voxels, but region {region_text(roi, image)} has {wanted}: {remedy}")
 
 
-def _own_roi(volume: Volume, path: Path, voxel_size: Coordinate, where: str) -> Roi | None:
-    """Return where a file says that it lies, None if it says nothing of an offset.
+def _own_roi(volume: Volume, path: Path, image: Array, where: str) -> Roi | None:
+    """Return where in `image` a file says that it lies, None if it says nothing of an offset.
 
     Raises:
-        UserError: it has other voxels than raw.
+        UserError: it has other voxels than raw, or lies between them.
     """
     attributes = volume.attributes
     if "offset" not in attributes or not attributes.keys() & {"resolution", "voxel_size"}:
         return None
-    own_size, offset = read_placement(attributes, str(path))
-    if own_size != voxel_size:
+    own_size, begin = read_placement(attributes, str(path))
+    if own_size != voxel_size_nm(image):
         raise UserError(
-            f"{path} has voxels of {tuple(own_size)} nm, but {where} of {tuple(voxel_size)}: import the finest level"
+            f"{path} has voxels of {own_size} nm, but {where} of {voxel_size_nm(image)}: import the finest level"
         )
-    return Roi(offset, Coordinate(volume.data.shape) * voxel_size)
+    end = [b + n * v for b, n, v in zip(begin, volume.data.shape, own_size, strict=True)]
+    return region_between(begin, end, image, where)
 
 
 def _reader(
@@ -375,7 +389,6 @@ def write_labels(
     Raises:
         UserError: no voxel is known. Labels and mask of these names are not replaced then.
     """
-    shape = labels.roi.shape / labels.voxel_size
     names = [f"{name}{PARTIAL}" for name in (dataset, mask_dataset)]
     neurons, count = np.zeros(0, np.uint64), 0
     try:
@@ -383,9 +396,9 @@ def write_labels(
             create_array(
                 zarr,
                 name,
-                shape,
+                labels.shape,
                 voxel_size=labels.voxel_size,
-                offset=labels.roi.begin,
+                offset=labels.offset,
                 dtype=dtype,
                 attributes=record.attributes,
             )
@@ -405,6 +418,6 @@ def write_labels(
         for name in names:
             shutil.rmtree(array_folder(zarr, name), ignore_errors=True)
     return (
-        f"{dataset} uint64 {tuple(shape)}, {tuple(labels.roi.begin)} nm, {np.count_nonzero(neurons)} neurons, "
-        f"{count / math.prod(shape):.1%} of the voxels known"
+        f"{dataset} uint64 {tuple(labels.shape)}, {tuple(labels.offset)} nm, {np.count_nonzero(neurons)} neurons, "
+        f"{count / math.prod(labels.shape):.1%} of the voxels known"
     )

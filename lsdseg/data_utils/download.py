@@ -31,6 +31,7 @@ from lsdseg.data_utils.convert import convert_source, print_arrays
 from lsdseg.data_utils.fetch import Progress, Remote, digest, fetch, list_folder
 from lsdseg.data_utils.formats import Source, Volume, choose_volume, open_source
 from lsdseg.data_utils.layout import LABELS, RAW, SPLITS, data_folder
+from lsdseg.data_utils.placement import voxel_size_nm
 from lsdseg.data_utils.public import TABLE, DataSet, choose, describe, file_name, read_table, volume_url
 from lsdseg.data_utils.replace import check_replaceable_zarr
 from lsdseg.data_utils.volumes import open_array
@@ -291,7 +292,7 @@ def _unpack(archive: zipfile.ZipFile, name: str, folder: Path) -> Path:
 
 def _compare_voxel_size(job: Job, cfg: CfgNode, config: str | None) -> None:
     """Warn if the network of a config expects other voxels."""
-    size = tuple(open_array(job.target, RAW).voxel_size)
+    size = voxel_size_nm(open_array(job.target, RAW))
     if size != tuple(cfg.MODEL.VOXEL_SIZE):
         section = "MODEL_ISO" if cfg.DATA.FIB else "MODEL_ANISO"
         print(

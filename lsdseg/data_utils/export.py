@@ -21,6 +21,7 @@ from lsdseg.config.implementations import resolve
 from lsdseg.data_utils.export_formats import FORMATS
 from lsdseg.data_utils.labels import renumber
 from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS
+from lsdseg.data_utils.placement import offset_nm, voxel_size_nm
 from lsdseg.data_utils.records import Record, identity
 from lsdseg.data_utils.regions import check_region, crop, parse_region
 from lsdseg.data_utils.replace import check_apart, write_folder
@@ -59,14 +60,14 @@ class Export(NamedTuple):
         return tuple(map(int, self.array.shape[:-3]))
 
     @property
-    def voxel_size(self) -> tuple[int, ...]:
+    def voxel_size(self) -> tuple[float, ...]:
         """In nm, z, y, x."""
-        return tuple(map(int, self.array.voxel_size))
+        return voxel_size_nm(self.array)
 
     @property
-    def offset(self) -> tuple[int, ...]:
+    def offset(self) -> tuple[float, ...]:
         """In nm, z, y, x."""
-        return tuple(map(int, self.array.offset))
+        return offset_nm(self.array)
 
     def stored_type(self, held: Sequence[str], title: str) -> np.dtype[Any]:
         """Return the type to write.
@@ -166,13 +167,13 @@ def export_dataset(
         path = opened.enter_context(write_folder(target, check) if written_as.folder else write_whole(target))
         opened.enter_context(_explain_library_errors(target))
         resolve(written_as.write)(Export(name, array, labels, record, mesh), path)
-    print(f"{target}: {written_as.title} of {name}, {array.shape}, {tuple(array.voxel_size)} nm")
+    print(f"{target}: {written_as.title} of {name}, {array.shape}, {voxel_size_nm(array)} nm")
 
 
 def _part(array: Array, where: str, region: str | None, renumbered: bool) -> Array:
     """Return what is exported of an array, which is called `where`; arguments as for `export_dataset`."""
     if region is not None:
-        roi = parse_region(region)
+        roi = parse_region(region, array, where)
         check_region(roi, array, where)
         array = crop(array, roi)
     return renumber(array, where) if renumbered else array

@@ -48,7 +48,7 @@ def write_meshes(export: Export, path: Path) -> None:
 
 
 def segment_mesh(
-    inside: NDArray[np.bool_], begin: Sequence[int], voxel_size: Sequence[int]
+    inside: NDArray[np.bool_], begin: Sequence[float], voxel_size: Sequence[float]
 ) -> tuple[NDArray[np.float32], NDArray[np.uint32]] | None:
     """Return the surface halfway between the centers of voxels inside and outside, by marching cubes.
 

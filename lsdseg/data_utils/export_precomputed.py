@@ -37,14 +37,14 @@ def write_precomputed(export: Export, path: Path) -> None:
     Raises:
         UserError: the offset is not a whole number of voxels, or the format cannot hold the voxels.
     """
-    if any(o % v for o, v in zip(export.offset, export.voxel_size, strict=True)):
+    array = export.array
+    if any(array.offset % array.voxel_size):
         raise UserError(
             f"{export.dataset} begins at {export.offset} nm, which is no whole number of voxels of {export.voxel_size} "
             f"nm, as {TITLE} needs: export it --to ome-zarr"
         )
     dtype = export.stored_type(IDS if export.labels else IMAGES, TITLE)
-    begin = [o // v for o, v in zip(export.offset, export.voxel_size, strict=True)]
-    levels = plan_levels(export.shape, begin, export.voxel_size)
+    levels = plan_levels(export.shape, array.offset / array.voxel_size, export.voxel_size)
     stores, blocks = [], []
     for level in levels:
         sharding, block = _sharding(level, math.prod(export.channels) * dtype.itemsize)

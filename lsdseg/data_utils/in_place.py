@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from funlib.geometry import Coordinate
 from funlib.persistence import Array
 from numpy.typing import NDArray
 
@@ -131,7 +130,7 @@ def open_in_place(path: Path, dataset: str, fallback: Placement | None, or_set: 
         or_set: key that gives a fallback, for the message.
 
     Raises:
-        UserError: it cannot be read; has several volumes and none is chosen; or has no voxel size in whole nm.
+        UserError: it cannot be read; has several volumes and none is chosen; or has no voxel size.
     """
     place = read_place(path)
     files, source = _source(place, dataset)
@@ -155,7 +154,7 @@ def open_box(
         or_set: see `open_in_place`.
 
     Raises:
-        UserError: the box reaches out of the volume, or there is no voxel size in whole nm.
+        UserError: the box reaches out of the volume, or there is no voxel size.
     """
     where = f"{volume.name} in {place.location}"
     attributes = volume.attributes
@@ -164,8 +163,9 @@ def open_box(
     elif place.offset is not None:
         attributes = {**attributes, "offset": place.offset}
     voxel_size, offset = (values[-3:] for values in read_placement(attributes, where, fallback, or_set))
-    box, size = Box(volume, place, where, files), Coordinate(voxel_size)
-    return place_array(box, size, Coordinate(offset) + Coordinate(box.begin[-3:]) * size)
+    box = Box(volume, place, where, files)
+    begin = [o + first * size for o, first, size in zip(offset, box.begin[-3:], voxel_size, strict=True)]
+    return place_array(box, voxel_size, begin)
 
 
 class Box:

@@ -15,7 +15,7 @@ from funlib.persistence import Array
 from numpy.typing import NDArray
 
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK
-from lsdseg.data_utils.placement import place_array
+from lsdseg.data_utils.placement import offset_nm, place_like, voxel_size_nm
 from lsdseg.data_utils.volumes import SourceDefaults, create_array, has_array, open_array, read, rename_array, slabs
 from lsdseg.errors import UserError
 from lsdseg.files import PARTIAL, room_on_disk
@@ -124,7 +124,7 @@ def renumber(labels: Array, where: str) -> Array:
     def numbered(old: NDArray[Any]) -> NDArray[Any]:
         return np.where(old == 0, 0, np.searchsorted(ids, old) + 1).astype(dtype)
 
-    return place_array(dask.array.map_blocks(numbered, labels.data, dtype=dtype), labels.voxel_size, labels.offset)
+    return place_like(labels, dask.array.map_blocks(numbered, labels.data, dtype=dtype))
 
 
 def create_labels_masks(
@@ -176,8 +176,8 @@ def create_labels_mask(
             path,
             partial,
             labels.shape,
-            voxel_size=labels.voxel_size,
-            offset=labels.offset,
+            voxel_size=voxel_size_nm(labels),
+            offset=offset_nm(labels),
             dtype=np.uint8,
             chunk_shape=labels.chunk_shape,
         )

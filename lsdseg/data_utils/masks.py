@@ -1,11 +1,12 @@
 """Masks of where to work, with any voxel size: segmentation keeps what is inside, prediction skips what is outside."""
 
 import numpy as np
-from funlib.geometry import Coordinate, Roi
+from funlib.geometry import Roi
 from funlib.persistence import Array
 from numpy.typing import NDArray
 from yacs.config import CfgNode
 
+from lsdseg.data_utils.placement import units_per_nanometer
 from lsdseg.data_utils.volumes import open_array, read
 from lsdseg.errors import UserError
 
@@ -28,13 +29,13 @@ def open_mask(settings: CfgNode) -> Array | None:
     return mask
 
 
-def read_mask(mask: Array | None, roi: Roi, voxel_size: Coordinate) -> NDArray[np.bool_] | None:
+def read_mask(mask: Array | None, roi: Roi, array: Array) -> NDArray[np.bool_] | None:
     """Sample a mask on the voxels of a ROI.
 
     Args:
         mask: the mask (z, y, x) from `open_mask`. Its voxel size and ROI may differ.
-        roi: region to read, in nm.
-        voxel_size: voxel size of the result, in nm.
+        roi: region to read, in the unit of `array`.
+        array: says how large the voxels of the result are.
 
     Returns:
         Bool (z, y, x). Every voxel has the value of the mask at its center, and False outside the mask. None if there
@@ -43,8 +44,9 @@ def read_mask(mask: Array | None, roi: Roi, voxel_size: Coordinate) -> NDArray[n
     if mask is None:
         return None
     indices = []
-    for axis, count in enumerate(roi.shape / voxel_size):
-        centers = roi.begin[axis] + (np.arange(count) + 0.5) * voxel_size[axis]
+    scale = units_per_nanometer(mask) / units_per_nanometer(array)
+    for axis, count in enumerate(roi.shape / array.voxel_size):
+        centers = (roi.begin[axis] + (np.arange(count) + 0.5) * array.voxel_size[axis]) * scale
         indices.append(np.floor((centers - mask.offset[axis]) / mask.voxel_size[axis]).astype(int))
     covered = [(i >= 0) & (i < size) for i, size in zip(indices, mask.shape, strict=True)]
     inside = np.zeros([len(i) for i in indices], bool)

@@ -1,11 +1,13 @@
 """Where an array lies in the world: its voxel size and offset, as three conventions store them.
 
 The conventions are the attributes `resolution` (CREMI) and `voxel_size` (funlib), each with `offset`, and the scale of
-OME-NGFF. Axes are z, y, x. Voxel sizes and offsets are whole nanometers, because `funlib.geometry.Coordinate` holds
-integers.
+OME-NGFF. Axes are z, y, x. Files, keys, options and messages give nanometers, which may be any numbers. An `Array` and
+its ROIs have whole numbers, because `funlib.geometry.Coordinate` holds integers: nanometers where voxel size and offset
+are whole ones, else picometers. Arrays on one grid of voxels have one unit, so their ROIs can be compared.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ NANOMETERS = {
     "angstrom": 0.1,
 }
 
+PICOMETERS = 1000  # in a nanometer
 LARGEST = 1e15  # nm; beyond it floats and the integers of other libraries lose digits
 
 # Voxel size and offset in nm.
@@ -37,7 +40,7 @@ Placement = tuple[Sequence[float], Sequence[float]]
 
 def read_placement(
     attributes: Mapping[str, Any], where: str, fallback: Placement | None = None, or_set: str = ""
-) -> tuple[Coordinate, Coordinate]:
+) -> Placement:
     """Return the voxel size and offset that an array's attributes give.
 
     Args:
@@ -50,21 +53,46 @@ def read_placement(
         Voxel size and offset in nm.
 
     Raises:
-        UserError: the voxel size is unknown or not above 0, its unit is unknown, or it or the offset is not in whole
-            nanometers.
+        UserError: the voxel size is unknown or not above 0, or its unit is unknown.
     """
     placement = _from_attributes(attributes, where) or fallback
     if placement is None:
         remedy = f", or {or_set}" if or_set else ""
         raise UserError(f"{where} has no voxel size: set its attributes resolution and offset (z, y, x in nm){remedy}")
-    voxel_size = whole_nanometers(placement[0], "voxel size", where)
-    offset = whole_nanometers(placement[1], "offset", where)
-    if min(voxel_size) <= 0:
-        raise UserError(f"{where} has voxel size {tuple(voxel_size)} nm: correct its attribute resolution")
+    voxel_size, offset = checked_placement(*placement, where)
     return voxel_size, offset
 
 
-def place_array(data: Any, voxel_size: Sequence[int], offset: Sequence[int]) -> Array:
+def checked_placement(voxel_size: Sequence[float], offset: Sequence[float], where: str) -> Placement:
+    """Return voxel size and offset in nm without rounding errors, whole numbers as int.
+
+    Args:
+        voxel_size: in nm.
+        offset: in nm.
+        where: name of the array in messages.
+
+    Raises:
+        UserError: they are not one to five numbers, or voxels have no size.
+    """
+    exact, begin = _numbers(voxel_size, "voxel size", where), _numbers(offset, "offset", where)
+    size = tuple(map(_rounded, exact))
+    if min(size) <= 0:
+        raise UserError(f"{where} has voxel size {size} nm: correct its attribute resolution")
+    # an offset of whole voxels stays one: 100 voxels of 8.33333 nm are 100 of 8.333
+    voxels = [round(b / v) for b, v in zip(begin, exact, strict=True)]
+    on_grid = [math.isclose(b, n * v, abs_tol=1e-6) for b, n, v in zip(begin, voxels, exact, strict=True)]
+    return size, tuple(
+        _rounded(n * v if whole else b) for b, n, v, whole in zip(begin, voxels, size, on_grid, strict=True)
+    )
+
+
+def _rounded(value: float) -> float:
+    """Return a length in nm to the picometer, as an int if it is whole."""
+    picometers = round(value * PICOMETERS)
+    return picometers / PICOMETERS if picometers % PICOMETERS else picometers // PICOMETERS
+
+
+def place_array(data: Any, voxel_size: Sequence[float], offset: Sequence[float]) -> Array:
     """Return voxels as an array with a place.
 
     Args:
@@ -72,17 +100,72 @@ def place_array(data: Any, voxel_size: Sequence[int], offset: Sequence[int]) -> 
         voxel_size: in nm, of the last axes, which are spatial. Axes before them are channels.
         offset: in nm, of the same axes.
     """
-    dims = len(voxel_size)
+    scale = 1 if all(float(value).is_integer() for value in (*voxel_size, *offset)) else PICOMETERS
+    size, begin = (Coordinate(round(value * scale) for value in values) for values in (voxel_size, offset))
+    return _array(data, size, begin, scale)
+
+
+def place_like(array: Array, data: Any, begin: Coordinate | None = None) -> Array:
+    """Return voxels on the grid of an array, and in its unit.
+
+    Args:
+        array: says how large the voxels are.
+        data: as for `place_array`.
+        begin: where they begin, in the array's unit. None: where the array does.
+    """
+    return _array(data, array.voxel_size, array.offset if begin is None else begin, units_per_nanometer(array))
+
+
+def _array(data: Any, voxel_size: Coordinate, offset: Coordinate, scale: int) -> Array:
+    """Return an array whose voxel size and offset are in units of 1 / scale nm."""
+    dims = voxel_size.dims
     channels = data.ndim - dims
     return Array(
         data,
-        offset=Coordinate(offset),
-        voxel_size=Coordinate(voxel_size),
+        offset=offset,
+        voxel_size=voxel_size,
         axis_names=["c^"] * channels + ["z", "y", "x"][-dims:],
-        units=["nm"] * dims,
+        units=["nm" if scale == 1 else "pm"] * dims,
         types=["channel"] * channels + ["space"] * dims,
         chunks=data.chunks,
     )
+
+
+def units_per_nanometer(array: Array) -> int:
+    """Return 1 if the ROI of an array is in nm, 1000 if it is in pm."""
+    return 1 if array.units[-1] == "nm" else PICOMETERS
+
+
+def nanometers(values: Iterable[int], array: Array) -> tuple[float, ...]:
+    """Return lengths along the axes of an array, or places on them, in nm: whole numbers as int.
+
+    Args:
+        values: in the unit of the array, such as its voxel size, or the begin of a ROI in it.
+        array: says which unit that is.
+    """
+    return to_nanometers(values, units_per_nanometer(array))
+
+
+def to_nanometers(values: Iterable[int], per_nanometer: int) -> tuple[float, ...]:
+    """Return lengths in nm, whole numbers as int, that are given in a unit of which so many are a nanometer."""
+    lengths = [divmod(int(value), per_nanometer) for value in values]
+    return tuple(whole + part / per_nanometer if part else whole for whole, part in lengths)
+
+
+def voxel_size_nm(array: Array) -> tuple[float, ...]:
+    """Return the voxel size of an array in nm."""
+    return nanometers(array.voxel_size, array)
+
+
+def offset_nm(array: Array) -> tuple[float, ...]:
+    """Return where an array begins, in nm."""
+    return nanometers(array.offset, array)
+
+
+def in_picometers(array: Array) -> Array:
+    """Return an array whose ROI is in pm, to be compared with that of another one."""
+    scale = PICOMETERS // units_per_nanometer(array)
+    return _array(array._source_data, array.voxel_size * scale, array.offset * scale, PICOMETERS)
 
 
 def _from_attributes(attributes: Mapping[str, Any], where: str) -> Placement | None:
@@ -190,25 +273,3 @@ def _nanometers(unit: Any, where: str) -> float:
         known = ", ".join(filter(None, NANOMETERS))
         raise UserError(f"{where} has its voxel size in {str(unit)[:80]!r}, an unknown unit: use one of {known}")
     return NANOMETERS[unit]
-
-
-def whole_nanometers(values: Sequence[float], what: str, where: str) -> Coordinate:
-    """Return values in nm as a Coordinate, without rounding errors.
-
-    Args:
-        values: values in nm.
-        what: name of the values in messages, e.g. "voxel size".
-        where: name of the array in messages.
-
-    Raises:
-        UserError: the values are not whole numbers, or not one to five numbers.
-    """
-    values = _numbers(values, what, where)
-    rounded = [round(value) for value in values]
-    if not np.allclose(values, rounded, rtol=0, atol=1e-6):
-        given = tuple(round(float(value), 6) for value in values)
-        raise UserError(
-            f"{where} has {what} {given} nm, but only whole nanometers are supported: "
-            "round its attributes resolution and offset"
-        )
-    return Coordinate(rounded)

@@ -18,6 +18,8 @@ from yacs.config import CfgNode
 from lsdseg.data_utils.gray import LARGEST_RAW
 from lsdseg.data_utils.labels import labels_mask
 from lsdseg.data_utils.layout import SPLITS, data_folder, volumes_in
+from lsdseg.data_utils.placement import in_picometers, offset_nm, voxel_size_nm
+from lsdseg.data_utils.regions import region_text
 from lsdseg.data_utils.replace import write_zarr
 from lsdseg.data_utils.volumes import create_array, list_arrays, open_array, read, slabs, source_defaults
 from lsdseg.errors import UserError
@@ -198,12 +200,13 @@ def _arrays_with_sections(path: Path, cfg: CfgNode) -> dict[str, Array]:
     names = [name for name in (*pairs, *pairs.values()) if name in list_arrays(path)]
     arrays = {name: _open_volume(path, name, cfg) for name in names}
     for name, array in arrays.items():
-        thickness, depth = raw.voxel_size[0], array.offset[0] - raw.offset[0]
-        inside = 0 <= depth <= raw.roi.shape[0] - array.roi.shape[0]
-        if array.voxel_size[0] != thickness or depth % thickness or not inside:
+        own, whole = in_picometers(array), in_picometers(raw)
+        thickness, depth = whole.voxel_size[0], own.offset[0] - whole.offset[0]
+        inside = 0 <= depth <= whole.roi.shape[0] - own.roi.shape[0]
+        if own.voxel_size[0] != thickness or depth % thickness or not inside:
             raise UserError(
-                f"{name} in {path} has other sections than {cfg.DATA.RAW} ({array.roi} and {raw.roi} nm): "
-                "correct its attributes resolution and offset"
+                f"{name} in {path} has other sections than {cfg.DATA.RAW} ({region_text(own.roi, own)} and "
+                f"{region_text(whole.roi, whole)} nm): correct its attributes resolution and offset"
             )
     return {cfg.DATA.RAW: raw, **arrays}
 
@@ -228,7 +231,7 @@ def _without(labels: NDArray[Any], unlabeled: int | None) -> NDArray[Any]:
 
 def _write_sections(zarr: Path, name: str, array: Array, raw: Array, convert: Convert = np.asarray) -> None:
     """Write the sections of an array, numbered as in raw, and zeros for sections that it does not have."""
-    voxel_size, offset = array.voxel_size[1:], array.offset[1:]
+    voxel_size, offset = voxel_size_nm(array)[1:], offset_nm(array)[1:]
     dtype = convert(np.empty(0, array.dtype)).dtype
     sections = [
         create_array(zarr, f"{name}/{z}", array.shape[1:], voxel_size=voxel_size, offset=offset, dtype=dtype)
@@ -247,8 +250,8 @@ def write_volume(zarr: Path, name: str, array: Array, convert: Convert = np.asar
         zarr,
         name,
         array.shape,
-        voxel_size=array.voxel_size,
-        offset=array.offset,
+        voxel_size=voxel_size_nm(array),
+        offset=offset_nm(array),
         dtype=dtype,
         attributes=dict(array.attrs) | attributes,
     )

@@ -19,6 +19,7 @@ from lsdseg.data_utils.clahe import clahe_region
 from lsdseg.data_utils.components import write_components
 from lsdseg.data_utils.gray import LARGEST_RAW, gray_percentiles, own_window
 from lsdseg.data_utils.labels import is_labeled
+from lsdseg.data_utils.placement import in_picometers, nanometers, offset_nm, voxel_size_nm
 from lsdseg.data_utils.preprocess import (
     SLAB_BYTES,
     check_gray_values,
@@ -94,7 +95,7 @@ def process_zarr(operation: str, source: Path, target: Path, *, dataset: str, ov
         write(zarr)
     for name in list_arrays(target):
         written = open_array(target, name)
-        print(f"{target}: {name} {written.dtype} {written.shape}, {tuple(written.offset)} nm")
+        print(f"{target}: {name} {written.dtype} {written.shape}, {offset_nm(written)} nm")
 
 
 def equalize(job: Job, tile: Sequence[int], limit: float) -> Write:
@@ -202,7 +203,7 @@ def crop_to_labels(job: Job, raw: str, mask: str, context: Sequence[int]) -> Wri
         raise UserError(f"{job.source} has no labeled voxel: correct {mask if known is not job.array else job.dataset}")
     parts = {}
     for name in list_arrays(job.source):
-        array = open_array(job.source, name)
+        array = in_picometers(open_array(job.source, name))
         if array.voxel_size.dims == 3:
             margin = Coordinate(context) * array.voxel_size if name == raw else Coordinate(0, 0, 0)
             grid = (box.grow(margin, margin) - array.offset).snap_to_grid(array.voxel_size, "grow") + array.offset
@@ -231,10 +232,15 @@ OPERATIONS: dict[str, Callable[..., Write]] = {
 
 
 def _create(zarr: Path, job: Job, shape: Sequence[int], offset: Sequence[int], dtype: np.dtype[Any]) -> Array:
-    """Create the array of a result, with the attributes of the source and the record."""
-    attributes = dict(job.array.attrs) | job.record.attributes
+    """Create the array of a result, with the attributes of the source and the record. The offset is in its unit."""
     return create_array(
-        zarr, job.dataset, shape, voxel_size=job.array.voxel_size, offset=offset, dtype=dtype, attributes=attributes
+        zarr,
+        job.dataset,
+        shape,
+        voxel_size=voxel_size_nm(job.array),
+        offset=nanometers(offset, job.array),
+        dtype=dtype,
+        attributes=dict(job.array.attrs) | job.record.attributes,
     )
 
 
@@ -247,7 +253,7 @@ def _check_labels(job: Job) -> None:
 
 
 def _labeled_box(array: Array) -> Roi | None:
-    """Return the smallest box in nm with all labeled voxels of labels or of a mask, None if there are none."""
+    """Return the smallest box in pm with all labeled voxels of labels or of a mask, None if there are none."""
     begin, end = np.array(array.shape), np.zeros(3, int)
     for slab in slabs(array, SLAB_BYTES).with_progress("labeled box"):
         values = read(array, slab)
@@ -258,5 +264,6 @@ def _labeled_box(array: Array) -> Roi | None:
                 begin[axis], end[axis] = min(begin[axis], places[0]), max(end[axis], places[-1] + 1)
     if not end.any():
         return None
-    first, last = (Coordinate(map(int, corner)) * array.voxel_size for corner in (begin, end))
-    return Roi(first + array.offset, last - first)
+    placed = in_picometers(array)
+    first, last = (Coordinate(corner) * placed.voxel_size for corner in (begin, end))
+    return Roi(first + placed.offset, last - first)

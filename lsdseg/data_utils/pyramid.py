@@ -31,7 +31,7 @@ class Level(NamedTuple):
     factor: tuple[int, ...]
     begin: tuple[int, ...]
     shape: tuple[int, ...]
-    voxel_size: tuple[int, ...]
+    voxel_size: tuple[float, ...]
 
     def coarser(self) -> "Level":
         """Return the next level: twice as coarse along the axes whose voxels are less than twice the narrowest ones.
@@ -47,7 +47,7 @@ class Level(NamedTuple):
         return Level(factor, begin, shape, tuple(v * f for v, f in zip(self.voxel_size, factor, strict=True)))
 
 
-def plan_levels(shape: Sequence[int], begin: Sequence[int], voxel_size: Sequence[int]) -> list[Level]:
+def plan_levels(shape: Sequence[int], begin: Sequence[int], voxel_size: Sequence[float]) -> list[Level]:
     """Return the levels of a volume, the finest first, until one is not wider than a chunk.
 
     Args:

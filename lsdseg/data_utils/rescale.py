@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from lsdseg.data_utils.gray import LARGEST_RAW
+from lsdseg.data_utils.placement import PICOMETERS, in_picometers, nanometers, voxel_size_nm
 from lsdseg.data_utils.records import Record, identity
+from lsdseg.data_utils.regions import region_text
 from lsdseg.data_utils.replace import check_replaceable_zarr, write_zarr
 from lsdseg.data_utils.volumes import create_array, has_array, open_array, read, rename_array, slabs
 from lsdseg.errors import UserError
@@ -33,7 +35,7 @@ def rescale_zarr(
     dataset: str,
     *,
     to: str | None,
-    voxel_size: Sequence[int] | None,
+    voxel_size: Sequence[float] | None,
     like: Sequence[str] | None,
     labels: bool,
     overwrite: bool,
@@ -58,8 +60,8 @@ def rescale_zarr(
     """
     array = open_array(source, dataset)
     grid = open_array(like[0], like[1]) if like else None
-    size, roi = (grid.voxel_size, grid.roi) if grid else (voxel_size or (), None)
-    record = rescale_record(array, size, roi, labels=labels)
+    size = voxel_size_nm(grid) if grid else voxel_size or ()
+    record = rescale_record(array, size, grid, labels=labels)
     inputs, name = [source, Path(like[0])] if like else [source], to or dataset
     add = add and target.exists()
     if add and has_array(target, name) and not overwrite:
@@ -68,15 +70,16 @@ def rescale_zarr(
         check_replaceable_zarr(target, inputs)
     if target.exists() and not overwrite and not add:
         raise UserError(f"{target} exists: add --overwrite, or write elsewhere")
-    rescale(array, target, name, size, roi, labels=labels, add=add, record=record)
+    rescale(array, target, name, size, grid, labels=labels, add=add, record=record)
     written = open_array(target, name)
-    print(f"{target}: {name} {written.dtype} {written.shape}, {tuple(written.voxel_size)} nm")
+    print(f"{target}: {name} {written.dtype} {written.shape}, {voxel_size_nm(written)} nm")
 
 
-def rescale_record(source: Array, voxel_size: Sequence[int], roi: Roi | None = None, *, labels: bool) -> Record:
+def rescale_record(source: Array, voxel_size: Sequence[float], like: Array | None = None, *, labels: bool) -> Record:
     """Say what a resampled dataset is made from; arguments as for `rescale`."""
-    settings = {"the voxel size": [int(n) for n in voxel_size], "labels": labels}
-    settings["the region"] = [[int(n) for n in edge] for edge in (roi.begin, roi.shape)] if roi else None
+    settings = {"the voxel size": list(voxel_size), "labels": labels, "the region": None}
+    if like is not None:
+        settings["the region"] = [list(nanometers(edge, like)) for edge in (like.roi.begin, like.roi.shape)]
     return Record("data_utils/rescale.py", {"the source": identity(source)}, settings)
 
 
@@ -84,8 +87,8 @@ def rescale(
     source: Array,
     target: Path | str,
     dataset: str,
-    voxel_size: Sequence[int],
-    roi: Roi | None = None,
+    voxel_size: Sequence[float],
+    like: Array | None = None,
     *,
     labels: bool = False,
     add: bool = False,
@@ -99,8 +102,8 @@ def rescale(
         target: the zarr. An existing one is replaced if this suite wrote all of it.
         dataset: name of the dataset in it.
         voxel_size: in nm.
-        roi: region to cover, in nm: inside the source, and a whole number of new voxels wide. None: begin where the
-            source does, and cover all of it.
+        like: a volume with voxels of that size that lies inside the source: cover the same region. None: begin where
+            the source does, and cover all of it.
         labels: take the nearest voxel instead of interpolating. This is also done for raw if the voxels do not change,
             because it is exact.
         add: add the dataset to a zarr that exists, instead.
@@ -109,26 +112,26 @@ def rescale(
     Raises:
         UserError: the arguments do not fit each other (nothing is written then), or there is no room on disk.
     """
-    voxel_size = Coordinate(voxel_size)
+    source = in_picometers(source)
+    roi = in_picometers(like).roi if like else source.roi
     _check(source, target, voxel_size, roi, labels)
-    begin = roi.begin if roi else source.offset
-    shape = Coordinate(-(-n // v) for n, v in zip((roi or source.roi).shape, voxel_size, strict=True))
-    step = [new / old for new, old in zip(voxel_size, source.voxel_size, strict=True)]
-    same_voxels = voxel_size == source.voxel_size and not any((begin - source.offset) % voxel_size)
+    size = Coordinate(round(n * PICOMETERS) for n in voxel_size)
+    step = [new / old for new, old in zip(size, source.voxel_size, strict=True)]
+    same_voxels = size == source.voxel_size and not any((roi.begin - source.offset) % size)
     name = f"{dataset}{PARTIAL}" if add else dataset
     with room_on_disk(target), nullcontext(target) if add else write_zarr(target) as folder:
         array = create_array(
             folder,
             name,
-            shape,
+            [-(-n // new) for n, new in zip(roi.shape, size, strict=True)],
             voxel_size=voxel_size,
-            offset=begin,
+            offset=nanometers(roi.begin, source),
             dtype=source.dtype,
             attributes=dict(source.attrs) | (record.attributes if record else {}),
         )
         covered = slabs(array, int(SLAB_BYTES * min(1, 1 / math.prod(step))))
         for slab in covered.with_progress(f"{dataset} at {tuple(voxel_size)} nm", delay=0):
-            centers = _centers(slab, source, begin, voxel_size)
+            centers = _centers(slab, source, roi.begin, size)
             if labels or same_voxels:
                 array[slab] = _nearest(source, centers)
             else:
@@ -161,22 +164,23 @@ def interpolation_weights(centers: NDArray[np.floating[Any]], size: int, width: 
     return csr_array((weights[weighted].astype(np.float32), voxels[weighted], row_ends), (len(centers), size))
 
 
-def _check(source: Array, target: Path | str, voxel_size: Coordinate, roi: Roi | None, labels: bool) -> None:
-    """Refuse arguments of `rescale` that do not fit each other."""
+def _check(source: Array, target: Path | str, voxel_size: Sequence[float], roi: Roi, labels: bool) -> None:
+    """Refuse arguments of `rescale` that do not fit each other. The ROIs are in pm."""
     if min(voxel_size) <= 0 or not len(voxel_size) == len(source.voxel_size) == len(source.shape):
         raise UserError(
             f"voxel size {tuple(voxel_size)} nm for {target} from an array of shape {source.shape}: "
             "give one number above 0 for each axis"
         )
-    if any(new > LARGEST_STEP * old for new, old in zip(voxel_size, source.voxel_size, strict=True)):
+    if any(new > LARGEST_STEP * old for new, old in zip(voxel_size, voxel_size_nm(source), strict=True)):
         raise UserError(
             f"voxel size {tuple(voxel_size)} nm for {target} is more than {LARGEST_STEP} times that of the source, "
-            f"{tuple(source.voxel_size)}: make it smaller"
+            f"{voxel_size_nm(source)}: make it smaller"
         )
     if not labels and source.dtype.kind != "f" and source.dtype.itemsize > LARGEST_RAW:
         raise UserError(f"{source.dtype} for {target} is not raw: for labels, set labels (--labels)")
-    if roi and not source.roi.contains(roi):
-        raise UserError(f"the source covers {source.roi} nm, which is less than {roi} nm as wanted for {target}")
+    if not source.roi.contains(roi):
+        covered, wanted = region_text(source.roi, source), region_text(roi, source)
+        raise UserError(f"the source covers {covered} nm, which is less than {wanted} nm as wanted for {target}")
 
 
 def _centers(

@@ -176,11 +176,11 @@ def _voxel_size(tiff: tifffile.TiffFile) -> list[float]:
 
 
 def _offset(tiff: tifffile.TiffFile) -> list[float]:
-    """Return z, y, x in whole nm, empty if the file does not say. Positions in other units are those of a stage."""
+    """Return z, y, x in nm, empty if the file does not say. Positions in other units are those of a stage."""
     plane = ElementTree.fromstring(tiff.ome_metadata).find(".//{*}Plane") if tiff.ome_metadata else None
     if plane is None or any(plane.get(f"Position{axis}Unit") != "nm" for axis in "ZYX"):
         return []
-    return [round(float(plane.get(f"Position{axis}", 0))) for axis in "ZYX"]
+    return [float(plane.get(f"Position{axis}", 0)) for axis in "ZYX"]
 
 
 def _ome_size(pixels: ElementTree.Element, axis: str) -> float:

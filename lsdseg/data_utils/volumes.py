@@ -2,7 +2,7 @@
 
 Only this module opens and creates zarr arrays, because there are three conventions for voxel sizes and two versions of
 zarr. New zarrs are in format 2 whichever version is installed, so every viewer and older script can open them. Axis
-order is z, y, x. Voxel sizes and offsets are whole nanometers (see `placement`).
+order is z, y, x. ROIs are in nanometers, or in picometers where those are not whole (see `placement`).
 """
 
 import math
@@ -32,7 +32,15 @@ from lsdseg.data_utils.in_place import (
     read_place,
 )
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK
-from lsdseg.data_utils.placement import Placement, place_array, read_ome_placement, read_placement, whole_nanometers
+from lsdseg.data_utils.placement import (
+    Placement,
+    checked_placement,
+    offset_nm,
+    place_array,
+    read_ome_placement,
+    read_placement,
+    voxel_size_nm,
+)
 from lsdseg.data_utils.replace import (
     array_folder,
     check_replaceable_array,
@@ -98,8 +106,8 @@ def open_array(
         default_key: key that sets the default voxel size, for the message if there is none.
 
     Raises:
-        UserError: there is no such array; its voxel size is unknown; voxel size or offset are not in whole nanometers;
-            a section in between is missing, or differs from the first one.
+        UserError: there is no such array; its voxel size is unknown; a section in between is missing, or differs from
+            the first one.
     """
     path, dataset, place = _followed(path, dataset)
     where = f"{dataset} in {path}"
@@ -139,8 +147,8 @@ def create_array(
     dataset: str,
     shape: Sequence[int],
     *,
-    voxel_size: Sequence[int],
-    offset: Sequence[int],
+    voxel_size: Sequence[float],
+    offset: Sequence[float],
     dtype: DTypeLike,
     chunk_shape: Sequence[int] | None = None,
     attributes: Mapping[str, Any] | None = None,
@@ -161,13 +169,12 @@ def create_array(
         The array, open for writing.
 
     Raises:
-        UserError: voxel size or offset are not in whole nanometers; something else has that name, or the name without
-            PARTIAL that the array will get.
+        UserError: voxel size or offset are no lengths; something else has that name, or the name without PARTIAL that
+            the array will get.
     """
     shape, dims = tuple(map(int, shape)), len(voxel_size)
     where = f"{dataset} in {path}"
-    voxel_size = whole_nanometers(voxel_size, "voxel size", where)
-    offset = whole_nanometers(offset, "offset", where)
+    voxel_size, offset = checked_placement(voxel_size, offset, where)
     if chunk_shape is None:
         edge = 64 if dims == 3 else 512
         chunk_shape = (*shape[:-dims], *(min(edge, size) for size in shape[-dims:]))
@@ -187,7 +194,7 @@ def create_array(
     return open_array(path, dataset, "r+")
 
 
-def _placement_attributes(voxel_size: Sequence[int], offset: Sequence[int], channels: int) -> dict[str, Any]:
+def _placement_attributes(voxel_size: Sequence[float], offset: Sequence[float], channels: int) -> dict[str, Any]:
     """Return the attributes that place an array: `resolution` for this project, the others for funlib's open_ds."""
     dims = len(voxel_size)
     return {
@@ -204,8 +211,8 @@ def write_array(
     dataset: str,
     data: NDArray[Any],
     *,
-    voxel_size: Sequence[int],
-    offset: Sequence[int],
+    voxel_size: Sequence[float],
+    offset: Sequence[float],
     attributes: Mapping[str, Any] | None = None,
 ) -> Array:
     """Store a numpy array as `create_array` does."""
@@ -322,7 +329,7 @@ def read(array: Array, slices: Any = ...) -> NDArray[Any]:
 
 
 def voxels_of(array: Array, roi: Roi) -> tuple[slice, ...]:
-    """Return the slices of the voxels in a ROI, along the spatial axes. The ROI (nm) must lie inside the array's."""
+    """Return the slices of the voxels in a ROI, along the spatial axes. The ROI must lie inside the array's."""
     begin, shape = (roi.begin - array.offset) / array.voxel_size, roi.shape / array.voxel_size
     return tuple(slice(b, b + s) for b, s in zip(begin, shape, strict=True))
 
@@ -473,19 +480,13 @@ def _stack(sections: dict[int, Array], where: str) -> Array:
         alike = (section.roi, section.voxel_size, section.dtype) == (first.roi, first.voxel_size, first.dtype)
         if not alike or len(section.shape) != 2:
             raise UserError(
-                f"section {number} of {where} is {section.dtype} of shape {section.shape} at {tuple(section.offset)} "
-                f"nm, but the first is {first.dtype} of {first.shape} at {tuple(first.offset)}: move sections that "
+                f"section {number} of {where} is {section.dtype} of shape {section.shape} at {offset_nm(section)} "
+                f"nm, but the first is {first.dtype} of {first.shape} at {offset_nm(first)}: move sections that "
                 "differ to another zarr"
             )
-    thickness = first.voxel_size[-1]
-    return Array(
-        dask.array.stack([sections[number].data for number in numbers]),
-        offset=(numbers[0] * thickness, *first.offset),
-        voxel_size=(thickness, *first.voxel_size),
-        axis_names=["z", "y", "x"],
-        units=["nm"] * 3,
-        types=["space"] * 3,
-    )
+    stack = dask.array.stack([sections[number].data for number in numbers])
+    height, width = voxel_size_nm(first)
+    return place_array(stack, (width, height, width), (numbers[0] * width, *offset_nm(first)))
 
 
 def _is_node(folder: Path) -> bool:

@@ -20,6 +20,7 @@ from lsdseg.config.model_types import task_channels
 from lsdseg.data_utils.formats import PLACE
 from lsdseg.data_utils.in_place import place_of, write_place
 from lsdseg.data_utils.layout import data_folder, final_segmentation_name
+from lsdseg.data_utils.placement import voxel_size_nm
 from lsdseg.data_utils.records import Record, is_made
 from lsdseg.data_utils.rescale import rescale_record
 from lsdseg.data_utils.volumes import open_array
@@ -77,7 +78,7 @@ class Chain:
     def _is_read_in_place(self) -> bool:
         """Return whether the volume is predicted without a copy: its voxels fit, and tiles read no chunk many times."""
         raw = open_array(self.raw, self.cfg.DATA.RAW)
-        return tuple(raw.voxel_size) == tuple(self.cfg.MODEL.VOXEL_SIZE) and max(raw.chunk_shape) <= WIDEST_CHUNK
+        return voxel_size_nm(raw) == tuple(self.cfg.MODEL.VOXEL_SIZE) and max(raw.chunk_shape) <= WIDEST_CHUNK
 
     @property
     def sample(self) -> Sample:
@@ -110,7 +111,7 @@ class Chain:
             yield "data_utils/rescale.py", str(self.raw), str(self.rescaled), "--dataset", key, *there
         yield from self._in_blocks() if self.blockwise else self._in_memory()
         for name, (made, _) in self.results.items():
-            record = rescale_record(open_array(self.sample.output, made), raw.voxel_size, raw.roi, labels=True)
+            record = rescale_record(open_array(self.sample.output, made), voxel_size_nm(raw), raw, labels=True)
             if not _is_made(self.out, name, record):
                 back = ("--like", str(self.raw), key, "--labels", "--add", "--overwrite")
                 source = (str(self.sample.output), str(self.out), "--dataset", made, "--to", name)
@@ -152,7 +153,7 @@ class Chain:
 def bytes_in_memory(cfg: CfgNode, raw: Path) -> int:
     """Return about how much memory it takes to segment a volume at once."""
     volume = open_array(raw, cfg.DATA.RAW)
-    voxels = math.prod(volume.roi.shape) / math.prod(cfg.MODEL.VOXEL_SIZE)
+    voxels = math.prod(volume.shape) * math.prod(voxel_size_nm(volume)) / math.prod(cfg.MODEL.VOXEL_SIZE)
     affinities = sum(task_channels(cfg).values()) if cfg.INS_SEGMENT.METHOD == "mutex" else 3
     as_float = 4
     return int(voxels * (affinities * as_float + BYTES_PER_VOXEL[cfg.INS_SEGMENT.METHOD]))

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from yacs.config import CfgNode
 
+from lsdseg.data_utils.placement import nanometers
 from lsdseg.data_utils.volumes import open_array
 from lsdseg.engine.blocks.markers import record_files, records_in
 from lsdseg.engine.blocks.status import duration
@@ -136,8 +137,9 @@ def _least(cfg: CfgNode) -> Sequence[int]:
 
 def _network_shape(chain: Chain) -> list[int]:
     """Voxels of the volume, of the size that the network takes."""
-    roi = open_array(chain.raw, chain.cfg.DATA.RAW).roi
-    return [-(-size // voxel) for size, voxel in zip(roi.shape, chain.cfg.MODEL.VOXEL_SIZE, strict=True)]
+    raw = open_array(chain.raw, chain.cfg.DATA.RAW)
+    sides = zip(nanometers(raw.roi.shape, raw), chain.cfg.MODEL.VOXEL_SIZE, strict=True)
+    return [math.ceil(round(side / voxel, 6)) for side, voxel in sides]
 
 
 def _block_bytes(cfg: CfgNode, block: Sequence[int], shape: Sequence[int]) -> int:

@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 
 from lsdseg.config.implementations import MERGE_FUNCTIONS
 from lsdseg.data_utils.layout import FRAGMENTS, final_segmentation_name, lut_path
-from lsdseg.data_utils.placement import place_array
+from lsdseg.data_utils.placement import place_like
 from lsdseg.data_utils.records import identity, record_of
 from lsdseg.data_utils.volumes import has_array, open_array, read
 from lsdseg.engine.evaluate.edits_needed import edits_needed
@@ -80,7 +80,7 @@ def unwritten_segmentations(sample: Sample) -> dict[str, Array]:
         except UserError as error:
             print(f"a table is left out: {error}")
             continue
-        array = place_array(labels, labels.fragments.voxel_size, labels.fragments.offset)
+        array = place_like(labels.fragments, labels)
         made_by = {"method": method_that_scores(merge_function).name, "merge_function": merge_function}
         record = lut_record(path)
         array.attrs.update(made_by | {"threshold": threshold} | (record.attributes if record else {}))

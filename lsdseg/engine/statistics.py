@@ -21,6 +21,7 @@ from yacs.config import CfgNode
 
 from lsdseg.data_utils.gray import BOX, PERCENTILES, Window, own_window, place_box, to_unit
 from lsdseg.data_utils.labels import grow_boundary, is_labeled
+from lsdseg.data_utils.placement import voxel_size_nm
 from lsdseg.data_utils.volumes import has_array, open_array, read, source_defaults
 from lsdseg.engine.intensity import raw_window
 from lsdseg.engine.sample import Sample
@@ -141,7 +142,7 @@ def sample_statistics(
     Returns:
         The statistics, None if no box holds an image.
     """
-    voxel_size = tuple(raw.voxel_size)[-len(cfg.MODEL.VOXEL_SIZE) :]
+    voxel_size = voxel_size_nm(raw)[-len(cfg.MODEL.VOXEL_SIZE) :]
     return statistics_of(read_boxes(raw, labels, boxes, window or raw_window(raw, cfg)), voxel_size)
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from funlib.geometry import Coordinate
 from numpy.typing import NDArray
 
 from lsdseg.engine.blocks.lock import step_lock
@@ -113,7 +112,7 @@ def given_up(markers: Path) -> list[Report]:
         raise UserError(f"{file} is damaged: set DATA.DROP_DS_MONGOTABLE True to do this step anew") from error
 
 
-def missing_blocks(markers: Path) -> list[list[list[int]]]:
+def missing_blocks(markers: Path) -> list[list[list[float]]]:
     """Where the blocks are that the step goes on without: begin and shape of each in nm, z, y, x."""
     return [[report.begin, report.shape] for report in given_up(markers)]
 
@@ -188,14 +187,14 @@ def complete(step: BlockStep) -> None:
     (step.markers / BEGUN_ANEW).unlink(missing_ok=True)
 
 
-def block_begun(markers: Path) -> Coordinate | None:
+def block_begun(markers: Path) -> list[float] | None:
     """The shape in nm of the blocks that finished ones have, None if there are none yet.
 
     Raises:
         UserError: the file is damaged.
     """
     recorded = read_settings(markers).get(WRITTEN)
-    return None if recorded is None else Coordinate(recorded[1])
+    return None if recorded is None else recorded[1]
 
 
 def read_settings(markers: Path) -> dict[str, Any]:
@@ -235,10 +234,10 @@ def check_settings(step: BlockStep) -> None:
         )
 
 
-def _rois(step: BlockStep) -> dict[str, list[list[int]]]:
+def _rois(step: BlockStep) -> dict[str, list[list[float]]]:
     """What the grid of blocks depends on."""
     rois = {"volume (nm)": step.total_roi, "block (nm)": step.read_roi, WRITTEN: step.write_roi}
-    return {key: [[int(n) for n in roi.offset], [int(n) for n in roi.shape]] for key, roi in rois.items()}
+    return {key: list(step.in_nanometers(roi)) for key, roi in rois.items()}
 
 
 def _finished_by_version_0_1(step: BlockStep) -> NDArray[np.bool_]:

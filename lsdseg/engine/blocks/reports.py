@@ -36,17 +36,19 @@ class Report:
     """
 
     block: int
-    begin: list[int]
-    shape: list[int]
+    begin: list[float]
+    shape: list[float]
     log: str
     error: str = ""
     time: float = field(default_factory=time.time)
 
     @classmethod
-    def at(cls, block: int, grid: Sequence[int], begin: Sequence[int], shape: Sequence[int], error: str = "") -> Report:
+    def at(
+        cls, block: int, grid: Sequence[int], begin: Sequence[float], shape: Sequence[float], error: str = ""
+    ) -> Report:
         """A block of a grid whose first block has this corner and shape in nm."""
-        index = np.unravel_index(block, grid)
-        return cls(block, [int(b + n * s) for b, n, s in zip(begin, index, shape, strict=True)], list(shape), "", error)
+        index = map(int, np.unravel_index(block, grid))
+        return cls(block, [b + n * s for b, n, s in zip(begin, index, shape, strict=True)], list(shape), "", error)
 
     @property
     def kind(self) -> str:

@@ -167,7 +167,7 @@ def _prepare_folder(cfg: CfgNode, step: BlockStep) -> None:
     first, block = step.first_block
     clear_reports(step.folder)
     worker = {"open_worker": step.open_worker, "arguments": step.arguments}
-    grid = {"begin": first, "block": block, "grid": step.grid}
+    grid = {"begin": first, "block": block, "grid": step.grid, "per_nanometer": step.per_nanometer}
     with write_whole(step.folder / STEP) as partial:
         partial.write_text(json.dumps(worker | grid | {"markers": str(step.markers)}, indent=1), encoding="utf-8")
     (step.folder / SKIPPED).unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from funlib.geometry import Roi
 from numpy.typing import NDArray
 
 from lsdseg.data_utils.layout import log_folder
+from lsdseg.data_utils.placement import to_nanometers
 
 RETRIES = 3  # of a block that fails, and of starting over when nothing gets done
 # Files in the folder of a run, for its workers and for `status.py`:
@@ -18,7 +19,7 @@ SKIPPED = "skipped"  # a bit for each block that need not be done; missing if th
 
 @dataclass
 class BlockStep:
-    """What is to be done with every block of a volume. ROIs are in nm, z, y, x.
+    """What is to be done with every block of a volume. ROIs are z, y, x, in the unit of the volume.
 
     Attributes:
         name: the step; logs go to daisy_logs/SAMPLE_NAME/.
@@ -37,6 +38,7 @@ class BlockStep:
         silence: seconds without a sign of life, beyond the timeout, after which a worker is replaced. A network file
             system may show such a sign a minute late.
         skip: bool array over the grid of blocks, True for those that need not be done. None: do all.
+        per_nanometer: how many of the units of the ROIs are a nanometer.
         may_skip: the result is of use without blocks that fail, if CLUSTER.SKIP_FAILED says to go on.
     """
 
@@ -53,6 +55,7 @@ class BlockStep:
     timeout: float = 3600.0
     silence: float = 90.0
     skip: NDArray[np.bool_] | None = None
+    per_nanometer: int = 1
     may_skip: bool = True
 
     @property
@@ -62,9 +65,14 @@ class BlockStep:
         return tuple(-(-size // block) for size, block in zip(written, self.write_roi.shape, strict=True))
 
     @property
-    def first_block(self) -> tuple[list[int], list[int]]:
-        """Begin and shape in nm of what the first block writes, as JSON can hold them."""
-        return [int(n) for n in self.write_roi.begin], [int(n) for n in self.write_roi.shape]
+    def first_block(self) -> tuple[list[float], list[float]]:
+        """Begin and shape in nm of what the first block writes."""
+        return self.in_nanometers(self.write_roi)
+
+    def in_nanometers(self, roi: Roi) -> tuple[list[float], list[float]]:
+        """Begin and shape of a ROI in nm."""
+        begin, shape = (list(to_nanometers(edge, self.per_nanometer)) for edge in (roi.begin, roi.shape))
+        return begin, shape
 
     @property
     def folder(self) -> Path:

@@ -22,6 +22,7 @@ from daisy.logging import set_log_basedir, set_log_mode
 
 from lsdseg.config.implementations import resolve
 from lsdseg.config.loader import load_config
+from lsdseg.data_utils.placement import to_nanometers
 from lsdseg.engine.blocks.life import end_with_parent, show_life
 from lsdseg.engine.blocks.markers import record_block
 from lsdseg.engine.blocks.reports import Report, report_begin, report_end, report_failure
@@ -67,9 +68,10 @@ def work(config: Path, step: Path, records: Path, log: Path) -> None:
             if block is None:
                 return
             wall, cpu = time.monotonic(), time.process_time()
-            position = (np.array(block.write_roi.begin) - what["begin"]) // what["block"]
+            roi = block.write_roi
+            begin, shape = (list(to_nanometers(edge, what["per_nanometer"])) for edge in (roi.begin, roi.shape))
+            position = np.rint((np.array(begin) - what["begin"]) / what["block"]).astype(int)
             number = int(np.ravel_multi_index(position, what["grid"]))
-            begin, shape = ([int(n) for n in edge] for edge in (block.write_roi.begin, block.write_roi.shape))
             report = Report(number, begin, shape, log.name)
             report_begin(log, report)
             try:

@@ -25,6 +25,7 @@ from yacs.config import CfgNode
 from lsdseg.data_utils.checks import check_labels
 from lsdseg.data_utils.labels import is_labeled
 from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, scores_path
+from lsdseg.data_utils.placement import in_picometers, nanometers, offset_nm, voxel_size_nm
 from lsdseg.data_utils.records import Record, record_of
 from lsdseg.data_utils.volumes import (
     has_array,
@@ -202,8 +203,9 @@ def _picture(
     begin, shape = Coordinate(side.start for side in box), Coordinate(side.stop - side.start for side in box)
     raw = sample.raw.to_ndarray(Roi(roi.begin + begin * voxel_size, shape * voxel_size), fill_value=0)
     labels, truth = (array[box] for array in whole)
-    position = roi.begin + Coordinate(place) * voxel_size
-    png = draw_mistake(raw, truth, labels, [i - side.start for i, side in zip(place, box, strict=True)], voxel_size)
+    position = nanometers(roi.begin + Coordinate(place) * voxel_size, segmentation)
+    inside = [i - side.start for i, side in zip(place, box, strict=True)]
+    png = draw_mistake(raw, truth, labels, inside, voxel_size_nm(segmentation))
     return caption(mistake, position, number), png
 
 
@@ -335,10 +337,11 @@ def _score_runs(
     whole = shared_labels(sample, segmentation)
     if whole is None or sample.ground_truth is None:
         return None, skeletons
-    begin = shared_roi(segmentation, sample.ground_truth, sample.ground_truth_mask).begin
-    made = make_skeletons(whole[1], segmentation.voxel_size, begin) if skeletons is None else skeletons
+    roi = shared_roi(segmentation, sample.ground_truth, sample.ground_truth_mask)
+    begin, voxel_size = nanometers(roi.begin, segmentation), voxel_size_nm(segmentation)
+    made = make_skeletons(whole[1], voxel_size, begin) if skeletons is None else skeletons
     try:
-        return score_skeletons(made, whole[0], segmentation.voxel_size, begin), made
+        return score_skeletons(made, whole[0], voxel_size, begin), made
     except ValueError as error:
         if skeletons is None:  # all objects are too small
             return None, skeletons
@@ -361,20 +364,22 @@ def shared_labels(sample: Sample, segmentation: Array) -> tuple[NDArray[Any], ND
 
 
 def shared_roi(segmentation: Array, ground_truth: Array, mask: Array | None = None) -> Roi:
-    """Return the ROI (nm) in which label volumes lie on the same voxels.
+    """Return the ROI in which label volumes lie on the same voxels.
 
     Raises:
         ValueError: the voxels differ in size, or their grids are shifted by part of a voxel.
     """
-    voxel_size, roi = segmentation.voxel_size, segmentation.roi
+    roi, grid = segmentation.roi, in_picometers(segmentation)
     for array in (ground_truth, *([] if mask is None else [mask])):
-        if array.voxel_size != voxel_size:
+        own, whole = voxel_size_nm(array), voxel_size_nm(segmentation)
+        if own != whole:
             raise ValueError(
-                f"voxel sizes differ: {tuple(voxel_size)} and {tuple(array.voxel_size)} nm; bring the ground truth to "
+                f"voxel sizes differ: {whole} and {own} nm; bring the ground truth to "
                 "the voxels of the segmentation with data_utils/rescale.py --labels"
             )
-        if any((array.offset - segmentation.offset) % voxel_size):
-            raise ValueError(f"offsets {segmentation.offset} and {array.offset} nm differ by part of a voxel")
+        if any((in_picometers(array).offset - grid.offset) % grid.voxel_size):
+            offsets = f"{offset_nm(segmentation)} and {offset_nm(array)}"
+            raise ValueError(f"offsets {offsets} nm differ by part of a voxel")
         roi = roi.intersect(array.roi)
     return roi
 

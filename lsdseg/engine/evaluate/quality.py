@@ -27,6 +27,7 @@ from yacs.config import CfgNode
 from lsdseg.data_utils.checks import check_labels
 from lsdseg.data_utils.labels import grow_boundary
 from lsdseg.data_utils.layout import FRAGMENTS, prediction_name, quality_path
+from lsdseg.data_utils.placement import offset_nm, voxel_size_nm
 from lsdseg.data_utils.volumes import open_array, read, require_whole
 from lsdseg.engine.evaluate.evaluate import segmentations_in
 from lsdseg.engine.evaluate.splits import Split, rank_splits, touching_in
@@ -105,7 +106,7 @@ def quality(cfg: CfgNode, segmentation: str | None = None) -> None:
         name = _choose(sample, segmentation)
         array = open_array(sample.output, name)
         cube = _cube(sample, array)
-        doubts, mean = rank_segments(_cubes_in(sample, array, name, cube), math.prod(cube), array.voxel_size)
+        doubts, mean = rank_segments(_cubes_in(sample, array, name, cube), math.prod(cube), voxel_size_nm(array))
         outer = ids_at_faces(array)
         for doubt in doubts:
             doubt.orphan = doubt.segment not in outer
@@ -271,7 +272,9 @@ def _cube(sample: Sample, array: Array) -> list[int]:
     """Width of a cube in voxels; 1 across sections, if the network saw them one by one."""
     sections = bool(sample.cfg.DATA.DIM_2D)
     width = CUBE * sample.cfg.MODEL.LSD_SIGMA
-    return [1 if sections and axis == 0 else max(1, round(width / size)) for axis, size in enumerate(array.voxel_size)]
+    return [
+        1 if sections and axis == 0 else max(1, round(width / size)) for axis, size in enumerate(voxel_size_nm(array))
+    ]
 
 
 def _cubes_in(sample: Sample, array: Array, name: str, cube: Sequence[int]) -> Cubes:
@@ -287,12 +290,13 @@ def _cubes_in(sample: Sample, array: Array, name: str, cube: Sequence[int]) -> C
     check_labels(array, f"{name} in {sample.output}")
     if (array.roi, array.voxel_size) != (predicted.roi, predicted.voxel_size) or predicted.shape[0] not in (6, 10):
         raise UserError(
-            f"{name} has shape {array.shape} at {tuple(array.offset)} nm, but {LSDS} in {sample.output} has "
-            f"{predicted.shape} at {tuple(predicted.offset)}: predict and segment with the same config"
+            f"{name} has shape {array.shape} at {offset_nm(array)} nm, but {LSDS} in {sample.output} has "
+            f"{predicted.shape} at {offset_nm(predicted)}: predict and segment with the same config"
         )
     found = []
     sections = predicted.shape[0] == 6
-    reach = [math.ceil(WINDOW * model.LSD_SIGMA / size) + model.GROWBOUNDARY_STEPS for size in array.voxel_size]
+    voxel_size = voxel_size_nm(array)
+    reach = [math.ceil(WINDOW * model.LSD_SIGMA / size) + model.GROWBOUNDARY_STEPS for size in voxel_size]
     context = [
         0 if sections and n == 0 else -(-r // model.LSD_DOWNSAMPLE) * model.LSD_DOWNSAMPLE for n, r in enumerate(reach)
     ]
@@ -305,13 +309,13 @@ def _cubes_in(sample: Sample, array: Array, name: str, cube: Sequence[int]) -> C
             segmentation,
             lsds,
             model.LSD_SIGMA,
-            array.voxel_size,
+            voxel_size,
             context,
             model.LSD_DOWNSAMPLE,
             model.GROWBOUNDARY_STEPS,
         )
-        begin = [o + s.start * size for o, s, size in zip(array.offset, slices, array.voxel_size, strict=True)]
-        found.append(sum_in_cubes(apart, read(array, slices), cube, array.voxel_size, begin))
+        begin = [o + s.start * size for o, s, size in zip(offset_nm(array), slices, voxel_size, strict=True)]
+        found.append(sum_in_cubes(apart, read(array, slices), cube, voxel_size, begin))
     return Cubes(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
 

@@ -13,6 +13,7 @@ from funlib.geometry import Coordinate
 from funlib.persistence import Array
 from numpy.typing import NDArray
 
+from lsdseg.data_utils.placement import nanometers, voxel_size_nm
 from lsdseg.data_utils.volumes import read, require_whole, slabs
 from lsdseg.engine.offsets import Offset, is_direct
 from lsdseg.engine.sample import AFFINITIES, Sample
@@ -145,9 +146,9 @@ def touching_in(sample: Sample, array: Array, name: str) -> Touching:
     Raises:
         UserError: the affinities are missing, or do not lie on the same voxels.
     """
-    predicted, size = sample.affinities, array.voxel_size
+    predicted, size = sample.affinities, voxel_size_nm(array)
     require_whole(sample.output, AFFINITIES)
-    if (array.roi, size) != (predicted.roi, predicted.voxel_size):
+    if (array.roi, array.voxel_size) != (predicted.roi, predicted.voxel_size):
         raise UserError(
             f"{name} in {sample.output} lies on other voxels than {AFFINITIES}: predict and segment with one config"
         )
@@ -159,6 +160,6 @@ def touching_in(sample: Sample, array: Array, name: str) -> Touching:
         around = tuple(slice(max(0, s.start - 1), min(n, s.stop + 1)) for s, n in zip(slab, array.shape, strict=True))
         missing = [(1 - s.start + a.start, 1 - a.stop + s.stop) for s, a in zip(slab, around, strict=True)]
         segments = np.pad(read(array, around), missing)
-        offset = array.offset + Coordinate(s.start for s in slab) * size
+        offset = nanometers(array.offset + Coordinate(s.start for s in slab) * array.voxel_size, array)
         found.append(find_touching(affinities, segments, [sample.offsets[n] for n in channels], size, offset))
     return joined(found)

@@ -31,7 +31,7 @@ def open_placement(sample: Sample) -> Array | None:
     array, affinities = open_array(output, PLACEMENT), sample.affinities
     remedy = "run predicter.py again, or set INS_SEGMENT.PLACEMENT to False"
     if array.roi != affinities.roi or array.voxel_size != affinities.voxel_size:
-        raise UserError(f"{PLACEMENT} in {output} covers {array.roi}, but {AFFINITIES} {affinities.roi}: {remedy}")
+        raise UserError(f"{PLACEMENT} in {output} covers other voxels than {AFFINITIES}: {remedy}")
     if len(offsets_of(array)) != array.shape[0]:
         raise UserError(f"{PLACEMENT} in {output} has {array.shape[0]} channels, but other offsets: {remedy}")
     return array

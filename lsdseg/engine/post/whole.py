@@ -13,6 +13,7 @@ from yacs.config import CfgNode
 from lsdseg.config.rules import SEGMENTATION, settings_of
 from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.data_utils.masks import open_mask, read_mask
+from lsdseg.data_utils.placement import offset_nm, voxel_size_nm
 from lsdseg.data_utils.records import Record, is_made, record_of
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, rename_array, write_array
 from lsdseg.engine.blocks.lock import working_on
@@ -64,7 +65,7 @@ def segment_sample(sample: Sample) -> list[str]:
 def _segment_sample(sample: Sample) -> list[str]:
     settings, array = sample.cfg.INS_SEGMENT, sample.affinities
     check_settings(settings, sample.offsets)
-    mask = read_mask(sample.mask, array.roi, array.voxel_size)
+    mask = read_mask(sample.mask, array.roi, array)
     placement = read_placement(open_placement(sample))
     channels = method_of(settings).channels(read(array), sample.offsets)
     try:
@@ -79,7 +80,7 @@ def _segment_sample(sample: Sample) -> list[str]:
         for name, labels, attributes in segmentations(affinities, sample.offsets, settings, mask, placement):
             # Fragments that were made block by block stay: the region adjacency graph speaks of them.
             if name != FRAGMENTS or not _in_blocks(sample):
-                place = {"voxel_size": array.voxel_size, "offset": array.offset}
+                place = {"voxel_size": voxel_size_nm(array), "offset": offset_nm(array)}
                 write_array(
                     sample.output, f"{name}{PARTIAL}", labels, **place, attributes=attributes | record.attributes
                 )

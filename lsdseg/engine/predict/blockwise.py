@@ -18,6 +18,7 @@ from yacs.config import CfgNode
 from lsdseg.data_utils.checks import check_raw
 from lsdseg.data_utils.layout import prediction_name
 from lsdseg.data_utils.masks import open_mask, read_mask
+from lsdseg.data_utils.placement import units_per_nanometer, voxel_size_nm
 from lsdseg.data_utils.records import Record, record_of
 from lsdseg.data_utils.volumes import is_stored, list_arrays, open_array, voxels_of
 from lsdseg.engine.blocks.lock import working_on
@@ -130,7 +131,9 @@ def _tile(sample: Sample, begun: bool) -> Coordinate:
     """Return the voxels of a tile: as before where a run has begun, since the memory that is free may have changed."""
     cfg, raw = sample.cfg, sample.raw
     before = block_begun(sample.markers("predict")) if begun and cfg.MODEL.GROW_INPUT is None else None
-    return before / raw.voxel_size if before else Coordinate(tile_voxels(cfg, raw.shape, cfg.SYSTEM.NUM_WORKERS or 1))
+    if before:
+        return Coordinate(round(n / size) for n, size in zip(before, voxel_size_nm(raw), strict=True))
+    return Coordinate(tile_voxels(cfg, raw.shape, cfg.SYSTEM.NUM_WORKERS or 1))
 
 
 def _predict_step(sample: Sample, tile: Coordinate) -> BlockStep:
@@ -148,6 +151,7 @@ def _predict_step(sample: Sample, tile: Coordinate) -> BlockStep:
         arguments=sample.arguments | {"tile": list(tile)},
         markers=sample.markers("predict"),
         gpu=sample.cfg.TRAIN.DEVICE != "cpu",
+        per_nanometer=units_per_nanometer(raw),
     )
 
 
@@ -163,7 +167,7 @@ def _blocks_to_skip(sample: Sample, step: BlockStep) -> NDArray[np.bool_]:
     for index in np.ndindex(*grid):
         roi = Roi(raw.roi.begin + Coordinate(index) * block, block).intersect(raw.roi)
         empty[index] = not is_stored(sample.volume, sample.cfg.DATA.RAW, voxels_of(raw, roi))
-        inside = read_mask(mask, roi, raw.voxel_size)
+        inside = read_mask(mask, roi, raw)
         outside[index] = inside is not None and not inside.any()
     print(
         f"{sample.volume.name}: of {empty.size} blocks, {np.count_nonzero(empty)} are skipped because raw has no chunk "

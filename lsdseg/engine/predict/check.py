@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 
 from lsdseg.data_utils.checks import check_raw
 from lsdseg.data_utils.layout import SEGMENTATIONS
+from lsdseg.data_utils.placement import voxel_size_nm
 from lsdseg.data_utils.records import record_of
 from lsdseg.data_utils.volumes import list_arrays, open_array
 from lsdseg.engine.device import resolve_device
@@ -35,7 +36,7 @@ def check_before_segmenting(path: Path, output: Path, cfg: CfgNode, names: Seque
             has no room.
     """
     raw = open_array(path, cfg.DATA.RAW, default_key="--resolution Z Y X")
-    where, own, trained = f"{cfg.DATA.RAW} in {path}", tuple(raw.voxel_size), cfg.MODEL.VOXEL_SIZE
+    where, own, trained = f"{cfg.DATA.RAW} in {path}", voxel_size_nm(raw), cfg.MODEL.VOXEL_SIZE
     if own != (own[0],) * 3:
         raise UserError(
             f"{where} has voxel size {own} nm, but these weights are for isotropic volumes: make its voxels cubes with "
@@ -57,7 +58,7 @@ def check_before_segmenting(path: Path, output: Path, cfg: CfgNode, names: Seque
     resolve_device(cfg)
     load_network(cfg)
 
-    voxels = math.prod(raw.roi.shape) / math.prod(trained)
+    voxels = math.prod(raw.shape) * math.prod(own) / math.prod(trained)
     values = voxels * (raw.dtype.itemsize + sum(prediction_channels(cfg).values()))
     with room_on_disk(output, int(values * MIN_COMPRESSED_SHARE)):
         pass

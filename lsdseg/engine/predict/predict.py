@@ -19,6 +19,7 @@ from lsdseg.config.rules import PREDICTION, settings_of
 from lsdseg.data_utils.checks import check_raw
 from lsdseg.data_utils.gray import own_window
 from lsdseg.data_utils.layout import prediction_name
+from lsdseg.data_utils.placement import offset_nm, voxel_size_nm
 from lsdseg.data_utils.records import Record, file_fingerprint, identity, record_of
 from lsdseg.data_utils.volumes import chunk_shape, create_array, list_arrays, open_array, rename_array, require_whole
 from lsdseg.engine.blocks.lock import working_on
@@ -181,8 +182,8 @@ def create_predictions(sample: Sample, record: Record, tile: Sequence[int]) -> d
                 output,
                 f"{prediction_name(task)}{PARTIAL}",
                 (count, *raw.shape),
-                voxel_size=raw.voxel_size,
-                offset=raw.offset,
+                voxel_size=voxel_size_nm(raw),
+                offset=offset_nm(raw),
                 dtype=dtype,
                 chunk_shape=(count, *chunk_shape(tile, raw.shape)),
                 attributes=(TASKS[task].attributes(cfg) if task in TASKS else {}) | window | record.attributes,

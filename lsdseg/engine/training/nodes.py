@@ -6,6 +6,7 @@ requests.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import shutil
 from collections.abc import Callable, Sequence
@@ -91,7 +92,7 @@ class LabeledLocation(gp.RandomLocation):
     Args:
         mask: key of the labels mask.
         known: ROI of the labels mask without its margins.
-        patch: size of the patch in nm, which is in the middle of the request.
+        patch: size of the patch, which is in the middle of the request.
     """
 
     MIN_LABELED = 0.5
@@ -211,7 +212,7 @@ class PadLabels(gp.BatchFilter):
 
     Args:
         labels: key of the labels.
-        roi: where to provide them, in nm.
+        roi: where to provide them.
     """
 
     def __init__(self, labels: gp.ArrayKey, roi: gp.Roi) -> None:
@@ -389,6 +390,7 @@ class AddLocalShapeDescriptors(gp.BatchFilter):
         lsds: key of the LSDs to provide, float32 (10 or 6, z, y, x).
         known: key of where they are known, uint8 (z, y, x).
         sigma: standard deviation in nm.
+        voxel_size: z, y, x in nm.
         downsample: use only every n-th voxel.
         sections: compute six LSDs for each section separately.
     """
@@ -401,11 +403,12 @@ class AddLocalShapeDescriptors(gp.BatchFilter):
         known: gp.ArrayKey,
         *,
         sigma: float,
+        voxel_size: Sequence[float],
         downsample: int,
         sections: bool = False,
     ) -> None:
         self.labels, self.mask, self.lsds, self.known = labels, mask, lsds, known
-        self.sigma, self.downsample, self.sections = sigma, downsample, sections
+        self.sigma, self.voxel_size, self.downsample, self.sections = sigma, voxel_size, downsample, sections
 
     def setup(self) -> None:
         self.enable_autoskip()
@@ -415,7 +418,8 @@ class AddLocalShapeDescriptors(gp.BatchFilter):
         known = spec.copy()
         known.dtype, known.interpolatable = np.uint8, False
         self.provides(self.known, known)
-        self.context = lsd_context(self.sigma, spec.voxel_size, self.downsample, self.sections)
+        context = lsd_context(self.sigma, self.voxel_size, self.downsample, self.sections)
+        self.context = context * spec.voxel_size
 
     def prepare(self, request: gp.BatchRequest) -> gp.BatchRequest:
         roi = request[self.lsds].roi
@@ -426,15 +430,14 @@ class AddLocalShapeDescriptors(gp.BatchFilter):
 
     def process(self, batch: gp.Batch, request: gp.BatchRequest) -> gp.Batch:
         roi, labels = request[self.lsds].roi, batch[self.labels]
-        voxel_size = labels.spec.voxel_size
         if self.sections:
             of_section = [
-                local_shape_descriptors(section, self.sigma, voxel_size[1:], downsample=self.downsample)
+                local_shape_descriptors(section, self.sigma, self.voxel_size[1:], downsample=self.downsample)
                 for section in labels.data
             ]
             descriptors = np.stack(of_section, axis=1)
         else:
-            descriptors = local_shape_descriptors(labels.data, self.sigma, voxel_size, downsample=self.downsample)
+            descriptors = local_shape_descriptors(labels.data, self.sigma, self.voxel_size, downsample=self.downsample)
         crop = ((roi - labels.spec.roi.offset) / labels.spec.voxel_size).to_slices()
         known = ((labels.data[crop] > 0) & (batch[self.mask].data > 0)).astype(np.uint8)
         result = gp.Batch()
@@ -475,8 +478,8 @@ class DefectAugment(gp.DefectAugment):
         self.artifact_source.internal_teardown()
 
 
-def lsd_context(sigma: float, voxel_size: gp.Coordinate, downsample: int, sections: bool = False) -> gp.Coordinate:
-    """Return how many nm of labels LSDs need on each side.
+def lsd_context(sigma: float, voxel_size: Sequence[float], downsample: int, sections: bool = False) -> gp.Coordinate:
+    """Return how many voxels of labels LSDs need on each side.
 
     Args:
         sigma: standard deviation in nm.
@@ -487,6 +490,5 @@ def lsd_context(sigma: float, voxel_size: gp.Coordinate, downsample: int, sectio
     Returns:
         3 sigma along z, y, x, rounded up to whole down-sampled voxels. With `sections`, 0 along z.
     """
-    coarse_voxel = voxel_size * downsample
-    context = gp.Coordinate(int(np.ceil(3 * sigma / size)) * size for size in coarse_voxel)
+    context = gp.Coordinate(math.ceil(3 * sigma / (size * downsample)) * downsample for size in voxel_size)
     return gp.Coordinate(0, *context[1:]) if sections else context

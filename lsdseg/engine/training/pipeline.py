@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 
 import gunpowder as gp
 import numpy as np
+from funlib.persistence import Array
 from numpy.typing import NDArray
 from yacs.config import CfgNode
 
 from lsdseg.config.implementations import resolve
 from lsdseg.config.model_types import LABELS, TASKS, affinity_offsets, label_keys
 from lsdseg.data_utils.gray import gray_percentiles, own_window
+from lsdseg.data_utils.placement import in_picometers, nanometers, units_per_nanometer, voxel_size_nm
 from lsdseg.data_utils.volumes import open_array, source_defaults
 from lsdseg.engine.intensity import network_scale_shift, raw_window
 from lsdseg.engine.sections import along_zyx
@@ -80,16 +82,19 @@ def training_batches(
         first_patch: the number of the first patch, see `SeedPatches`.
         stride: the difference between the numbers of two patches in a row.
     """
-    voxel_size = open_array(volumes[0], cfg.DATA.RAW, **source_defaults(cfg)).voxel_size
+    raws = [open_array(path, cfg.DATA.RAW, **source_defaults(cfg)) for path in volumes]
+    if any(units_per_nanometer(raw) > 1 for raw in raws):  # all ROIs need one unit
+        raws = [in_picometers(raw) for raw in raws]
     targets = {task: _target(cfg, task) for task in tasks}
     shapes = {RAW: gp.Coordinate(along_zyx(cfg.MODEL.RAW_SHAPE, 1))}
     for key in (NEURONS, *(key for target in targets.values() for key in (target.values, target.known))):
         shapes[key] = gp.Coordinate(along_zyx(cfg.MODEL.OUTPUT_SHAPE, 1))
     request = gp.BatchRequest()
     for key, shape in shapes.items():
-        request.add(key, shape * voxel_size)
+        request.add(key, shape * raws[0].voxel_size)
 
-    pipeline = _pipeline(cfg, volumes, targets, request) + SeedPatches(cfg.TRAIN.SEED, first_patch, stride)
+    pipeline = _pipeline(cfg, dict(zip(volumes, raws, strict=True)), targets, request)
+    pipeline += SeedPatches(cfg.TRAIN.SEED, first_patch, stride)
     pipeline += gp.Stack(cfg.TRAIN.BATCH_SIZE)
     if cfg.SYSTEM.NUM_WORKERS:
         # Each array in shared memory is an open file.
@@ -131,10 +136,12 @@ def _batches(
         )
 
 
-def _pipeline(cfg: CfgNode, volumes: list[Path], targets: dict[str, Target], request: gp.BatchRequest) -> gp.Pipeline:
-    """Connect sources, augmentation and targets. The result provides one patch per request."""
+def _pipeline(
+    cfg: CfgNode, volumes: dict[Path, Array], targets: dict[str, Target], request: gp.BatchRequest
+) -> gp.Pipeline:
+    """Connect sources (zarr -> raw), augmentation and targets. The result provides one patch per request."""
     model = cfg.MODEL
-    sources = tuple(_source(cfg, path, request) for path in volumes)
+    sources = tuple(_source(cfg, path, raw, request) for path, raw in volumes.items())
     pipeline = sources + gp.RandomProvider([_labels_size(cfg, path) for path in volumes])
     for key in label_keys(cfg):
         pipeline += CompactLabels(LABEL_ARRAYS[key][0])
@@ -169,29 +176,31 @@ def _pipeline(cfg: CfgNode, volumes: list[Path], targets: dict[str, Target], req
     return pipeline + gp.IntensityScaleShift(RAW, *network_scale_shift(cfg))
 
 
-def _source(cfg: CfgNode, path: Path, request: gp.BatchRequest) -> gp.Pipeline:
+def _source(cfg: CfgNode, path: Path, raw: Array, request: gp.BatchRequest) -> gp.Pipeline:
     """Provide one volume at random locations near its neuron labels, with margins that are wide enough for any request.
 
     In the margins, raw data is mirrored and labels are 0. Labels of other kinds may cover less of the volume than those
     of neurons.
     """
-    names = {RAW: cfg.DATA.RAW}
+    data = {RAW: raw}
     for key in label_keys(cfg):
-        labels, mask = LABEL_ARRAYS[key]
-        names |= {labels: cfg.DATA[key], mask: cfg.DATA[f"{key}_MASK"]}
-    data = {key: open_array(path, name, **source_defaults(cfg)) for key, name in names.items()}
+        for name, array_key in zip((key, f"{key}_MASK"), LABEL_ARRAYS[key], strict=True):
+            array = open_array(path, cfg.DATA[name], **source_defaults(cfg))
+            data[array_key] = in_picometers(array) if units_per_nanometer(raw) > 1 else array
     arrays = tuple(gp.ArraySource(key, array, interpolatable=key == RAW) for key, array in data.items())
-    voxel_size = data[RAW].voxel_size
+    voxel_size = raw.voxel_size
 
     def margin(largest: gp.Coordinate) -> gp.Coordinate:
         """Return how far a request of this shape reaches around a voxel: if it is rotated, as far as its diagonal."""
         sides = [math.ceil(math.hypot(*largest) / 2 / v) * v for v in voxel_size]
         return gp.Coordinate((0, *sides[1:]) if cfg.DATA.DIM_2D else sides)
 
-    context = lsd_context(cfg.MODEL.LSD_SIGMA, voxel_size, cfg.MODEL.LSD_DOWNSAMPLE, sections=cfg.DATA.DIM_2D)
+    model = cfg.MODEL
+    voxels = lsd_context(model.LSD_SIGMA, voxel_size_nm(raw), model.LSD_DOWNSAMPLE, sections=cfg.DATA.DIM_2D)
+    context = voxels * voxel_size
     largest = request[RAW].roi.shape + context + context
     source = arrays + gp.MergeProvider()
-    source += ToUnit(RAW, raw_window(data[RAW], cfg))
+    source += ToUnit(RAW, raw_window(raw, cfg))
     source += gp.Pad(RAW, margin(largest), mode="reflect")
     # Affinities look at labels beyond the patch.
     reach = gp.Coordinate(max(map(abs, steps)) for steps in zip(*affinity_offsets(cfg), strict=True)) * voxel_size
@@ -207,10 +216,10 @@ def _source(cfg: CfgNode, path: Path, request: gp.BatchRequest) -> gp.Pipeline:
     return source + LabeledLocation(NEURONS_MASK, data[NEURONS_MASK].roi, request[NEURONS].roi.shape)
 
 
-def _labels_size(cfg: CfgNode, path: Path) -> int:
+def _labels_size(cfg: CfgNode, path: Path) -> float:
     """Return the size of the labels in nm^3. The larger it is, the more patches come from the volume."""
-    size: int = open_array(path, cfg.DATA.NEURON_LABELS, **source_defaults(cfg)).roi.size
-    return size
+    labels = open_array(path, cfg.DATA.NEURON_LABELS, **source_defaults(cfg))
+    return math.prod(nanometers(labels.roi.shape, labels))
 
 
 def _elastic_augments(model: CfgNode) -> list[gp.BatchFilter]:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from lsdseg.config.rules import NETWORK, TRAINING, settings_of
+from lsdseg.data_utils.placement import voxel_size_nm
 from lsdseg.data_utils.volumes import open_array, source_defaults
 from lsdseg.engine.device import Precision
 from lsdseg.errors import UserError, without_secrets
@@ -99,4 +100,4 @@ def log_start(cfg: CfgNode, volumes: Sequence[Path], precision: Precision) -> No
     )
     for path in volumes:
         raw = open_array(path, cfg.DATA.RAW, **source_defaults(cfg))
-        log.debug("volume: %s, %s voxels of %s nm, %s", path, raw.shape, tuple(raw.voxel_size), raw.dtype)
+        log.debug("volume: %s, %s voxels of %s nm, %s", path, raw.shape, voxel_size_nm(raw), raw.dtype)

@@ -11,6 +11,7 @@ import numpy as np
 from yacs.config import CfgNode
 
 from lsdseg.config.model_types import affinity_offsets, placement_offsets
+from lsdseg.engine.sections import along_zyx
 from lsdseg.engine.training.nodes import AddAffinities, AddLocalShapeDescriptors, TargetFromLabels
 
 
@@ -36,6 +37,7 @@ def lsd_target(cfg: CfgNode, labels: gp.ArrayKey, mask: gp.ArrayKey) -> Target:
         mask,
         lsds,
         known,
+        voxel_size=along_zyx(cfg.MODEL.VOXEL_SIZE, 1),
         sigma=cfg.MODEL.LSD_SIGMA,
         downsample=cfg.MODEL.LSD_DOWNSAMPLE,
         sections=cfg.DATA.DIM_2D,

@@ -20,6 +20,7 @@ from lsdseg.config.loader import load_config
 from lsdseg.data_utils.checks import check_training_volume
 from lsdseg.data_utils.labels import is_labeled
 from lsdseg.data_utils.layout import volumes_in
+from lsdseg.data_utils.placement import offset_nm, voxel_size_nm
 from lsdseg.data_utils.volumes import has_array, open_array, read, source_defaults
 from lsdseg.engine.statistics import Statistics, differences, sample_statistics
 from lsdseg.engine.training.report import statistics_pieces
@@ -151,7 +152,7 @@ def _config_for(path: Path, cfg: CfgNode) -> CfgNode:
     """Return a config that volumes of any size fit, with the voxel size of the first one."""
     raw = open_array(path, cfg.DATA.RAW, **source_defaults(cfg))
     settings: dict[str, Any] = {
-        "VOXEL_SIZE": tuple(raw.voxel_size),
+        "VOXEL_SIZE": voxel_size_nm(raw),
         "PAD_CONV": "same",
         "DOWNSAMPLE_FACTORS": [[1, 1, 1]],
         "KERNEL_SIZE_DOWN": None,
@@ -250,7 +251,8 @@ def _overview(volumes: Sequence[Volume]) -> str:
     def place(array: Array | None) -> tuple[Any, ...]:
         if array is None:
             return ("none", "", "", "")
-        return (str(array.dtype), *(" x ".join(map(str, v)) for v in (array.shape, array.voxel_size, array.offset)))
+        columns = array.shape, voxel_size_nm(array), offset_nm(array)
+        return (str(array.dtype), *(" x ".join(map(str, column)) for column in columns))
 
     columns = ("type", "voxels (z y x)", "voxel size (nm)", "offset (nm)")
     head = ("", *(f"{array}: {column}" for array in ("raw", "labels") for column in columns))

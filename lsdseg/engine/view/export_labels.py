@@ -14,6 +14,7 @@ from scipy.ndimage import binary_dilation
 from lsdseg.data_utils.convert import target_paths
 from lsdseg.data_utils.corrected import Corrected, write_labels
 from lsdseg.data_utils.layout import FRAGMENTS, LABELS, LABELS_MASK, RAW
+from lsdseg.data_utils.placement import nanometers, voxel_size_nm
 from lsdseg.data_utils.preprocess import write_volume
 from lsdseg.data_utils.records import Record, identity
 from lsdseg.data_utils.regions import crop
@@ -51,10 +52,10 @@ def export_labels(proofreading: Proofreading, sample: Sample, target: Path, over
         )
     (checked,) = target_paths([sample.volume], target, overwrite)
     fragments, raw = proofreading.fragments, sample.raw
-    if raw.voxel_size != fragments.voxel_size:
+    if voxel_size_nm(raw) != voxel_size_nm(fragments):
         raise UserError(
-            f"{sample.volume} has voxels of {tuple(raw.voxel_size)} nm, but {FRAGMENTS} of "
-            f"{tuple(fragments.voxel_size)}: name the volume that was predicted with --volume"
+            f"{sample.volume} has voxels of {voxel_size_nm(raw)} nm, but {FRAGMENTS} of "
+            f"{voxel_size_nm(fragments)}: name the volume that was predicted with --volume"
         )
     first, last = _box(proofreading, marked)
     size = fragments.voxel_size
@@ -64,7 +65,8 @@ def export_labels(proofreading: Proofreading, sample: Sample, target: Path, over
         placed = [slice(v.start + f, v.stop + f) for v, f in zip(voxels, first.tolist(), strict=True)]
         return _labels(proofreading, marked, placed)
 
-    labels = Corrected(str(proofreading.log.path), labels_in, roi, size)
+    begin = nanometers(roi.begin, fragments)
+    labels = Corrected(str(proofreading.log.path), labels_in, roi.shape / size, voxel_size_nm(fragments), begin)
     half = Coordinate(np.array(sample.cfg.MODEL.RAW_SHAPE[-3:]) // 2) * size
     settings = {"the segments": marked.tolist(), "the threshold": proofreading.threshold}
     record = Record(STEP, {"raw": identity(raw), FRAGMENTS: identity(fragments)}, settings)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from funlib.geometry import Roi
 from funlib.persistence import Array
 from yacs.config import CfgNode
 
 from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, prediction_name
+from lsdseg.data_utils.placement import in_picometers
+from lsdseg.data_utils.regions import region_text
 from lsdseg.data_utils.volumes import list_arrays, name_arrays, open_array, read, source_defaults
 from lsdseg.engine.offsets import offsets_of
 from lsdseg.engine.sample import best_segmentation
@@ -214,18 +215,15 @@ def _require_overlap(layers: Sequence[Layer], cfg: CfgNode) -> None:
     Raises:
         UserError: something does not.
     """
-    raws = [layer.array.roi for layer in layers if layer.dataset == cfg.DATA.RAW]
-    raw: Roi = raws[0] if raws else layers[0].array.roi
+    raws = [in_picometers(layer.array) for layer in layers if layer.dataset == cfg.DATA.RAW]
     for layer in layers if raws else ():
-        if raw.intersect(layer.array.roi).empty:
+        array = in_picometers(layer.array)
+        if raws[0].roi.intersect(array.roi).empty:
             raise UserError(
-                f"{layer.dataset} at {_box(layer.array.roi)} nm and {cfg.DATA.RAW} at {_box(raw)} nm share no voxel: "
-                "they are of different volumes, or one has a wrong attribute offset or resolution"
+                f"{layer.dataset} at {region_text(array.roi, array)} nm and {cfg.DATA.RAW} at "
+                f"{region_text(raws[0].roi, raws[0])} nm share no voxel: they are of different volumes, or one has a "
+                "wrong attribute offset or resolution"
             )
-
-
-def _box(roi: Roi) -> str:
-    return " x ".join(f"{begin}..{end}" for begin, end in zip(roi.begin, roi.end, strict=True))
 
 
 def _best_segmentation(layers: Sequence[Layer], output: Path | None) -> Layer:

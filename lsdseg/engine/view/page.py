@@ -20,6 +20,7 @@ from funlib.geometry import Roi
 from funlib.persistence import Array
 from numpy.typing import NDArray
 
+from lsdseg.data_utils.placement import in_picometers, voxel_size_nm
 from lsdseg.data_utils.volumes import read
 from lsdseg.engine.signals import signal_handlers
 from lsdseg.engine.view.layers import Layer
@@ -121,7 +122,7 @@ def show_lines(
         highest: see `values`.
     """
     with page.txn() as state:
-        places = (ends / nanometers(state))[..., ::-1]
+        places = (ends / page_scale(state))[..., ::-1]
         lines = [
             neuroglancer.LineAnnotation(id=str(n), point_a=a, point_b=b, props=[float(value)])
             for n, ((a, b), value) in enumerate(zip(places, values, strict=True))
@@ -140,7 +141,7 @@ def say(page: neuroglancer.Viewer, key: str, text: str) -> None:
         config.status_messages[key] = text
 
 
-def nanometers(state: neuroglancer.ViewerState) -> NDArray[np.float64]:
+def page_scale(state: neuroglancer.ViewerState) -> NDArray[np.float64]:
     """Return the voxel size (z, y, x) in nm that positions on a page are given in."""
     return np.array([state.dimensions[axis].scale for axis in AXES]) * 1e9
 
@@ -208,7 +209,7 @@ def _neuroglancer_layer(layer: Layer, voxels: Voxels | None = None) -> neuroglan
 
 def _space(array: Array, names: Sequence[str]) -> neuroglancer.CoordinateSpace:
     """Names, voxel sizes and units of axes; channels have none."""
-    sizes = dict(zip(AXES, array.voxel_size, strict=True))
+    sizes = dict(zip(AXES, voxel_size_nm(array), strict=True))
     units = ["nm" if name in sizes else "" for name in names]
     return neuroglancer.CoordinateSpace(names=names, units=units, scales=[sizes.get(name, 1) for name in names])
 
@@ -223,6 +224,7 @@ def _transform(array: Array, names: Sequence[str]) -> neuroglancer.CoordinateSpa
 
 def _look_at(state: neuroglancer.ViewerState, arrays: Sequence[Array]) -> None:
     """Let the page show the middle of arrays; as a whole, if they are small enough to be read for that."""
+    arrays = [in_picometers(array) for array in arrays]
     roi: Roi = arrays[0].roi
     for array in arrays[1:]:
         roi = roi.intersect(array.roi)

@@ -15,11 +15,12 @@ from funlib.persistence import Array
 from numpy.typing import NDArray
 
 from lsdseg.data_utils.layout import edits_path
+from lsdseg.data_utils.placement import offset_nm, voxel_size_nm
 from lsdseg.data_utils.records import identity
 from lsdseg.data_utils.volumes import open_array, read
 from lsdseg.engine.sample import Sample
 from lsdseg.engine.view.layers import Layer
-from lsdseg.engine.view.page import Voxels, add_layer, nanometers, say, show_lines
+from lsdseg.engine.view.page import Voxels, add_layer, page_scale, say, show_lines
 from lsdseg.errors import UserError
 from lsdseg.rag import open_store
 from lsdseg.rag.edits import Edit, EditLog, active, marked
@@ -104,7 +105,7 @@ class Proofreading:
         Raises:
             UserError: there is none.
         """
-        voxel = np.floor((np.asarray(place) - np.array(self.fragments.offset)) / np.array(self.fragments.voxel_size))
+        voxel = np.floor((np.asarray(place) - offset_nm(self.fragments)) / voxel_size_nm(self.fragments))
         inside = (voxel >= 0).all() and (voxel < self.fragments.shape).all()
         fragment = int(read(self.fragments, tuple(voxel.astype(int)))) if inside else 0
         if fragment == 0 or self.segment_of(fragment) == 0:
@@ -284,7 +285,7 @@ class Editor:
         """Return the fragment below the mouse."""
         if state.mouse_position is None:
             raise UserError("point at a segment")
-        place = np.array(state.mouse_position[:3])[::-1] * nanometers(state.viewer_state)
+        place = np.array(state.mouse_position[:3])[::-1] * page_scale(state.viewer_state)
         return self.proofreading.fragment_at(place)
 
     def _show_edges(self, state: Any) -> str:

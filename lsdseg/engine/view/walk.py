@@ -7,7 +7,7 @@ import neuroglancer
 import numpy as np
 
 from lsdseg.data_utils.layout import quality_path
-from lsdseg.engine.view.page import nanometers, say
+from lsdseg.engine.view.page import page_scale, say
 from lsdseg.errors import UserError
 from lsdseg.files import read_json
 
@@ -77,7 +77,7 @@ class Walk:
         self.number = min(max(self.number + step, 0), len(self.places) - 1)
         place = self.places[self.number]
         with self.page.txn() as state:
-            state.position = (np.array([place["z"], place["y"], place["x"]]) / nanometers(state))[::-1]
+            state.position = (np.array([place["z"], place["y"], place["x"]]) / page_scale(state))[::-1]
             state.cross_section_scale = min(state.cross_section_scale, ZOOM)
         described = self.described.format(*(place[column] for column in self.columns))
         say(self.page, "walk", f"{self.number + 1} of {len(self.places)}: {described}")

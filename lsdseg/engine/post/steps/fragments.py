@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 from lsdseg.config import rules
 from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.data_utils.masks import open_mask, read_mask
+from lsdseg.data_utils.placement import nanometers, voxel_size_nm
 from lsdseg.data_utils.records import Record, identity, record_of
 from lsdseg.data_utils.volumes import (
     has_array,
@@ -85,7 +86,7 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
                 context=list(zip(before, after, strict=True)),
                 block=number,
                 voxels_in_block=int(np.prod(settings.BLOCK_SIZE)),
-                mask=read_mask(sample.mask, read_roi, voxel_size),
+                mask=read_mask(sample.mask, read_roi, affinities),
                 extract=extract,
                 placement=read_placement(placement, voxels_of(affinities, read_roi)),
             )
@@ -94,7 +95,8 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
         where = voxels_of(fragments, write_roi)
         if len(ids) or read(fragments, where).any():
             fragments[where] = labels
-        world = np.rint(np.array(write_roi.begin) + (centers + 0.5) * np.array(voxel_size)).astype(np.int64)
+        begin = np.array(nanometers(write_roi.begin, affinities))
+        world = np.rint(begin + (centers + 0.5) * np.array(voxel_size_nm(affinities))).astype(np.int64)
         store.write_nodes(number, ids, world)
 
     return process

@@ -7,6 +7,7 @@ import numpy as np
 from funlib.geometry import Coordinate, Roi
 from funlib.persistence import Array
 
+from lsdseg.data_utils.placement import offset_nm, units_per_nanometer, voxel_size_nm
 from lsdseg.data_utils.records import START_OVER, Record, record_of
 from lsdseg.data_utils.volumes import MISSING, chunk_shape, create_array, has_array, open_array, seal_array
 from lsdseg.engine.blocks.markers import missing_blocks
@@ -55,6 +56,7 @@ def block_step(
         arguments=sample.arguments | (arguments or {}),
         markers=sample.markers(name),
         settings=settings or {},
+        per_nanometer=units_per_nanometer(volume),
     )
 
 
@@ -97,8 +99,8 @@ def create_labels(sample: Sample, dataset: str, attributes: dict[str, Any]) -> N
             sample.output,
             dataset,
             shape,
-            voxel_size=volume.voxel_size,
-            offset=volume.offset,
+            voxel_size=voxel_size_nm(volume),
+            offset=offset_nm(volume),
             dtype=np.uint64,
             chunk_shape=chunk_shape(sample.cfg.INS_SEGMENT.BLOCK_SIZE, shape, LARGEST_CHUNK),
             attributes=attributes,
@@ -117,6 +119,6 @@ def block_grid(sample: Sample) -> Position:
 
 
 def block_position(sample: Sample, begin: Coordinate, level: int = 0) -> Position:
-    """The position of the node of the tree whose box begins there, in nm."""
+    """The position of the node of the tree whose box begins there."""
     array, block = sample.affinities, Coordinate(sample.cfg.INS_SEGMENT.BLOCK_SIZE)
     return tuple((begin - array.roi.begin) // (block * array.voxel_size * 2**level))
