@@ -92,7 +92,7 @@ def write_precomputed(path, data, sharded=False, voxel_size=VOXEL_SIZE, offset=O
         "key": "s0",
         "size": data.shape[::-1],
         "resolution": voxel_size[::-1],
-        "voxel_offset": [o // v for o, v in zip(offset, voxel_size, strict=True)][::-1],
+        "voxel_offset": [round(o / v) for o, v in zip(offset, voxel_size, strict=True)][::-1],
         "chunk_size": chunks[::-1],
         "encoding": "raw",
     }

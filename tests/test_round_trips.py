@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from funlib.geometry import Coordinate
 from fuzz import fuzz
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from lsdseg.data_utils.convert import convert_volume
 from lsdseg.data_utils.export import export_dataset
 from lsdseg.data_utils.export_formats import FORMATS
 from lsdseg.data_utils.layout import RAW
+from lsdseg.data_utils.placement import nanometers, voxel_size_nm
 from lsdseg.data_utils.volumes import create_array, list_arrays, open_array, read
 from lsdseg.errors import UserError
 
@@ -44,8 +46,8 @@ class Drawn(NamedTuple):
 
     data: np.ndarray
     marked: tuple[int, ...]
-    voxel_size: tuple[int, ...]
-    offset: tuple[int, ...]
+    voxel_size: tuple[float, ...]
+    offset: tuple[float, ...]
     chunks: tuple[int, ...]
 
     def is_in(self, path, offset=None):
@@ -55,8 +57,8 @@ class Drawn(NamedTuple):
         (marked,) = np.argwhere(read(array) == self.data[self.marked])
         begin = self.offset if offset is None else offset
         expected = [b + m * v for b, m, v in zip(begin, self.marked, self.voxel_size, strict=True)]
-        assert [o + m * v for o, m, v in zip(array.offset, marked, array.voxel_size, strict=True)] == expected
-        assert tuple(array.voxel_size) == self.voxel_size
+        assert nanometers(array.offset + Coordinate(marked) * array.voxel_size, array) == pytest.approx(expected)
+        assert voxel_size_nm(array) == self.voxel_size
         return array
 
 
@@ -73,8 +75,8 @@ def drawn_volumes(draw):
     data = np.random.default_rng(draw(st.integers(0, 9))).integers(0, 8, shape).astype(dtype) + dtype.type(least)
     marked = tuple(draw(st.integers(0, size - 1)) for size in shape)
     data[marked] = least + 8
-    voxel_size = draw(three(st.integers(1, 120)))
-    offset = tuple(n * v for n, v in zip(draw(three(st.integers(-90, 2000))), voxel_size, strict=True))
+    voxel_size = draw(three(st.integers(1, 120) | st.integers(10, 1200).map(lambda tenths: tenths / 10)))
+    offset = tuple(round(n * v, 1) for n, v in zip(draw(three(st.integers(-90, 2000))), voxel_size, strict=True))
     chunks = tuple(draw(st.integers(-(-size // 3), size)) for size in shape)
     return Drawn(data, marked, voxel_size, offset, chunks)
 

@@ -321,10 +321,16 @@ def test_placement_is_predicted_and_kept_apart_from_the_affinities(home):
         train(config(home))
 
 
-def test_lsds_of_a_batch_see_the_labels_around_it(home, tmp_path):
+@pytest.mark.parametrize("size", [8, 7.5])
+def test_lsds_of_a_batch_see_the_labels_around_it(home, volume, size):
     """The targets of a patch equal those of the whole volume, cropped."""
+    path = data_folder(config(home), "train") / "phantom.zarr"
+    path.unlink()
+    for name in list_arrays(volume):
+        write_array(path, name, read(open_array(volume, name)), voxel_size=(size,) * 3, offset=(81, 160, 0))
     cfg = config(
         home,
+        MODEL_ISO__VOXEL_SIZE=(size,) * 3,
         TRAIN__AUGMENT=False,
         MODEL_ISO__GROWBOUNDARY_STEPS=0,
         MODEL_ISO__LSD_DOWNSAMPLE=1,
@@ -332,12 +338,12 @@ def test_lsds_of_a_batch_see_the_labels_around_it(home, tmp_path):
         MODEL_ISO__INPUT_SHAPE=(16, 16, 16),
         MODEL_ISO__GROW_INPUT=(0, 0, 0),
     )
-    labels = read(open_array(data_folder(cfg, "train") / "phantom.zarr", "volumes/labels/neuron_ids"))
-    whole = local_shape_descriptors(labels, 40, (8, 8, 8))
-    margin = lsd_context(40, (8, 8, 8), 1)
+    labels = read(open_array(path, "volumes/labels/neuron_ids"))
+    whole = local_shape_descriptors(labels, 40, (size,) * 3)
+    margin = lsd_context(40, (size,) * 3, 1)
     batch = batches_of(cfg, 1)[0]
     # Find the place of the patch in the volume from its raw data.
-    raw = read(open_array(data_folder(cfg, "train") / "phantom.zarr", "volumes/raw")).astype(np.float32)
+    raw = read(open_array(path, "volumes/raw")).astype(np.float32)
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(raw, 16, mode="reflect") / 255 * 2 - 1, (16, 16, 16))
     found = np.argwhere(np.isclose(windows[..., 8, 8, :], batch.raw[0, 0, 8, 8], atol=1e-5).all(axis=-1))
     found = [place - 16 for place in found if np.allclose(windows[tuple(place)], batch.raw[0, 0], atol=1e-5)]

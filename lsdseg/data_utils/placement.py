@@ -162,6 +162,11 @@ def offset_nm(array: Array) -> tuple[float, ...]:
     return nanometers(array.offset, array)
 
 
+def begun_at(array: Array, begin: Coordinate) -> Array:
+    """Return an array as if it began elsewhere, in its unit."""
+    return place_like(array, array._source_data, begin)
+
+
 def in_picometers(array: Array) -> Array:
     """Return an array whose ROI is in pm, to be compared with that of another one."""
     scale = PICOMETERS // units_per_nanometer(array)

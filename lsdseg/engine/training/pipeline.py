@@ -23,7 +23,7 @@ from yacs.config import CfgNode
 from lsdseg.config.implementations import resolve
 from lsdseg.config.model_types import LABELS, TASKS, affinity_offsets, label_keys
 from lsdseg.data_utils.gray import gray_percentiles, own_window
-from lsdseg.data_utils.placement import in_picometers, nanometers, units_per_nanometer, voxel_size_nm
+from lsdseg.data_utils.placement import begun_at, in_picometers, nanometers, units_per_nanometer, voxel_size_nm
 from lsdseg.data_utils.volumes import open_array, source_defaults
 from lsdseg.engine.intensity import network_scale_shift, raw_window
 from lsdseg.engine.sections import along_zyx
@@ -187,6 +187,8 @@ def _source(cfg: CfgNode, path: Path, raw: Array, request: gp.BatchRequest) -> g
         for name, array_key in zip((key, f"{key}_MASK"), LABEL_ARRAYS[key], strict=True):
             array = open_array(path, cfg.DATA[name], **source_defaults(cfg))
             data[array_key] = in_picometers(array) if units_per_nanometer(raw) > 1 else array
+    # gunpowder takes only offsets of whole voxels, so all is counted from where raw begins.
+    data = {key: begun_at(array, array.offset - raw.offset) for key, array in data.items()}
     arrays = tuple(gp.ArraySource(key, array, interpolatable=key == RAW) for key, array in data.items())
     voxel_size = raw.voxel_size
 
