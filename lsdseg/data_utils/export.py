@@ -40,6 +40,7 @@ class Export(NamedTuple):
         labels: whether it holds ids, not gray values or affinities.
         record: what is written along: what the export was made from.
         mesh: write meshes of the segments, too.
+        skeletons: write skeletons of the segments, too.
     """
 
     dataset: str
@@ -47,6 +48,7 @@ class Export(NamedTuple):
     labels: bool
     record: Record
     mesh: bool
+    skeletons: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -116,6 +118,7 @@ def export_dataset(
     dataset: str | None,
     overwrite: bool,
     mesh: bool = False,
+    skeletons: bool = False,
     region: str | None = None,
     renumbered: bool = False,
 ) -> None:
@@ -128,6 +131,7 @@ def export_dataset(
         dataset: its name. None: the segmentation, if there is only one.
         overwrite: replace a target that exists.
         mesh: write meshes of the segments, too.
+        skeletons: write skeletons of the segments, too.
         region: the part to export, as `parse_region` takes it. None: all.
         renumbered: give the segments the ids 1, 2, 3 ...
 
@@ -144,8 +148,11 @@ def export_dataset(
     labels = is_labels(name, array)
     if renumbered and not labels:
         raise UserError(f"--renumber is for ids, but {name} is {array.dtype}: leave it out")
-    if mesh and not (labels and to == "precomputed" and len(array.shape) == 3):
-        raise UserError(f"meshes are made of a segmentation and written --to precomputed: leave out --mesh for {name}")
+    for wanted, made, option in ((mesh, "meshes", "--mesh"), (skeletons, "skeletons", "--skeletons")):
+        if wanted and not (labels and to == "precomputed" and len(array.shape) == 3):
+            raise UserError(
+                f"{made} are made of a segmentation and written --to precomputed: leave out {option} for {name}"
+            )
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists: add --overwrite, or write elsewhere")
 
@@ -165,7 +172,7 @@ def export_dataset(
         opened.enter_context(room_on_disk(target))
         path = opened.enter_context(write_folder(target, check) if written_as.folder else write_whole(target))
         opened.enter_context(_explain_library_errors(target))
-        resolve(written_as.write)(Export(name, array, labels, record, mesh), path)
+        resolve(written_as.write)(Export(name, array, labels, record, mesh, skeletons), path)
     print(f"{target}: {written_as.title} of {name}, {array.shape}, {tuple(array.voxel_size)} nm")
 
 
