@@ -290,7 +290,9 @@ def test_a_mesh_is_closed_across_blocks_and_in_place(tmp_path, monkeypatch):
 
 def test_meshes_need_a_segmentation_and_precomputed(sample, tmp_path):
     for to, name in (("tiff", SEGMENTATION), ("precomputed", RAW)):
-        with pytest.raises(UserError, match="meshes are made of a segmentation and written --to precomputed"):
+        with pytest.raises(
+            UserError, match=f"--mesh is for a segmentation .* --to precomputed: leave it out for {name}"
+        ):
             export_dataset(sample, tmp_path / "out", to=to, dataset=name, overwrite=False, mesh=True)
 
 

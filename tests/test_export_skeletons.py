@@ -226,8 +226,14 @@ def test_command_line_and_refusals(tmp_path):
     assert [*read_precomputed(tmp_path / "out" / "skeletons")] == ["3"]
     for source, dataset, to, skeletons, message in [
         ("in.zarr", RAW, "swc", False, "skeletons are made of a segmentation, which volumes/raw is not"),
-        ("in.zarr", RAW, "precomputed", True, "skeletons are made of .*: leave out --skeletons for volumes/raw"),
-        ("in.zarr", None, "swc", True, "skeletons are made of .*--to precomputed: leave out --skeletons"),
+        ("in.zarr", RAW, "precomputed", True, "--skeletons is for a segmentation .*: leave it out for volumes/raw"),
+        (
+            "in.zarr",
+            None,
+            "swc",
+            True,
+            "--skeletons is for a segmentation that is written --to precomputed: leave it out",
+        ),
         ("negative.zarr", None, "swc", False, "holds the id -3, which is no uint64 .*: .*--renumber or --to hdf5"),
     ]:
         with pytest.raises(UserError, match=message):

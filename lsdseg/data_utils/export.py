@@ -141,18 +141,13 @@ def export_dataset(
             is no room on disk.
     """
     written_as, name = FORMATS[to], dataset or only_segmentation(source)
-    array = open_array(source, name)
-    if array.voxel_size.dims != 3 or len(array.shape) > 4:
-        raise UserError(f"{name} in {source} has shape {array.shape}: only ([channel,] z, y, x) can be exported")
-    require_whole(source, name)
+    array = _open_volume(source, name)
     labels = is_labels(name, array)
     if renumbered and not labels:
         raise UserError(f"--renumber is for ids, but {name} is {array.dtype}: leave it out")
-    for wanted, made, option in ((mesh, "meshes", "--mesh"), (skeletons, "skeletons", "--skeletons")):
-        if wanted and not (labels and to == "precomputed" and len(array.shape) == 3):
-            raise UserError(
-                f"{made} are made of a segmentation and written --to precomputed: leave out {option} for {name}"
-            )
+    beside = [option for option, wanted in (("--mesh", mesh), ("--skeletons", skeletons)) if wanted]
+    if beside and not (labels and to == "precomputed" and len(array.shape) == 3):
+        raise UserError(f"{beside[0]} is for a segmentation that is written --to precomputed: leave it out for {name}")
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists: add --overwrite, or write elsewhere")
 
@@ -174,6 +169,15 @@ def export_dataset(
         opened.enter_context(_explain_library_errors(target))
         resolve(written_as.write)(Export(name, array, labels, record, mesh, skeletons), path)
     print(f"{target}: {written_as.title} of {name}, {array.shape}, {tuple(array.voxel_size)} nm")
+
+
+def _open_volume(source: Path, name: str) -> Array:
+    """Open a dataset, or raise UserError if chunks are missing or it has other axes than z, y, x and a channel."""
+    array = open_array(source, name)
+    if array.voxel_size.dims != 3 or len(array.shape) > 4:
+        raise UserError(f"{name} in {source} has shape {array.shape}: only ([channel,] z, y, x) can be exported")
+    require_whole(source, name)
+    return array
 
 
 def _part(array: Array, where: str, region: str | None, renumbered: bool) -> Array:
