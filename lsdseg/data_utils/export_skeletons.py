@@ -34,14 +34,16 @@ CONTEXT_VOXELS = 8, 64  # the least and the most of it
 MARGIN = 2  # voxels by which a neurite must be narrower than its context
 SWC = ".swc"
 
-# What is known of a point before all blocks are done. If no point of a part is on a curve, the others stand for it.
-POINT = np.dtype([("part", "<u8"), ("voxel", "<i8", 3), ("radius", "<f8"), ("on_curve", "?")])
+# A point of a connected part. It is certain if it lies on the curve or, where the part is too thick for the context,
+# deepest in its block. A part without such points is represented by its deepest one.
+POINT = np.dtype([("part", "<u8"), ("voxel", "<i8", 3), ("radius", "<f8"), ("certain", "?")])
 
 
 def write_skeletons(export: Export, path: Path) -> None:
-    """Write skeletons of all segments but background as Neuroglancer precomputed, with radii in nm.
+    """Write skeletons of all segments but background and unlabeled voxels as Neuroglancer precomputed, with radii.
 
-    Vertices are x, y, z in nm. https://github.com/google/neuroglancer, src/datasource/precomputed/skeleton.rst.
+    Vertices are x, y, z in nm, and so are radii. https://github.com/google/neuroglancer,
+    src/datasource/precomputed/skeleton.rst: "Encoded skeleton file format", unsharded.
 
     Args:
         export: the segmentation.
@@ -56,13 +58,13 @@ def write_skeletons(export: Export, path: Path) -> None:
     (path / "info").write_text(json.dumps(info), encoding="utf-8")
     for segment, skeleton in _skeletons(export, path):
         counts = np.array([len(skeleton.points), len(skeleton.edges)], "<u4")
-        vertices, radii = skeleton.points[:, ::-1].astype("<f4"), skeleton.radii.astype("<f4")  # type: ignore[union-attr]
-        parts = (counts, vertices, skeleton.edges.astype("<u4"), radii)
+        vertices, edges = skeleton.points[:, ::-1].astype("<f4"), skeleton.edges.astype("<u4")
+        parts = (counts, vertices, edges, np.asarray(skeleton.radii, "<f4"))
         (path / str(segment)).write_bytes(b"".join(part.tobytes() for part in parts))
 
 
 def write_swc_folder(export: Export, path: Path) -> None:
-    """Write an SWC file for each segment but background, ID.swc, into an empty folder.
+    """Write ID.swc for each segment but background and unlabeled voxels into an empty folder.
 
     Raises:
         UserError: the dataset is no segmentation.
@@ -150,7 +152,7 @@ def _points_in(export: Export, parts: Array, block: tuple[slice, ...]) -> NDArra
     found["part"] = present[numbers[tuple(voxels.T)] - 1]
     found["voxel"] = voxels + begin
     found["radius"] = np.minimum(radii, seen)
-    found["on_curve"] = (np.arange(len(voxels)) < len(curves)) | (radii > seen)
+    found["certain"] = (np.arange(len(voxels)) < len(curves)) | (radii > seen)
     return found
 
 
@@ -186,7 +188,7 @@ def _whole(points: NDArray[Any], export: Export) -> Skeleton:
     trees, diagonal = [], float(np.linalg.norm(export.voxel_size))
     for _, numbers in groups(points["part"]):
         part = points[numbers]
-        part = part[part["on_curve"]] if part["on_curve"].any() else part[[part["radius"].argmax()]]
+        part = part[part["certain"]] if part["certain"].any() else part[[part["radius"].argmax()]]
         tree = join(trace(part["voxel"], export.voxel_size, export.offset, part["radius"]))
         trees.append(smooth(prune(tree, diagonal), diagonal / 2))
     return gather(trees)
