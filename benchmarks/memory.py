@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="programs whose row holds one of these")
     args = parser.parse_args()
     names = [f"to_zarr {name}" for name in SOURCES]
-    names += [f"export {kind} {to}" for to in FORMATS for kind in ("raw", "labels")]
+    names += [f"export {kind} {to}" for to in FORMATS for kind in ("raw", "labels") if (kind, to) != ("raw", "swc")]
     names += [f"process {name}" for name in OPERATIONS]
     chosen = [name for name in names if not args.only or any(text in name for text in args.only)]
     print("| program | volume | peak memory | rate | below 1.5 GB |\n|---|---|---|---|---|")

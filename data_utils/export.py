@@ -25,6 +25,7 @@ def main() -> None:
         "--renumber", dest="renumbered", action="store_true", help="give segments the ids 1, 2, 3 ..., for few bits"
     )
     parser.add_argument("--mesh", action="store_true", help="write meshes of the segments, too (precomputed)")
+    parser.add_argument("--skeletons", action="store_true", help="write skeletons of the segments, too (precomputed)")
     parser.add_argument("--overwrite", action="store_true", help="replace an export that exists")
     run_command(parser, lambda arguments: export_dataset(**vars(arguments)))
 

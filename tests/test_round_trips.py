@@ -130,7 +130,7 @@ def test_every_format_is_read_to_the_same_zarr(name, volume):
         assert list_arrays(target) == [RAW]
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", [to for to in FORMATS if to != "swc"])  # which holds no voxels
 @few
 @given(volume=drawn_volumes(), name=st.sampled_from(["zarr2.zarr", "in.n5", "in.hdf", "precomputed", "ome05.zarr"]))
 def test_every_export_comes_back(to, name, volume):

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 
-from lsdseg.engine.evaluate.skeletons import Skeleton, make_skeletons, read_skeletons, read_swc, score_skeletons
+from lsdseg.data_utils.skeletons import Skeleton
+from lsdseg.data_utils.swc import read_skeletons, read_swc
+from lsdseg.engine.evaluate.skeletons import make_skeletons, score_skeletons
 from lsdseg.errors import UserError
 
 

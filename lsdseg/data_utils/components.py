@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any
 
 import cc3d
+import fastremap
 import numpy as np
 from funlib.persistence import Array
 from numpy.typing import NDArray
@@ -55,7 +56,9 @@ def write_components(labels: Array, target: Array, blocks: Slabs, connectivity: 
 
 
 def _known(values: NDArray[Any]) -> NDArray[Any]:
-    return np.ascontiguousarray(np.where(is_labeled(values), values, np.zeros(1, values.dtype)))
+    """Return a number for each label, because cc3d fails at some ids of 2**63 and more, and 0 for unlabeled voxels."""
+    known = np.where(is_labeled(values), values, np.zeros(1, values.dtype))
+    return np.ascontiguousarray(fastremap.renumber(known, in_place=True)[0])
 
 
 def _first_voxels(found: NDArray[Any], block: tuple[slice, ...], shape: Sequence[int]) -> NDArray[np.int64]:

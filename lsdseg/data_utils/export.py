@@ -41,6 +41,7 @@ class Export(NamedTuple):
         labels: whether it holds ids, not gray values or affinities.
         record: what is written along: what the export was made from.
         mesh: write meshes of the segments, too.
+        skeletons: write skeletons of the segments, too.
     """
 
     dataset: str
@@ -48,6 +49,7 @@ class Export(NamedTuple):
     labels: bool
     record: Record
     mesh: bool
+    skeletons: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -117,6 +119,7 @@ def export_dataset(
     dataset: str | None,
     overwrite: bool,
     mesh: bool = False,
+    skeletons: bool = False,
     region: str | None = None,
     renumbered: bool = False,
 ) -> None:
@@ -129,6 +132,7 @@ def export_dataset(
         dataset: its name. None: the segmentation, if there is only one.
         overwrite: replace a target that exists.
         mesh: write meshes of the segments, too.
+        skeletons: write skeletons of the segments, too.
         region: the part to export, as `parse_region` takes it. None: all.
         renumbered: give the segments the ids 1, 2, 3 ...
 
@@ -138,15 +142,13 @@ def export_dataset(
             is no room on disk.
     """
     written_as, name = FORMATS[to], dataset or only_segmentation(source)
-    array = open_array(source, name)
-    if array.voxel_size.dims != 3 or len(array.shape) > 4:
-        raise UserError(f"{name} in {source} has shape {array.shape}: only ([channel,] z, y, x) can be exported")
-    require_whole(source, name)
+    array = _open_volume(source, name)
     labels = is_labels(name, array)
     if renumbered and not labels:
         raise UserError(f"--renumber is for ids, but {name} is {array.dtype}: leave it out")
-    if mesh and not (labels and to == "precomputed" and len(array.shape) == 3):
-        raise UserError(f"meshes are made of a segmentation and written --to precomputed: leave out --mesh for {name}")
+    beside = [option for option, wanted in (("--mesh", mesh), ("--skeletons", skeletons)) if wanted]
+    if beside and not (labels and to == "precomputed" and len(array.shape) == 3):
+        raise UserError(f"{beside[0]} is for a segmentation that is written --to precomputed: leave it out for {name}")
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists: add --overwrite, or write elsewhere")
 
@@ -166,8 +168,17 @@ def export_dataset(
         opened.enter_context(room_on_disk(target))
         path = opened.enter_context(write_folder(target, check) if written_as.folder else write_whole(target))
         opened.enter_context(_explain_library_errors(target))
-        resolve(written_as.write)(Export(name, array, labels, record, mesh), path)
+        resolve(written_as.write)(Export(name, array, labels, record, mesh, skeletons), path)
     print(f"{target}: {written_as.title} of {name}, {array.shape}, {voxel_size_nm(array)} nm")
+
+
+def _open_volume(source: Path, name: str) -> Array:
+    """Open a dataset, or raise UserError if chunks are missing or it has other axes than z, y, x and a channel."""
+    array = open_array(source, name)
+    if array.voxel_size.dims != 3 or len(array.shape) > 4:
+        raise UserError(f"{name} in {source} has shape {array.shape}: only ([channel,] z, y, x) can be exported")
+    require_whole(source, name)
+    return array
 
 
 def _part(array: Array, where: str, region: str | None, renumbered: bool) -> Array:

@@ -59,4 +59,10 @@ FORMATS = {
         "lsdseg.data_utils.export_hdf:is_own",
         folder=False,
     ),
+    "swc": Format(
+        "folder of SWC skeletons",
+        "lsdseg.data_utils.export_skeletons:write_swc_folder",
+        "lsdseg.data_utils.export_skeletons:is_own_folder",
+        folder=True,
+    ),
 }

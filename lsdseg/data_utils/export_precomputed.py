@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from lsdseg.data_utils.export import STEP, Export
 from lsdseg.data_utils.export_mesh import write_meshes
+from lsdseg.data_utils.export_skeletons import write_skeletons
 from lsdseg.data_utils.pyramid import EDGE, Level, plan_levels, voxel_count, write_pyramid
 from lsdseg.data_utils.stored import read_json
 from lsdseg.errors import UserError
@@ -24,11 +25,11 @@ IMAGES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int6
 IDS = ("uint32", "uint64")  # what compressed_segmentation holds
 MANY_CHUNKS = 4096  # a level with more is sharded
 SHARD_BITS, SHARD_BYTES = 6, 2**28  # one shard holds 2**6 chunks, fewer if they take more; it is made in memory
-PROVENANCE, MESH = "provenance", "mesh"
+PROVENANCE, MESH, SKELETONS = "provenance", "mesh", "skeletons"
 
 
 def write_precomputed(export: Export, path: Path) -> None:
-    """Write a pyramid, and meshes if they are wanted.
+    """Write a pyramid, and meshes and skeletons if they are wanted.
 
     Args:
         export: the dataset.
@@ -55,9 +56,11 @@ def write_precomputed(export: Export, path: Path) -> None:
         write_pyramid(
             lambda voxels: export.read_as(dtype, voxels), levels, stores, blocks, labels=export.labels, bar=bar
         )
-    if export.mesh:
-        write_meshes(export, path / MESH)
-        info = read_json(path / "info") | {"mesh": MESH}
+    along = {MESH: write_meshes} if export.mesh else {}
+    along |= {SKELETONS: write_skeletons} if export.skeletons else {}
+    for name, write in along.items():
+        write(export, path / name)
+        info = read_json(path / "info") | {name: name}
         (path / "info").write_text(json.dumps(info), encoding="utf-8")
     made = {"by": STEP, "method": export.record.to_json()}
     provenance = {"description": export.dataset, "owners": [], "sources": [], "processing": [made]}
@@ -68,7 +71,7 @@ def is_own(path: Path) -> bool:
     """Return whether an export wrote all that is in a folder."""
     try:
         provenance, info = read_json(path / PROVENANCE), read_json(path / "info")
-        known = {"info", PROVENANCE, MESH, *(scale["key"] for scale in info["scales"])}
+        known = {"info", PROVENANCE, MESH, SKELETONS, *(scale["key"] for scale in info["scales"])}
         return provenance["processing"][0]["by"] == STEP and {child.name for child in path.iterdir()} <= known
     except (UserError, KeyError, IndexError, TypeError):
         return False

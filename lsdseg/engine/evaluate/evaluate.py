@@ -27,6 +27,8 @@ from lsdseg.data_utils.labels import is_labeled
 from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, scores_path
 from lsdseg.data_utils.placement import in_picometers, nanometers, offset_nm, voxel_size_nm
 from lsdseg.data_utils.records import Record, record_of
+from lsdseg.data_utils.skeletons import Skeleton
+from lsdseg.data_utils.swc import read_skeletons
 from lsdseg.data_utils.volumes import (
     has_array,
     list_arrays,
@@ -47,7 +49,7 @@ from lsdseg.engine.evaluate.metrics import (
     scores,
 )
 from lsdseg.engine.evaluate.report import RADIUS, caption, draw_mistake, render
-from lsdseg.engine.evaluate.skeletons import Skeleton, make_skeletons, read_skeletons, score_skeletons
+from lsdseg.engine.evaluate.skeletons import make_skeletons, score_skeletons
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.engine.sections import ids_by_section, scored_by_section
 from lsdseg.errors import UserError

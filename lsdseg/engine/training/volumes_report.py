@@ -120,7 +120,7 @@ def islands_of(labels: NDArray[np.uint64]) -> list[tuple[int, int, tuple[int, ..
     Returns:
         Of each piece the label, the number of voxels and a corner of its bounding box (z, y, x), the largest one first.
     """
-    pieces = cc3d.connected_components(labels, connectivity=26)
+    pieces = cc3d.connected_components(fastremap.renumber(labels)[0], connectivity=26)  # which refuses large ids
     found = cc3d.statistics(pieces)
     owner = np.zeros(len(found["voxel_counts"]), np.uint64)
     owner[pieces] = labels
