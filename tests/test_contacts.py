@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from test_blockwise_numerics import fib25, noisy, phantom, voi  # noqa: F401
 
 from lsdseg.config.implementations import MERGE_FUNCTIONS
+from lsdseg.engine.offsets import DIRECT_NEIGHBORS
 from lsdseg.engine.post import agglomerate as waterz_settings
 from lsdseg.engine.post.agglomerate import agglomerate
 from lsdseg.engine.post.contacts import BINS, NO_LIMIT, UNIT, Contacts, Limit, find_contacts, settle, simplified
 from lsdseg.engine.post.fragments import extract_fragments
 from lsdseg.engine.post.limited import agglomerate_limited
+from lsdseg.engine.post.signed import find_signed_contacts
 from lsdseg.engine.post.tables import connected_segments, relabel
 from lsdseg.engine.post.tree import Tree
 from lsdseg.errors import UserError
@@ -50,15 +52,18 @@ def merge_in_a_tree(folder, grid, parts, merge_function, levels, limit=NO_LIMIT)
     return (u[order], v[order], scores[order]), left
 
 
-def numbered_by_blocks(fragments, size):
-    """Cut fragments at the faces of blocks, and number them block by block: their ids, and the range of each block."""
+def numbered_by_blocks(fragments, size, reach=1):
+    """Cut fragments at the faces of blocks, and number them block by block.
+
+    Returns their ids; of each block its slices with `reach` voxels around it, and its first and last id.
+    """
     numbers, ranges, first = np.zeros_like(fragments), [], 1
     for corner in itertools.product(*(range(0, n, size) for n in fragments.shape)):
         box = tuple(slice(a, a + size) for a in corner)
         found, inverse = np.unique(fragments[box], return_inverse=True)
         ids = np.where(found > 0, np.arange(first, first + len(found)), 0).astype(np.uint64)
         numbers[box] = ids[inverse].reshape(fragments[box].shape)
-        around = tuple(slice(max(0, s.start - 1), s.stop + 1) for s in box)
+        around = tuple(slice(max(0, s.start - reach), s.stop + reach) for s in box)
         ranges.append((around, first, first + len(found) - 1))
         first += len(found)
     return numbers, ranges
@@ -177,7 +182,14 @@ def test_the_closest_pair_merges_first(contacts, merge_function, limit):
     limits,
 )
 def test_a_tree_over_a_random_graph_changes_nothing(contacts, merge_function, levels, limit):
-    """Nodes 1 to 12 lie in a row of six blocks; those of blocks that do not touch have no contact."""
+    check_tree(contacts, merge_function, levels, limit)
+
+
+def check_tree(contacts, merge_function, levels, limit):
+    """Compare a tree with the whole graph.
+
+    Nodes 1 to 12 lie in a row of six blocks; those of blocks that do not touch have no contact.
+    """
     block_u, block_v = (contacts.u.astype(int) - 1) // 2, (contacts.v.astype(int) - 1) // 2
     near = np.flatnonzero(block_v - block_u <= 1)
     parts = {}
@@ -191,6 +203,65 @@ def test_a_tree_over_a_random_graph_changes_nothing(contacts, merge_function, le
         edges, _ = merge_in_a_tree(Path(folder), (6, 1, 1), parts, merge_function, levels, limit)
     for found, expected in zip(edges, merge_contacts(part_of(contacts, near), merge_function, limit), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+@st.composite
+def signed_graphs(draw):
+    """Contacts of a random graph that attract or repel, with few different weights."""
+    contacts = draw(graphs())
+    count = len(contacts.u)
+    weights = st.sampled_from([-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75])
+    sums = np.multiply(draw(st.lists(weights, min_size=count, max_size=count)), UNIT)
+    columns = (contacts.u, contacts.v, sums, range(count + 1), [0] * count, [1] * count)
+    return of_columns(*columns, sized_ids=contacts.sized_ids, sizes=contacts.sizes)
+
+
+@settings(max_examples=150, deadline=None)
+@given(signed_graphs())
+def test_the_surest_pair_is_heard_first_and_what_repels_keeps_apart_for_good(contacts):
+    u, v, found = merge_contacts(contacts, "mutex")
+    region, apart = {n: n for n in range(1, 13)}, set()
+    weights = (contacts.sums / UNIT).tolist()
+    for weight, a, b in sorted(zip(weights, u.tolist(), v.tolist(), strict=True), key=lambda e: (-abs(e[0]), e[1:])):
+        pair = frozenset((region[a], region[b]))
+        if weight < 0 and len(pair) == 2:
+            apart.add(pair)
+        elif weight > 0 and len(pair) == 2 and pair not in apart:
+            gone, kept = pair
+            region = {n: kept if r == gone else r for n, r in region.items()}
+            apart = {frozenset(kept if r == gone else r for r in one) for one in apart}
+    together = [region[a] == region[b] for a, b in zip(u.tolist(), v.tolist(), strict=True)]
+    assert (~np.isnan(found)).tolist() == together
+    assert (found[together] < 0.5).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(signed_graphs(), st.integers(0, 3))
+def test_a_tree_over_a_random_graph_of_exclusions_changes_nothing(contacts, levels):
+    check_tree(contacts, "mutex", levels, NO_LIMIT)
+
+
+@pytest.mark.parametrize(("size", "levels"), [(20, 0), (20, 1), (20, 2), (12, 3)])
+def test_exclusions_hold_across_blocks_and_a_tree_of_them(noisy, size, levels, tmp_path):  # noqa: F811
+    fragments = noisy[1]
+    offsets = [*DIRECT_NEIGHBORS, (-4, 0, 0), (0, -9, 0), (0, 0, 4), (-3, 5, -2)]
+    biases = [-0.3, -0.3, -0.3, -0.5, -0.6, -0.5, -0.5]
+    affinities = np.random.default_rng(0).random((len(offsets), *fragments.shape), np.float32)
+    numbers, ranges = numbered_by_blocks(fragments, size, reach=9)
+    grid = tuple(-(-n // size) for n in fragments.shape)
+    boxes = zip(np.ndindex(grid), ranges, strict=True)
+    parts = {
+        at: find_signed_contacts(affinities[:, *around], numbers[around], offsets, biases, *ids)
+        for at, (around, *ids) in boxes
+    }
+    whole = find_signed_contacts(affinities, numbers, offsets, biases, 1, LAST)
+    edges, _ = merge_in_a_tree(tmp_path, grid, parts, "mutex", levels)
+    touching = whole.counts > 0
+    expected = [column[touching] for column in merge_contacts(whole, "mutex")]
+    for found, wanted in zip(edges, expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    assert 0 < np.isnan(expected[2]).mean() < 1
+    assert (~touching).any()
 
 
 @pytest.mark.parametrize("merge_function", ["mean", "hist_quant_50", "hist_quant_90_initmax"])

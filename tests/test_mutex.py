@@ -13,10 +13,11 @@ from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
 from lsdseg.engine.evaluate.metrics import count_overlaps, scores
 from lsdseg.engine.offsets import DIRECT_NEIGHBORS
 from lsdseg.engine.post.affinities import direct_neighbors, voxel_pairs
+from lsdseg.engine.post.contacts import UNIT
 from lsdseg.engine.post.fragments import extract_fragments
-from lsdseg.engine.post.graph import edges_of_block, score_mutex_edges
 from lsdseg.engine.post.link import link_sections
 from lsdseg.engine.post.mutex import edge_biases, mutex_watershed
+from lsdseg.engine.post.signed import find_signed_contacts
 from lsdseg.engine.post.steps.edges import agglomerate_blockwise
 from lsdseg.engine.post.steps.fragments import extract_fragments_blockwise
 from lsdseg.engine.post.steps.relabel import extract_segmentation
@@ -114,8 +115,8 @@ def test_long_range_affinities_keep_apart_what_touches():
     assert segments.dtype == np.uint64
     assert (segments[..., :12] == 1).all()
     assert (segments[..., 12:] == 2).all()
-    [(u, v, score)] = zip(*score_mutex_edges(affinities, segments, OFFSETS), strict=True)
-    assert (u, v, score) == (1, 2, pytest.approx(1 - 0.6 / 5))
+    contacts = find_signed_contacts(affinities, segments, OFFSETS, edge_biases(OFFSETS), 1, 2)
+    assert (contacts.u, contacts.v, contacts.sums / UNIT) == (1, 2, pytest.approx(-0.5 / 0.6))
 
     blind = affinities.copy()
     blind[3:] = 1
@@ -169,10 +170,12 @@ def test_order_of_offsets_does_not_matter(neurites):
     expected = mutex(neurites[1])
     given = mutex_watershed(shuffled, offsets=offsets, biases=edge_biases(offsets))
     np.testing.assert_array_equal(given, expected)
-    for ours, theirs in zip(
-        score_mutex_edges(shuffled, expected, offsets), score_mutex_edges(neurites[1], expected, OFFSETS), strict=True
-    ):
-        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    found = [
+        find_signed_contacts(values, expected, along, edge_biases(along), 1, 2**63 - 1)
+        for values, along in ((shuffled, offsets), (neurites[1], OFFSETS))
+    ]
+    for ours, theirs in zip(*(vars(contacts).values() for contacts in found), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_mutex_watershed_finds_the_neurites(neurites):
@@ -180,28 +183,31 @@ def test_mutex_watershed_finds_the_neurites(neurites):
     assert voi(labels, mutex(affinities)) < 0.8 < voi(labels, np.ones_like(labels)) / 2
 
 
-def test_edges_are_means_over_all_pairs_of_voxels():
+def test_weights_are_means_over_all_pairs_of_voxels():
     random = np.random.default_rng(0)
-    affinities = random.random((6, 5, 6, 7))
+    affinities, biases = random.random((6, 5, 6, 7)), [-0.4, -0.3, -0.4, -0.5, -0.6, -0.5]
     fragments = random.choice([0, 3, 5, 2**62], (5, 6, 7)).astype(np.uint64)
     fragments[:, :, 3:] = np.where(fragments[:, :, 3:] == 3, 9, fragments[:, :, 3:])
-    evidence, touching = {}, set()
-    for channel, offset in zip(affinities, OFFSETS, strict=True):
+    fragments[:, :, :2] = np.where(fragments[:, :, :2] == 3, 2, 0)  # which touches only some
+    evidence = {}
+    for channel, offset, bias in zip(affinities, OFFSETS, biases, strict=True):
         for voxel in itertools.product(*map(range, fragments.shape)):
             partner = tuple(np.add(voxel, offset))
-            if min(partner) < 0:
-                continue
-            pair = tuple(sorted((int(fragments[voxel]), int(fragments[partner]))))
-            if pair[0] in (0, pair[1]):
-                continue
-            evidence.setdefault(pair, []).append(channel[voxel])
-            if offset in DIRECT_NEIGHBORS:
-                touching.add(pair)
-    u, v, found = score_mutex_edges(affinities, fragments, OFFSETS)
-    assert list(zip(u.tolist(), v.tolist(), strict=True)) == sorted(touching)
-    np.testing.assert_allclose(found, [1 - np.mean(evidence[pair]) for pair in sorted(touching)], atol=1e-6)
-    own = edges_of_block((u, v, found), 4, 9)
-    assert set(own[0].tolist()) == {5, 9}
+            pair = tuple(sorted((int(fragments[voxel]), int(fragments[partner])))) if min(partner) >= 0 else (0, 0)
+            if pair[0] not in (0, pair[1]):
+                evidence.setdefault(pair, ([], []))[offset not in DIRECT_NEIGHBORS].append(channel[voxel] + bias)
+    expected = {}
+    for pair, (direct, far) in sorted(evidence.items()):
+        weight = max((np.mean(part) for part in (direct, far) if part), key=abs)
+        if direct or weight < 0:
+            expected[pair] = (len(direct), pytest.approx(weight / 0.7, abs=1e-6))
+    contacts = find_signed_contacts(affinities, fragments, OFFSETS, biases, 1, 2**63 - 1)
+    rows = (contacts.u.tolist(), contacts.v.tolist(), contacts.counts.tolist(), (contacts.sums / UNIT).tolist())
+    assert {(u, v): (faces, weight) for u, v, faces, weight in zip(*rows, strict=True)} == expected
+    assert any(faces == 0 for faces, _ in expected.values())
+    own = find_signed_contacts(affinities, fragments, OFFSETS, biases, 4, 9)
+    assert set(own.u.tolist()) == {5, 9}
+    assert not set(own.sized_ids.tolist()) - {5, 9}
 
 
 def test_every_offset_pairs_voxels_inside_the_volume():

@@ -11,6 +11,10 @@ contacts come, and so neither on blocks nor on workers. It also means that two r
 merge before anything else is known, if all contacts of both are (Lu, Zlateski and Seung, arXiv 2106.10795). `settle`
 does that with a part of a graph and leaves the rest, which is smaller.
 
+Mutex watershed is reducible in the same way. A pair has a weight that attracts or repels, the surer is heard first, and
+of two that become one the surer stands for both. A pair that repels is heard, too, and then stays as it is: what would
+attract it comes later (`signed`).
+
 A limit keeps large regions apart unless they are surely one. Regions only grow, so merging two never lets one of them
 merge with a third that it was kept from, and what is said above holds.
 """
@@ -30,6 +34,7 @@ from lsdseg.engine.post.affinities import float_affinities, voxel_pairs
 from lsdseg.engine.post.graph import LARGEST_ID, number_fragments, threshold_of_merge
 
 BINS = 256  # as in waterz' histograms
+MEAN, MUTEX = -1, -2  # rules that are no quantile
 UNIT = 2**24  # affinities are added up in whole units, which are exact in any order
 
 Numbers = NDArray[np.int64]
@@ -42,7 +47,7 @@ class Contacts:
     Attributes:
         u: uint64 (n,), the smaller id of each pair; pairs are sorted by u, then v, and each occurs once.
         v: uint64 (n,), the larger id.
-        sums: int64 (n,), the sum of the affinities, in 1 / UNIT.
+        sums: int64 (n,), the sum of the affinities, in 1 / UNIT; for mutex watershed the weight.
         starts: int64 (n + 1,), where the histogram of each pair begins in the next two, and where the last one ends.
         bins: uint8, the bins of each histogram that are not empty, ascending: affinities from bin / 256 on.
         counts: int64, the number of faces in each of these bins.
@@ -212,10 +217,11 @@ def settle(contacts: Contacts, merge_function: str, limit: Limit = NO_LIMIT) -> 
 
     Args:
         contacts: those of a part, as `simplified` leaves them.
-        merge_function: "mean", "hist_quant_N", or "hist_quant_N_initmax", see `scoring_function`.
+        merge_function: "mean", "hist_quant_N", or "hist_quant_N_initmax", see `scoring_function`; or "mutex".
         limit: keeps large regions apart.
     """
-    quantile = -1 if merge_function == "mean" else int(merge_function.split("_")[2])
+    rules = {"mean": MEAN, "mutex": MUTEX}
+    rule = rules[merge_function] if merge_function in rules else int(merge_function.split("_")[2])
     count = len(contacts.u)
     ids, ends = np.unique(np.concatenate([contacts.u, contacts.v]), return_inverse=True)
     u, v = ends[:count].astype(np.int64), ends[count:].astype(np.int64)
@@ -224,7 +230,7 @@ def settle(contacts: Contacts, merge_function: str, limit: Limit = NO_LIMIT) -> 
     order[by_tie] = np.arange(count)
     borders, now_u, now_v = _borders(contacts), u.copy(), v.copy()
     nodes = _Nodes(np.isin(ids, contacts.open_ids), _sizes_of(ids, contacts))
-    kept, gone, scores, alive = _merge(now_u, now_v, borders, quantile, order, nodes, limit)
+    kept, gone, scores, alive = _merge(now_u, now_v, borders, rule, order, nodes, limit)
 
     region = np.arange(len(ids))
     for a, b in zip(kept[::-1], gone[::-1], strict=True):
@@ -316,7 +322,7 @@ def _borders(contacts: Contacts) -> _Borders:
 
 @numba.njit(cache=True)
 def _merge(
-    u: Numbers, v: Numbers, borders: _Borders, quantile: int, order: Numbers, nodes: _Nodes, limit: Limit
+    u: Numbers, v: Numbers, borders: _Borders, rule: int, order: Numbers, nodes: _Nodes, limit: Limit
 ) -> tuple[Numbers, Numbers, NDArray[np.float32], NDArray[np.bool_]]:
     """Merge nodes, closest pair first, unless one of them is stuck: its closest may be another one.
 
@@ -325,7 +331,7 @@ def _merge(
 
     Args:
         u, v, borders, order: of each edge its nodes, what is known of it, and which of equally close ones comes first.
-        quantile: see `_score`.
+        rule: see `_score`.
         nodes: what is known of each node.
         limit: keeps large nodes apart.
 
@@ -333,7 +339,7 @@ def _merge(
     """
     stuck, sizes, node_count = nodes.stuck, nodes.sizes, len(nodes.stuck)
     lists, edges = _make_lists(u, v, node_count), _by_nodes(u, v, node_count)
-    alive, score = np.ones(len(u), np.bool_), np.array([_score(borders, e, quantile) for e in range(len(u))])
+    alive, score = np.ones(len(u), np.bool_), np.array([_score(borders, e, rule) for e in range(len(u))])
     queue = [(score[e], order[e], e) for e in range(len(u))]
     heapq.heapify(queue)
     first, second = np.empty(node_count, np.int64), np.empty(node_count, np.int64)
@@ -341,6 +347,8 @@ def _merge(
     while len(queue) > 0 and queue[0][0] < 1:
         value, place, e = heapq.heappop(queue)
         if not alive[e] or value != score[e] or place != order[e]:
+            continue
+        if rule == MUTEX and borders.sums[e] <= 0:  # keeps its nodes apart: what they learn later is less sure
             continue
         if stuck[u[e]] or stuck[v[e]]:  # and so is the other: this was its closest
             stuck[u[e]] = stuck[v[e]] = True
@@ -363,8 +371,12 @@ def _merge(
                 if key in edges:
                     g = edges[key]
                     alive[f] = False
-                    _combine(borders, f, g, alive)
-                    order[g], score[g] = max(order[g], order[f]), _score(borders, g, quantile)
+                    if rule == MUTEX:
+                        surer = f if (score[f], order[f]) < (score[g], order[g]) else g
+                        borders.sums[g], order[g], score[g] = borders.sums[surer], order[surer], score[surer]
+                    else:
+                        _combine(borders, f, g, alive)
+                        order[g], score[g] = max(order[g], order[f]), _score(borders, g, rule)
                     heapq.heappush(queue, (score[g], order[g], g))
                     lists.degree[c] -= 1
                 else:
@@ -407,13 +419,18 @@ def _append(lists: _Lists, half: int, node: int) -> None:
 
 
 @numba.njit(cache=True)
-def _score(borders: _Borders, e: int, quantile: int) -> float:
-    """One minus the mean, or minus a quantile from a histogram, as waterz takes it."""
-    if quantile < 0:
+def _score(borders: _Borders, e: int, rule: int) -> float:
+    """One minus the mean, or minus a quantile from a histogram, as waterz takes it.
+
+    For mutex watershed it is how unsure the weight is, 0..0.5, so that all that merge do so below 0.5.
+    """
+    if rule == MUTEX:
+        return float(0.5 - abs(borders.sums[e]) / (2 * UNIT))
+    if rule == MEAN:
         return float(1 - borders.sums[e] / (borders.faces[e] * UNIT))
     histogram = slice(borders.begin[e], borders.begin[e] + borders.length[e])
     counts, passed = borders.counts[histogram], 0
-    pivot = quantile * counts.sum() // 100 + 1
+    pivot = rule * counts.sum() // 100 + 1
     for i in range(len(counts)):
         passed += counts[i]
         if passed >= pivot:

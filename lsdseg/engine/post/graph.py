@@ -17,8 +17,6 @@ import numba
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lsdseg.engine.offsets import Offset, is_direct
-from lsdseg.engine.post.affinities import float_affinities, voxel_pairs
 from lsdseg.engine.post.agglomerate import merge_stages
 from lsdseg.engine.post.fragments import extract_fragments
 
@@ -82,8 +80,7 @@ def edges_of_block(edges: Edges, first_id: int, last_id: int) -> Edges:
     """The edges that belong to a block: those whose smaller id ``u`` is in first_id..last_id.
 
     Args:
-        edges: those of the block with its context, from `score_edges` or `score_mutex_edges`. The context is one voxel
-            or more, and as large as the largest offset.
+        edges: those of the block with its context, from `score_edges`, of one voxel or more.
         first_id: the first id that the block's fragments can have.
         last_id: the last one.
     """
@@ -124,53 +121,6 @@ def score_edges(affinities: ArrayLike, fragments: ArrayLike, merge_function: str
     a, b, merge_scores = _columns(history, "a", "b", "score")
     scores = threshold_of_merge(u, v, a, b, np.maximum.accumulate(merge_scores), len(ids))
     return ids[u], ids[v], scores
-
-
-def score_mutex_edges(affinities: ArrayLike, fragments: ArrayLike, offsets: Sequence[Offset]) -> Edges:
-    """Score every pair of fragments that share a face of a voxel by one minus the mean affinity between them.
-
-    The mean is over all pairs of voxels, one in each fragment, that any offset connects. Where two neurites touch at a
-    faint membrane, the long-range affinities across it tell them apart.
-
-    Args:
-        affinities: (c, z, y, x), uint8 in 0..255 or floating point in 0..1.
-        fragments: (z, y, x), any unsigned ids, 0 is background.
-        offsets: (z, y, x) of each channel. Fragments touch along those of direct neighbors only.
-
-    Returns:
-        The columns u, v and scores, as `score_edges`.
-
-    Raises:
-        ValueError: affinities of another type or range, or of another shape than the fragments.
-    """
-    floats = float_affinities(affinities, channels=len(offsets))
-    unsigned, ids = number_fragments(fragments)
-    numbers = unsigned.astype(np.int64)
-    faces = [_contacts(numbers, offset, len(ids)) for offset in offsets if is_direct(offset)]
-    edges = np.unique(np.concatenate([keys for keys, _ in faces]))
-    sums, counts = np.zeros(len(edges)), np.zeros(len(edges))
-    for channel, offset in zip(floats, offsets, strict=True):
-        keys, voxels = _contacts(numbers, offset, len(ids))
-        index = np.searchsorted(edges, keys)
-        touching = np.append(edges, -1)[index] == keys
-        sums += np.bincount(index[touching], channel[voxels][touching], minlength=len(edges))
-        counts += np.bincount(index[touching], minlength=len(edges))
-    u, v = np.divmod(edges, len(ids))
-    return ids[u], ids[v], (1 - sums / counts).astype(np.float32)
-
-
-def _contacts(numbers: NDArray[np.int64], offset: Offset, count: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Voxels whose partner at an offset is of another fragment: the key of the edge, and an index of the voxels.
-
-    The key of the numbers u < v is u * count + v (int64).
-    """
-    here, there = voxel_pairs(numbers.shape, offset)
-    first, second = numbers[here], numbers[there]
-    apart = (first != second) & (first > 0) & (second > 0)
-    first, second = first[apart], second[apart]
-    voxels = np.zeros(numbers.shape, bool)
-    voxels[here] = apart
-    return np.minimum(first, second) * count + np.maximum(first, second), voxels
 
 
 def number_fragments(fragments: ArrayLike) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:

@@ -17,11 +17,11 @@ from lsdseg.data_utils.layout import FRAGMENTS, MUTEX_SEGMENTATION, segmentation
 from lsdseg.engine.offsets import DIRECT_NEIGHBORS, Offset
 from lsdseg.engine.post.affinities import direct_neighbors
 from lsdseg.engine.post.agglomerate import agglomerate, default_merge_function, scoring_function
-from lsdseg.engine.post.contacts import NO_LIMIT
+from lsdseg.engine.post.contacts import NO_LIMIT, Contacts, Limit, find_contacts
 from lsdseg.engine.post.fragments import extract_fragments
-from lsdseg.engine.post.graph import Edges, score_mutex_edges
 from lsdseg.engine.post.limited import agglomerate_limited, limit_of
 from lsdseg.engine.post.mutex import edge_biases, mutex_watershed
+from lsdseg.engine.post.signed import find_signed_contacts
 from lsdseg.errors import UserError
 
 # The name of a dataset, its labels (uint64, z, y, x), and the attributes that say how they were made.
@@ -40,7 +40,6 @@ class Method(ABC):
     name: str
     merge_functions: Sequence[str]
     takes_placement: bool
-    scores_whole_graph: bool
 
     @abstractmethod
     def check(self, settings: CfgNode, offsets: Sequence[Offset]) -> None:
@@ -72,9 +71,20 @@ class Method(ABC):
     def merge_function(self, settings: CfgNode) -> str:
         """The merge function that the settings choose, one of `merge_functions`; UserError if there is no such."""
 
-    def edges(self, affinities: ArrayLike, fragments: ArrayLike, offsets: Sequence[Offset]) -> Edges:
-        """Score every pair of fragments that touch, given the `channels`, in a method that does so in each block."""
-        raise NotImplementedError(f"{self.name} scores the graph as a whole")
+    @abstractmethod
+    def contacts(
+        self,
+        affinities: ArrayLike,
+        fragments: ArrayLike,
+        settings: CfgNode,
+        offsets: Sequence[Offset],
+        id_range: tuple[int, int],
+    ) -> Contacts:
+        """What a block says of its fragments, those with ids in a range, given the `channels` as far as they reach."""
+
+    @abstractmethod
+    def limit(self, settings: CfgNode) -> Limit:
+        """What keeps large regions apart when the graph is agglomerated."""
 
     @abstractmethod
     def segmentation_names(self, settings: CfgNode) -> dict[float | None, str]:
@@ -101,7 +111,6 @@ class Waterz(Method):
     name = "waterz"
     merge_functions = tuple(MERGE_FUNCTIONS)
     takes_placement = True
-    scores_whole_graph = True
 
     def check(self, settings: CfgNode, offsets: Sequence[Offset]) -> None:
         """Any will do."""
@@ -129,6 +138,19 @@ class Waterz(Method):
             epsilon_agglomerate=settings.EPSILON_AGGLOMERATE,
             placement=placement,
         )
+
+    def contacts(
+        self,
+        affinities: ArrayLike,
+        fragments: ArrayLike,
+        settings: CfgNode,
+        offsets: Sequence[Offset],
+        id_range: tuple[int, int],
+    ) -> Contacts:
+        return find_contacts(affinities, fragments, *id_range)
+
+    def limit(self, settings: CfgNode) -> Limit:
+        return limit_of(settings)
 
     def merge_function(self, settings: CfgNode) -> str:
         name = settings.MERGE_FUNCTION or default_merge_function(settings.THRESHOLDS, settings.EPSILON_AGGLOMERATE)
@@ -167,14 +189,12 @@ class Waterz(Method):
 class Mutex(Method):
     """Mutex watershed on long-range affinities: no threshold, and one segmentation.
 
-    In blocks its segments are the fragments, and edges between them are thresholded like others: mutual exclusion
-    itself does not cross the faces of blocks.
+    In blocks its segments are the fragments, and the graph of the whole volume is segmented in the same way.
     """
 
     name = "mutex"
     merge_functions = ("mutex",)
     takes_placement = False
-    scores_whole_graph = False
 
     def check(self, settings: CfgNode, offsets: Sequence[Offset]) -> None:
         edge_biases(offsets, settings.MUTEX_BIAS)
@@ -205,8 +225,19 @@ class Mutex(Method):
     def merge_function(self, settings: CfgNode) -> str:
         return self.name
 
-    def edges(self, affinities: ArrayLike, fragments: ArrayLike, offsets: Sequence[Offset]) -> Edges:
-        return score_mutex_edges(affinities, fragments, offsets)
+    def contacts(
+        self,
+        affinities: ArrayLike,
+        fragments: ArrayLike,
+        settings: CfgNode,
+        offsets: Sequence[Offset],
+        id_range: tuple[int, int],
+    ) -> Contacts:
+        biases = edge_biases(offsets, settings.MUTEX_BIAS)
+        return find_signed_contacts(affinities, fragments, offsets, biases, *id_range)
+
+    def limit(self, settings: CfgNode) -> Limit:
+        return NO_LIMIT
 
     def segmentation_names(self, settings: CfgNode) -> dict[float | None, str]:
         return {None: MUTEX_SEGMENTATION}

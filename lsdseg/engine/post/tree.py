@@ -45,7 +45,10 @@ class Tree(BlockTree):
             contacts: what `find_contacts` found.
         """
         settled = settle(simplified(contacts, self.merge_function), self.merge_function, self.limit)
-        self._keep(0, position, settled, u=contacts.u, v=contacts.v, number=np.int64(number))
+        # Fragments that share no face have no edge. They may have a contact: mutex watershed knows what repels afar.
+        touching = np.add.reduceat(contacts.counts, contacts.starts[:-1]) > 0 if len(contacts.u) else contacts.u > 0
+        u = np.where(touching, contacts.u, np.uint64(0))
+        self._keep(0, position, settled, u=u, v=contacts.v, number=np.int64(number))
 
     def settle_node(self, level: int, position: Position) -> None:
         """Settle what the nodes below a node have left. Without any, it has nothing to do.
@@ -78,7 +81,8 @@ class Tree(BlockTree):
         if not self.has(0, position):
             return None
         had = self.load(self.file(0, SETTLED, position))
-        return int(had["number"]), (had["u"], had["v"], self._all_scores(0, position, had))
+        edges = np.flatnonzero(had["u"])
+        return int(had["number"]), (had["u"][edges], had["v"][edges], self._all_scores(0, position, had)[edges])
 
     def _settle(
         self, level: int, position: Position, below: Sequence[Position], inner_sides: Sequence[int] | None

@@ -2,8 +2,7 @@
 
 Workers write what the fragments of each block touch. When all blocks are done, the graph is agglomerated as a whole,
 and its edges are scored by that. A block alone would see only a part of the neurites that merge. A large graph is
-agglomerated by workers, too, in a tree of blocks: level by level upwards, and back down. Mutex watershed has no such
-order of merges: its edges are scored by the workers.
+agglomerated by workers, too, in a tree of blocks: level by level upwards, and back down.
 """
 
 import math
@@ -26,9 +25,6 @@ from lsdseg.engine.blocks.markers import begun_before, blocks_left, complete, di
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
 from lsdseg.engine.post.block_tree import Position
-from lsdseg.engine.post.contacts import find_contacts
-from lsdseg.engine.post.graph import edges_of_block
-from lsdseg.engine.post.limited import limit_of
 from lsdseg.engine.post.methods import method_of, method_that_scores
 from lsdseg.engine.post.steps.fragments import check_block_settings, require_fragments
 from lsdseg.engine.post.steps.grid import block_grid, block_position, block_step
@@ -72,7 +68,7 @@ def agglomerate_blockwise(cfg: CfgNode) -> None:
                 store.write_edges_record(merge_function, record.to_json())
             step = edges_step(sample, merge_function, (begun or record).id)
             run_blocks(cfg, step)
-            if method_that_scores(merge_function).scores_whole_graph and not _is_scored(step):
+            if not _is_scored(step):
                 _score_whole_graph(sample, step, store, merge_function)
             store.finish_edges(merge_function)
             complete(step)
@@ -97,12 +93,8 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
             return
         predicted = read(affinities, (slice(None), *voxels_of(affinities, roi)))
         channels = method.channels(predicted, sample.offsets)
-        if method.scores_whole_graph:
-            contacts = find_contacts(channels, labels, *store.id_range(number))
-            tree.settle_block(block_position(sample, block.write_roi.begin), number, contacts)
-        else:
-            edges = edges_of_block(method.edges(channels, labels, sample.offsets), *store.id_range(number))
-            store.write_edges(merge_function, number, *edges)
+        contacts = method.contacts(channels, labels, cfg.INS_SEGMENT, sample.offsets, store.id_range(number))
+        tree.settle_block(block_position(sample, block.write_roi.begin), number, contacts)
 
     return process
 
@@ -128,7 +120,7 @@ def edges_step(sample: Sample, merge_function: str, made: str, in_blocks: bool =
         f"{__name__}:open_worker",
         arguments={"merge_function": merge_function},
         settings={f"the edges of {merge_function}": made},
-        context=method.reach(sample.offsets) if method.scores_whole_graph and not in_blocks else None,
+        context=None if in_blocks else method.reach(sample.offsets),
     )
 
 
@@ -162,7 +154,7 @@ def require_edges(sample: Sample, merge_function: str, fragments: str) -> str:
     made = "" if made_from is None else made_from.id
     # A graph of others has neither a record nor markers: it is taken as it is.
     known = made_from is not None or sample.markers(edges_name(merge_function)).is_dir()
-    in_blocks = made_from is None or SCORES not in made_from.settings  # by an earlier version, or by Mutex
+    in_blocks = made_from is None or SCORES not in made_from.settings  # by an earlier version
     step = edges_step(sample, merge_function, made, in_blocks=in_blocks)
     if known and ((left := blocks_left(step)) or not (in_blocks or _is_scored(step))):
         what = f"{left} blocks" if left else "the scores"
@@ -173,7 +165,8 @@ def require_edges(sample: Sample, merge_function: str, fragments: str) -> str:
 def _tree(sample: Sample, merge_function: str) -> Tree:
     """The tree over the blocks of a sample, with its files."""
     name = edges_name(merge_function)
-    return Tree(sample.markers(name) / CONTACTS, block_grid(sample), merge_function, limit_of(sample.cfg.INS_SEGMENT))
+    limit = method_that_scores(merge_function).limit(sample.cfg.INS_SEGMENT)
+    return Tree(sample.markers(name) / CONTACTS, block_grid(sample), merge_function, limit)
 
 
 def _is_scored(step: BlockStep) -> bool:
@@ -236,9 +229,7 @@ def _write_edges(tree: Tree, position: Position, store: RagStore) -> None:
 def _record(sample: Sample, merge_function: str, fragments: str) -> Record:
     """What the edges of a sample would be made from now. Most keys that affect them affect the fragments."""
     inputs = {AFFINITIES: identity(sample.affinities), FRAGMENTS: fragments}
-    settings = {"the merge function": merge_function}
-    if method_that_scores(merge_function).scores_whole_graph:
-        settings |= {SCORES: "of the whole graph", **settings_of(sample.cfg, EDGES)}
+    settings = {"the merge function": merge_function, SCORES: "of the whole graph", **settings_of(sample.cfg, EDGES)}
     return Record("03_agglomerate_blockwise.py", inputs, settings)
 
 

@@ -1,0 +1,121 @@
+"""What attracts and what repels the fragments of mutex watershed, for the graph of a whole volume.
+
+In a volume, mutex watershed hears the surest of all affinities first. Among fragments it does the same with pairs: the
+affinities between two fragments become two weights, the mean of those of direct neighbors and the mean of those of long
+range, each with its bias. From the largest weight to the smallest, each joins two regions or keeps them apart for good
+(`contacts.settle`). Of two weights of one pair, or of a pair of regions that merge, only the larger one is ever heard:
+the other comes too late. So a weight per pair is all that a block has to say.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lsdseg.engine.offsets import Offset, is_direct
+from lsdseg.engine.post.affinities import float_affinities, voxel_pairs
+from lsdseg.engine.post.contacts import UNIT, Contacts
+from lsdseg.engine.post.graph import number_fragments
+
+
+def find_signed_contacts(
+    affinities: ArrayLike,
+    fragments: ArrayLike,
+    offsets: Sequence[Offset],
+    biases: Sequence[float],
+    first_id: int,
+    last_id: int,
+) -> Contacts:
+    """Find the pairs of fragments that attract or repel each other, those whose smaller id lies in first_id..last_id.
+
+    Args:
+        affinities: (c, z, y, x), uint8 in 0..255 or floating point in 0..1.
+        fragments: (z, y, x), any unsigned ids, 0 is background. As many voxels around those with these ids are enough
+            as the offsets reach.
+        offsets: (z, y, x) of each channel.
+        biases: added to the affinities of each channel: what is above 0 then attracts.
+        first_id: the first id.
+        last_id: the last one.
+
+    Returns:
+        `sums` are the weights in 1 / UNIT, at most 1: below 0 the pair repels. `counts` are the faces that the two
+        share. Those that share none only repel: a segment hangs together.
+
+    Raises:
+        ValueError: affinities of another type or range, or of another shape than the fragments.
+    """
+    floats = float_affinities(affinities, channels=len(offsets))
+    unsigned, ids = number_fragments(fragments)
+    if floats.shape[1:] != unsigned.shape:
+        raise ValueError(f"affinities of shape {floats.shape} and fragments of shape {unsigned.shape} do not fit")
+    numbers, count = unsigned.astype(np.int64), len(ids)
+    own = (ids >= first_id) & (ids <= last_id)
+    largest = max(max(abs(bias), abs(1 + bias)) for bias in biases)
+    keys: dict[bool, list[NDArray[np.int64]]] = {True: [], False: []}
+    weights: dict[bool, list[NDArray[np.float64]]] = {True: [], False: []}
+    sides = np.zeros(count, np.uint8)
+    for channel, offset, bias in zip(floats, offsets, biases, strict=True):
+        here, there = voxel_pairs(numbers.shape, offset)
+        first, second = numbers[here], numbers[there]
+        _mark_sides(sides, own, first, second, offset)
+        smaller, larger = np.minimum(first, second), np.maximum(first, second)
+        apart = (smaller != larger) & (smaller > 0) & own[smaller]
+        keys[is_direct(offset)].append(smaller[apart] * count + larger[apart])
+        weights[is_direct(offset)].append((channel[here][apart] + np.float64(bias)) / largest)
+
+    pairs, faces, direct = _means(keys[True], weights[True])
+    far_pairs, _, far = _means(keys[False], weights[False])
+    every = np.union1d(pairs, far_pairs)
+    heard, shared = np.zeros(len(every)), np.zeros(len(every), np.int64)
+    at = np.searchsorted(every, pairs)
+    heard[at], shared[at] = direct, faces
+    at = np.searchsorted(every, far_pairs)
+    heard[at] = np.where(np.abs(far) > np.abs(heard[at]), far, heard[at])
+    kept = (shared > 0) | (heard < 0)
+    u, v = np.divmod(every[kept], max(count, 1))
+    return Contacts(
+        ids[u],
+        ids[v],
+        np.rint(heard[kept] * UNIT).astype(np.int64),
+        np.arange(len(u) + 1),
+        np.zeros(len(u), np.uint8),
+        shared[kept],
+        ids[u],
+        ids[v],
+        ids[sides > 0],
+        sides[sides > 0],
+        ids[own],
+        np.bincount(numbers.ravel(), minlength=count)[own],
+    )
+
+
+def _mark_sides(
+    sides: NDArray[np.uint8],
+    own: NDArray[np.bool_],
+    first: NDArray[np.int64],
+    second: NDArray[np.int64],
+    offset: Offset,
+) -> None:
+    """Note in `sides`, in bits as `Contacts.open_sides`, where the partners lie of own fragments that others have.
+
+    Args:
+        sides: of each fragment.
+        own: of each fragment whether it is an own one.
+        first, second: numbers of the fragments of voxels, and of their partners at the offset.
+        offset: z, y, x. A partner across an edge may lie on any of its sides, so all of them count.
+    """
+    ahead = sum((1 if step < 0 else 2) << 2 * axis for axis, step in enumerate(offset) if step)
+    behind = sum((2 if step < 0 else 1) << 2 * axis for axis, step in enumerate(offset) if step)
+    sides[first[own[first] & ~own[second] & (second > 0)]] |= np.uint8(ahead)
+    sides[second[own[second] & ~own[first] & (first > 0)]] |= np.uint8(behind)
+
+
+def _means(
+    keys: list[NDArray[np.int64]], weights: list[NDArray[np.float64]]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Pairs, ascending, how many weights each has, and their mean."""
+    pairs, inverse, counts = np.unique(
+        np.concatenate([np.empty(0, np.int64), *keys]), return_inverse=True, return_counts=True
+    )
+    sums = np.bincount(inverse, np.concatenate([np.empty(0), *weights]), len(pairs))
+    return pairs, counts, sums / np.maximum(counts, 1)
