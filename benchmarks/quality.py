@@ -2,7 +2,7 @@
 
 Run quality.py first. A segment counts as merged if a second neuron fills more than 1000 of its voxels, without the
 voxels next to a boundary of the ground truth. Segments of up to 1000 voxels are left out. A contact counts as a split
-if both segments are mostly of one neuron.
+if both segments are mostly of one neuron. "doubt, neck" is the order by the rank in doubt plus half the rank in neck.
 """
 
 import numpy as np
@@ -18,6 +18,7 @@ from lsdseg.engine.sample import samples_of
 from lsdseg.files import read_json
 
 VOXELS = 1000
+MERGES = ("doubt", "worst_nm", "voxels", "caliber", "neck")
 
 
 def main(cfg: CfgNode) -> None:
@@ -29,8 +30,11 @@ def main(cfg: CfgNode) -> None:
         large = [row for row in report["segments"] if row["voxels"] > VOXELS]
         merged = np.array([(counts[pairs[:, 0] == row["segment"]] > VOXELS).sum() > 1 for row in large])
         print(f"{sample.output.name}/{report['segmentation']}: {merged.sum()} of {len(merged)} segments are merged")
-        for column in ("doubt", "worst_nm", "voxels"):
-            print(f"  by {column:9} {scores(np.array([row[column] for row in large]), merged)}")
+        columns = {name: np.array([row[name] for row in large]) for name in MERGES}
+        for name in MERGES[3:]:
+            columns[f"doubt, {name}"] = rankdata(columns["doubt"]) + rankdata(columns[name]) / 2
+        for name, values in columns.items():
+            print(f"  by {name:14} {scores(values, merged)}")
 
         neuron = {}  # of each segment, the one that fills most of it
         for row in np.argsort(counts):
@@ -40,7 +44,7 @@ def main(cfg: CfgNode) -> None:
         split = np.array([neuron.get(row["segment"], -1) == neuron.get(row["other"], -2) for row in contacts])
         print(f"  {split.sum()} of {len(split)} contacts are splits")
         for column in ("affinity", "faces", "voxels"):
-            print(f"  by {column:9} {scores(np.array([row[column] for row in contacts]), split)}")
+            print(f"  by {column:14} {scores(np.array([row[column] for row in contacts]), split)}")
 
 
 def scores(values: np.ndarray, wrong: np.ndarray) -> str:

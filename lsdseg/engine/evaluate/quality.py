@@ -7,6 +7,7 @@ threshold and wherever blocks end.
 
 Every volume has some distance everywhere. So the volume is cut into small cubes, and only cubes count in which the
 mean distance within a segment is well above that of the whole volume. Splits do not show in it; `splits` finds them.
+`shape` adds what is odd in the shape of a segment.
 """
 
 import csv
@@ -29,6 +30,7 @@ from lsdseg.data_utils.labels import grow_boundary
 from lsdseg.data_utils.layout import FRAGMENTS, prediction_name, quality_path
 from lsdseg.data_utils.volumes import open_array, read, require_whole
 from lsdseg.engine.evaluate.evaluate import segmentations_in
+from lsdseg.engine.evaluate.shape import Grid, Shape, Widths, radii_in, shapes_of, widths_in
 from lsdseg.engine.evaluate.splits import Split, rank_splits, touching_in
 from lsdseg.engine.sample import Sample, best_segmentation, samples_of
 from lsdseg.engine.training.lsd import local_shape_descriptors
@@ -60,6 +62,12 @@ class Doubt:
         voxels: of the segment, without those at its boundary.
         orphan: whether it touches no face of the volume. Neurites do not end inside a small volume: one that does is
             probably split off from another.
+        caliber: by how many times its radius changes suddenly, at most; 1 if nowhere.
+        neck: how many times as thick as the neck between them the thinner one of two bodies is, at most; 1 if there is
+            only one that is thicker than sigma.
+        neck_z: where that neck is, in nm; None if there is none.
+        neck_y: the same.
+        neck_x: the same.
     """
 
     segment: int
@@ -71,6 +79,11 @@ class Doubt:
     x: float
     voxels: int
     orphan: bool = False
+    caliber: float = 1.0
+    neck: float = 1.0
+    neck_z: float | None = None
+    neck_y: float | None = None
+    neck_x: float | None = None
 
 
 class Cubes(NamedTuple):
@@ -104,11 +117,13 @@ def quality(cfg: CfgNode, segmentation: str | None = None) -> None:
     for sample in samples_of(cfg):
         name = _choose(sample, segmentation)
         array = open_array(sample.output, name)
-        cube = _cube(sample, array)
-        doubts, mean = rank_segments(_cubes_in(sample, array, name, cube), math.prod(cube), array.voxel_size)
-        outer = ids_at_faces(array)
+        grid = Grid(array.shape, _cube(sample, array))
+        cubes, widths = _measure(sample, array, name, grid)
+        doubts, mean = rank_segments(cubes, math.prod(grid.cube), array.voxel_size)
+        outer, shapes = ids_at_faces(array), shapes_of(widths, grid, array.voxel_size, sample.cfg.MODEL.LSD_SIGMA)
         for doubt in doubts:
             doubt.orphan = doubt.segment not in outer
+            _describe(doubt, shapes.get(doubt.segment, Shape()), array)
         sizes = {doubt.segment: doubt.voxels for doubt in doubts}
         splits = rank_splits(touching_in(sample, array, name), sizes, LEAST)
         lists = {"segments": list(map(asdict, doubts)), "splits": list(map(asdict, splits))}
@@ -141,6 +156,14 @@ def ids_at_faces(segmentation: Array) -> set[int]:
             face = tuple(at if n == axis else slice(None) for n in range(3))
             found |= set(np.unique(read(segmentation, face)).tolist())
     return found
+
+
+def _describe(doubt: Doubt, shape: Shape, segmentation: Array) -> None:
+    """Enter the shape of a segment."""
+    doubt.caliber, doubt.neck = shape.caliber, shape.neck
+    if shape.place:
+        middle = (np.array(shape.place) + 0.5) * np.array(segmentation.voxel_size) + np.array(segmentation.offset)
+        doubt.neck_z, doubt.neck_y, doubt.neck_x = middle.tolist()
 
 
 def _place(found: Doubt | Split) -> str:
@@ -274,13 +297,12 @@ def _cube(sample: Sample, array: Array) -> list[int]:
     return [1 if sections and axis == 0 else max(1, round(width / size)) for axis, size in enumerate(array.voxel_size)]
 
 
-def _cubes_in(sample: Sample, array: Array, name: str, cube: Sequence[int]) -> Cubes:
-    """Read a segmentation and the LSDs block by block, and sum up what each segment has in each cube.
+def _lsds_of(sample: Sample, array: Array, name: str) -> Array:
+    """The predicted LSDs.
 
     Raises:
-        UserError: they are missing, or do not lie on the same voxels.
+        UserError: they or the segmentation are missing or damaged, or they do not lie on the same voxels.
     """
-    model = sample.cfg.MODEL
     predicted = open_array(sample.output, LSDS)
     for dataset in (name, LSDS):
         require_whole(sample.output, dataset)
@@ -290,29 +312,46 @@ def _cubes_in(sample: Sample, array: Array, name: str, cube: Sequence[int]) -> C
             f"{name} has shape {array.shape} at {tuple(array.offset)} nm, but {LSDS} in {sample.output} has "
             f"{predicted.shape} at {tuple(predicted.offset)}: predict and segment with the same config"
         )
-    found = []
+    return predicted
+
+
+def _measure(sample: Sample, array: Array, name: str, grid: Grid) -> tuple[Cubes, Widths]:
+    """Read a segmentation and the LSDs block by block, and measure what each segment has in each cube.
+
+    Raises:
+        UserError: as for `_lsds_of`.
+    """
+    predicted, model, size = _lsds_of(sample, array, name), sample.cfg.MODEL, array.voxel_size
     sections = predicted.shape[0] == 6
-    reach = [math.ceil(WINDOW * model.LSD_SIGMA / size) + model.GROWBOUNDARY_STEPS for size in array.voxel_size]
-    context = [
-        0 if sections and n == 0 else -(-r // model.LSD_DOWNSAMPLE) * model.LSD_DOWNSAMPLE for n, r in enumerate(reach)
-    ]
-    step = [width * max(1, BLOCK // width) for width in cube]
+    window, boundary, coarse = WINDOW * model.LSD_SIGMA, model.GROWBOUNDARY_STEPS, model.LSD_DOWNSAMPLE
+    # At least one voxel more than the window: the radii of the neighbors of a block count, too.
+    context = [coarse * math.ceil((math.ceil(window / along) + max(boundary, 1)) / coarse) for along in size]
+    if sections:
+        context[0] = 0
+    step = [width * max(1, BLOCK // width) for width in grid.cube]
+    cubes, widths = [], []
     for slices in tqdm(list(_boxes(array.shape, step)), name, unit="block", leave=False, delay=2):
         lsds = read(predicted, (slice(None), *slices))
         lsds = lsds.astype(np.float32) / np.float32(255 if lsds.dtype == np.uint8 else 1)
         segmentation = _with_context(array, slices, context)
-        apart = center_distance(
-            segmentation,
-            lsds,
-            model.LSD_SIGMA,
-            array.voxel_size,
-            context,
-            model.LSD_DOWNSAMPLE,
-            model.GROWBOUNDARY_STEPS,
-        )
-        begin = [o + s.start * size for o, s, size in zip(array.offset, slices, array.voxel_size, strict=True)]
-        found.append(sum_in_cubes(apart, read(array, slices), cube, array.voxel_size, begin))
-    return Cubes(*(np.concatenate(column) for column in zip(*found, strict=True)))
+        apart = center_distance(segmentation, lsds, model.LSD_SIGMA, size, context, coarse, boundary)
+        inside = read(array, slices)
+        begin = [along.start for along in slices]
+        at = [o + first * along for o, first, along in zip(array.offset, begin, size, strict=True)]
+        cubes.append(sum_in_cubes(apart, inside, grid.cube, size, at))
+        radii = _with_one_voxel(radii_in(segmentation, size, window, sections), context)
+        widths.append(widths_in(_with_one_voxel(segmentation, context), radii, begin, grid, sections))
+    return (
+        Cubes(*(np.concatenate(column) for column in zip(*cubes, strict=True))),
+        Widths(*(np.concatenate(column) for column in zip(*widths, strict=True))),
+    )
+
+
+def _with_one_voxel(around: NDArray[Any], context: Sequence[int]) -> NDArray[Any]:
+    """Cut a block with context to one voxel more on each side, and add 0 where there is no context."""
+    padded = np.pad(around, [(max(0, 1 - width),) * 2 for width in context])
+    cut = [max(0, width - 1) for width in context]
+    return padded[tuple(slice(width, size - width) for width, size in zip(cut, padded.shape, strict=True))]
 
 
 def _boxes(shape: Sequence[int], step: Sequence[int]) -> Iterator[tuple[slice, ...]]:
