@@ -2,8 +2,12 @@
 
 Run quality.py first. A segment counts as merged if a second neuron fills more than 1000 of its voxels, without the
 voxels next to a boundary of the ground truth. Segments of up to 1000 voxels are left out. A contact counts as a split
-if both segments are mostly of one neuron.
+if both segments are mostly of one neuron. "doubt, neck" is the order by the rank in doubt plus half the rank in neck,
+"listed" the order of the list: by affinity, less half of the disagreement if that was kept.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
@@ -18,6 +22,8 @@ from lsdseg.engine.sample import samples_of
 from lsdseg.files import read_json
 
 VOXELS = 1000
+MERGES = ("doubt", "worst_nm", "voxels", "caliber", "neck", "disagreement")
+SPLITS = ("affinity", "faces", "voxels", "disagreement")
 
 
 def main(cfg: CfgNode) -> None:
@@ -29,8 +35,11 @@ def main(cfg: CfgNode) -> None:
         large = [row for row in report["segments"] if row["voxels"] > VOXELS]
         merged = np.array([(counts[pairs[:, 0] == row["segment"]] > VOXELS).sum() > 1 for row in large])
         print(f"{sample.output.name}/{report['segmentation']}: {merged.sum()} of {len(merged)} segments are merged")
-        for column in ("doubt", "worst_nm", "voxels"):
-            print(f"  by {column:9} {scores(np.array([row[column] for row in large]), merged)}")
+        columns = columns_of(large, MERGES)
+        for name in [name for name in MERGES[3:] if name in columns]:
+            columns[f"doubt, {name}"] = rankdata(columns["doubt"]) + rankdata(columns[name]) / 2
+        for name, values in columns.items():
+            print(f"  by {name:19} {scores(values, merged)}")
 
         neuron = {}  # of each segment, the one that fills most of it
         for row in np.argsort(counts):
@@ -39,8 +48,14 @@ def main(cfg: CfgNode) -> None:
         contacts = report["splits"]
         split = np.array([neuron.get(row["segment"], -1) == neuron.get(row["other"], -2) for row in contacts])
         print(f"  {split.sum()} of {len(split)} contacts are splits")
-        for column in ("affinity", "faces", "voxels"):
-            print(f"  by {column:9} {scores(np.array([row[column] for row in contacts]), split)}")
+        listed = {"listed": -np.arange(len(contacts))}
+        for name, values in (listed | columns_of(contacts, SPLITS)).items():
+            print(f"  by {name:19} {scores(values, split)}")
+
+
+def columns_of(rows: list[dict[str, Any]], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The columns of a list that are known: disagreement may not be."""
+    return {name: np.array([row[name] for row in rows]) for name in names if None not in (row[name] for row in rows)}
 
 
 def scores(values: np.ndarray, wrong: np.ndarray) -> str:

@@ -10,10 +10,11 @@ import pytest
 from lsdseg.config.loader import load_config
 from lsdseg.data_utils.layout import data_folder, output_path, quality_path
 from lsdseg.data_utils.phantom import make_phantom
+from lsdseg.data_utils.records import Record
 from lsdseg.data_utils.volumes import open_array, read, write_array
 from lsdseg.engine.evaluate import quality as module
 from lsdseg.engine.evaluate.quality import Cubes, _boxes, center_distance, quality, rank_segments, sum_in_cubes
-from lsdseg.engine.evaluate.splits import find_touching, joined
+from lsdseg.engine.evaluate.splits import Touching, find_touching, joined, rank_splits
 from lsdseg.engine.post.affinities import voxel_pairs
 from lsdseg.engine.training.lsd import local_shape_descriptors
 from lsdseg.errors import UserError
@@ -95,6 +96,10 @@ def test_a_merge_comes_first_and_its_place_is_where_it_is(home, capsys):
     assert f"{wrong}  doubt" in capsys.readouterr().out
 
 
+def without_none(row):
+    return {key: value for key, value in row.items() if value is not None}
+
+
 def test_blocks_change_nothing(home, monkeypatch):
     cfg, output, *_ = home
     quality(cfg)
@@ -104,7 +109,7 @@ def test_blocks_change_nothing(home, monkeypatch):
     blocks = read_report(output)
     assert blocks["mean_nm"] == pytest.approx(whole["mean_nm"], rel=1e-4)
     for ours, theirs in zip(blocks["segments"], whole["segments"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-3)
+        assert without_none(ours) == pytest.approx(without_none(theirs), rel=1e-3, abs=1e-3)
 
 
 def test_a_split_comes_first_and_its_place_is_at_the_cut(home, capsys):
@@ -128,6 +133,7 @@ def test_contacts_are_those_of_a_loop(size):
     rng = np.random.default_rng(0)
     segments = np.kron(rng.integers(0, 5, (4, 6, 7)), np.ones((3, 2, 2))).astype(np.uint64)
     affinities = rng.integers(0, 256, (4, *segments.shape)).astype(np.float32) / 255
+    unsure = rng.uniform(size=segments.shape).astype(np.float32)
     expected = {}
     for channel, step in zip(affinities, OFFSETS, strict=True):
         for place in np.argwhere(segments):
@@ -135,19 +141,24 @@ def test_contacts_are_those_of_a_loop(size):
             if np.abs(step).sum() == 1 and (there >= 0).all() and 0 != segments[*there] != segments[*place]:
                 pair = tuple(sorted((int(segments[*place]), int(segments[*there]))))
                 middle = tuple(((place + there) / 2 + 0.5) * [40, 10, 10] + [100, 0, -50])
-                expected.setdefault(pair, []).append((channel[*place], middle))
+                expected.setdefault(pair, []).append((channel[*place], middle, (unsure[*place], unsure[*there])))
     parts = []
     for slices in _boxes(segments.shape, (size // 4, size // 2, size // 4)):
-        around = np.pad(segments, 1)[tuple(slice(s.start, s.stop + 2) for s in slices)]
+        around, near = (
+            np.pad(whole, 1)[tuple(slice(s.start, s.stop + 2) for s in slices)] for whole in (segments, unsure)
+        )
         offset = [100 + 40 * slices[0].start, 10 * slices[1].start, -50 + 10 * slices[2].start]
-        parts.append(find_touching(affinities[:, *slices], around, list(map(tuple, OFFSETS)), (40, 10, 10), offset))
+        parts.append(
+            find_touching(affinities[:, *slices], around, list(map(tuple, OFFSETS)), (40, 10, 10), offset, near)
+        )
     found = joined(parts)
     assert list(map(tuple, found.pairs.tolist())) == sorted(expected)
     for pair, *columns in zip(found.pairs.tolist(), *found[1:], strict=True):
         values = expected[tuple(pair)]
         assert columns[0] == len(values)
-        assert columns[1] == pytest.approx(sum(float(value) for value, _ in values))
-        assert (columns[2], tuple(columns[3])) == max(values)
+        assert columns[1] == pytest.approx(sum(float(value) for value, *_ in values))
+        assert (columns[2], tuple(columns[3])) == max(values)[:2]
+        assert columns[4] == pytest.approx(sum(np.mean(ends) for *_, ends in values))
 
 
 def test_lsds_of_the_segmentation_itself_leave_no_distance():
@@ -174,22 +185,24 @@ def test_sums_are_those_of_a_loop():
     rng = np.random.default_rng(0)
     segments, distance = rng.integers(0, 4, (5, 6, 7)).astype(np.uint64), rng.uniform(0, 50, (5, 6, 7)).astype("f4")
     distance[rng.uniform(size=distance.shape) < 0.3] = np.nan
-    cubes = sum_in_cubes(distance, segments, (2, 3, 4), (40, 10, 10), (100, 0, -50))
+    unsure = rng.uniform(size=distance.shape).astype("f4")
+    cubes = sum_in_cubes(distance, segments, (2, 3, 4), (40, 10, 10), (100, 0, -50), unsure)
     expected = {}
     for place in np.argwhere(np.isfinite(distance)):
         key = (int(segments[tuple(place)]), *(place // [2, 3, 4]).tolist())
-        expected.setdefault(key, []).append((*((place + 0.5) * [40, 10, 10] + [100, 0, -50]), distance[tuple(place)]))
-    found = sorted(
-        zip(cubes.segments.tolist(), cubes.voxels.tolist(), cubes.sums, map(tuple, cubes.places), strict=True)
-    )
+        middle = (place + 0.5) * [40, 10, 10] + [100, 0, -50]
+        expected.setdefault(key, []).append((*middle, distance[tuple(place)], unsure[tuple(place)]))
+    places = map(tuple, cubes.places)
+    found = sorted(zip(cubes.segments.tolist(), cubes.voxels.tolist(), cubes.sums, places, cubes.unsure, strict=True))
     wanted = []
     for (segment, *_), values in expected.items():
-        *place, _ = np.mean(values, axis=0)
-        wanted.append((segment, len(values), np.sum([value[3] for value in values], dtype=float), tuple(place)))
+        place, sums = np.mean(values, axis=0)[:3], np.sum(values, axis=0)[3:]
+        wanted.append((segment, len(values), sums[0], tuple(place), sums[1]))
     for ours, theirs in zip(found, sorted(wanted), strict=True):
         assert ours[:2] == theirs[:2]
         assert ours[2] == pytest.approx(theirs[2])
         assert ours[3] == pytest.approx(theirs[3])
+        assert ours[4] == pytest.approx(theirs[4])
 
 
 def test_segments_that_touch_no_face_are_orphans(home):
@@ -205,17 +218,75 @@ def test_segments_that_touch_no_face_are_orphans(home):
     assert 999 in orphans
 
 
+def test_two_bodies_that_a_neck_joins_are_seen(home):
+    cfg, output, *_ = home
+    labels = read(open_array(output, SEGMENTATION))
+    z, y, x = np.indices(SHAPE)
+    for middle in (16, 47):
+        labels[(z - 20) ** 2 + (y - 30) ** 2 + (x - middle) ** 2 < 100] = 999
+    labels[18:22, 28:32, 16:47] = 999
+    write_array(output, SEGMENTATION, labels, **PLACED)
+    quality(cfg)
+    rows = {row["segment"]: row for row in read_report(output)["segments"]}
+    assert rows[999]["neck"] > 3
+    place = (np.array([rows[999][f"neck_{axis}"] for axis in "zyx"]) - PLACED["offset"]) / 10
+    assert np.abs(place - [20, 30, 31.5]).max() < 8
+    assert rows[999]["neck"] == max(row["neck"] for row in rows.values())
+    assert all((row["neck"] == 1) == (row["neck_z"] is None) for row in rows.values())
+
+
 def test_ranking_by_hand():
     ids = np.array([7, 7, 9, 9, 5], np.uint64)
     voxels, sums = np.array([100, 100, 100, 100, 1]), np.array([1000.0, 1000, 1000, 5000, 900])
     places = np.arange(15.0).reshape(5, 3)
-    doubts, mean = rank_segments(Cubes(ids, voxels, sums, places), 100, (10, 10, 10))
+    unsure = np.array([10.0, 20, 30, 40, 1])
+    doubts, mean = rank_segments(Cubes(ids, voxels, sums, places, unsure), 100, (10, 10, 10))
     assert mean == pytest.approx(8900 / 401)
     assert [doubt.segment for doubt in doubts] == [9, 7, 5]
     assert doubts[0].doubt == pytest.approx((50 - 1.5 * mean) * 100 * 1e-6)
     assert (doubts[0].worst_nm, doubts[0].mean_nm, doubts[0].voxels) == (50, 30, 200)
     assert (doubts[0].z, doubts[0].y, doubts[0].x) == (9, 10, 11)
+    assert [doubt.disagreement for doubt in doubts] == [70 / 200, 30 / 200, 1]
     assert doubts[2].doubt == 0  # it fills too little of its cube
+    doubts, _ = rank_segments(Cubes(ids, voxels, sums, places, unsure * np.nan), 100, (10, 10, 10))
+    assert [doubt.disagreement for doubt in doubts] == [None] * 3
+
+
+def test_contacts_on_which_views_disagree_come_later():
+    pairs = np.array([[1, 2], [1, 3], [2, 3]], np.uint64)
+    faces, sums, unsure = np.array([10, 10, 10]), np.array([5.0, 6, 2]), np.array([1.0, 5, 0])
+    touching = Touching(pairs, faces, sums, np.full(3, 0.9, "f4"), np.zeros((3, 3)), unsure)
+    splits = rank_splits(touching, {1: 50, 2: 60, 3: 70}, 10)
+    assert [(split.segment, split.other, split.disagreement) for split in splits] == [
+        (1, 2, 0.1),
+        (1, 3, 0.5),
+        (2, 3, 0),
+    ]
+    splits = rank_splits(touching._replace(unsure=unsure * np.nan), {1: 50, 2: 60, 3: 70}, 10)
+    assert [(split.segment, split.other, split.disagreement) for split in splits] == [
+        (1, 3, None),
+        (1, 2, None),
+        (2, 3, None),
+    ]
+
+
+def test_disagreement_of_views_is_used_if_it_is_of_this_prediction(home, capsys):
+    cfg, output, *_ = home
+    labels, made, other = read(open_array(output, SEGMENTATION)), Record("prediction", {}, {}), Record("p", {}, {})
+    predicted = {"attributes": {"offsets": OFFSETS} | made.attributes, **PLACED}
+    write_array(output, "volumes/pred_affs", affinities_of(labels), **predicted)
+    unsure = np.where(labels == labels[20, 30, 30], 51, 204).astype(np.uint8)[None]
+    for record, known in ((made, True), (other, False)):
+        write_array(output, "volumes/pred_disagreement", unsure, attributes=record.attributes, **PLACED)
+        quality(cfg)
+        report = read_report(output)
+        for row in report["segments"]:
+            inside = 0.2 if row["segment"] == labels[20, 30, 30] else 0.8
+            assert row["disagreement"] == (pytest.approx(inside) if known else None)
+        for row in report["splits"]:
+            across = 0.5 if labels[20, 30, 30] in (row["segment"], row["other"]) else 0.8
+            assert row["disagreement"] == (pytest.approx(across) if known else None)
+        assert ("warning: volumes/pred_disagreement" in capsys.readouterr().out) != known
 
 
 def test_bad_input(home):

@@ -1,5 +1,11 @@
+import itertools
+import math
+
+import networkx as nx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lsdseg.data_utils.skeletons import Skeleton
 from lsdseg.data_utils.swc import read_skeletons, read_swc
@@ -85,3 +91,79 @@ def test_skeletons_of_labels_follow_them():
     result = score_skeletons(skeletons, labels, (40, 10, 10), (1000, 0, 0))
     assert result["normalized_erl"] == 1
     assert score_skeletons(skeletons, labels != 0, (40, 10, 10), (1000, 0, 0))["erl"] == 0
+
+
+def run_lengths(skeletons, labels, voxel_size, offset):
+    """Expected run lengths by their definition: how long is the run at a place, on average over all places?
+
+    What is left of the skeletons without split, merged and omitted edges falls into parts. A run is what one can walk
+    without an error, and parts of a skeleton that lie in one segment count as one: nothing is wrong between them.
+
+    Returns:
+        name -> length, expected run length without and with such parts counted as one.
+    """
+    segment = {}
+    for name, skeleton in skeletons.items():
+        for number, point in enumerate(skeleton.points.tolist()):
+            voxel = [math.floor((p - o) / size) for p, o, size in zip(point, offset, voxel_size, strict=True)]
+            inside = all(0 <= v < n for v, n in zip(voxel, labels.shape, strict=True))
+            segment[name, number] = int(labels[*voxel]) if inside else None
+    found = {}
+    for name, skeleton in skeletons.items():
+        whole, right = nx.Graph(), nx.Graph()
+        for edge in skeleton.edges.tolist():
+            ends = [(name, end) for end in edge]
+            one, other = (segment[end] for end in ends)
+            if one is None or other is None:
+                continue
+            length = math.dist(*skeleton.points[edge])
+            whole.add_edge(*ends, length=length)
+            merged = any(there == one and owner != name for (owner, _), there in segment.items())
+            if one == other != 0 and not merged:
+                right.add_edge(*ends, length=length)
+        total = whole.size("length")
+        expected = []
+        for tied in (False, True):
+            for place, another in itertools.combinations(list(right), 2) if tied else ():
+                if segment[place] == segment[another] and not right.has_edge(place, another):
+                    right.add_edge(place, another, length=0.0)
+            runs = [right.subgraph(part).size("length") for part in nx.connected_components(right)]
+            expected.append(sum(run / total * run for run in runs) if total else 0.0)
+        if total:
+            found[name] = (total, *expected)
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), ids=st.integers(1, 12))
+def test_erl_is_that_of_its_definition(seed, ids):
+    rng = np.random.default_rng(seed)
+    voxel_size, offset = (40, 10, 10), (-80, 100, 0)
+    chosen = np.append(0, rng.integers(1, 2**63, ids, np.uint64))
+    labels = np.kron(rng.choice(chosen, (2, 3, 3)), np.ones((2, 2, 2), np.uint64))
+    skeletons = {}
+    for name in "abc"[: rng.integers(1, 4)]:
+        count = rng.integers(1, 12)
+        points = np.array(offset) + rng.uniform(0, 1, (count, 3)) * labels.shape * voxel_size
+        parents = [(n, rng.integers(0, n)) for n in range(1, count) if rng.uniform() < 0.9]  # a forest
+        for one, parent in parents:  # close to its parent, so that many edges stay in a segment; some leave the labels
+            points[one] = points[parent] + rng.normal(0, 0.7, 3) * voxel_size
+        skeletons[name] = Skeleton(points, np.array(parents, np.int64).reshape(-1, 2))
+    expected = run_lengths(skeletons, labels, voxel_size, offset)
+    whole = sum(length for length, *_ in expected.values())
+    if not whole:
+        with pytest.raises(ValueError, match="inside"):
+            score_skeletons(skeletons, labels, voxel_size, offset)
+        return
+    result = score_skeletons(skeletons, labels, voxel_size, offset)
+    assert [neuron["name"] for neuron in result["neurons"]] == list(expected)
+    for neuron in result["neurons"]:
+        length, apart, together = expected[neuron["name"]]
+        assert neuron["length"] == pytest.approx(length)
+        assert neuron["erl"] == pytest.approx(together)
+        assert apart <= neuron["erl"] * (1 + 1e-9)
+    erl = sum(length * together for length, _, together in expected.values()) / whole
+    best = sum(length * length for length, *_ in expected.values()) / whole  # nothing wrong: the run is the neuron
+    assert result["erl"] == pytest.approx(erl)
+    assert result["erl_best"] == pytest.approx(best)
+    assert result["normalized_erl"] == pytest.approx(erl / best)

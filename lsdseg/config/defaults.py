@@ -69,7 +69,7 @@ _C.DATA.VIEWS = 1
 # membrane is enough. Everything else is averaged.
 _C.DATA.COMBINE_VIEWS = "mean"
 # With several views, also write volumes/pred_disagreement: by how much their affinities differ, the largest minus the
-# smallest, on average over the channels. It is high where the network is unsure.
+# smallest, on average over the channels. It is high where the network is unsure. quality.py uses it.
 _C.DATA.DISAGREEMENT = False
 # Where blockwise scripts store the region adjacency graph. Empty: Parquet files beside the output. "mongodb://..." or
 # "host:port": MongoDB. The environment variable LSD_DB_URI overrides this key. Put credentials there: it is never

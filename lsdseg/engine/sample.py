@@ -19,12 +19,13 @@ from lsdseg.data_utils.layout import (
     volumes_in,
 )
 from lsdseg.data_utils.masks import open_mask
-from lsdseg.data_utils.records import ATTRIBUTE
+from lsdseg.data_utils.records import ATTRIBUTE, identity
 from lsdseg.data_utils.volumes import has_array, open_array, source_defaults
 from lsdseg.engine.offsets import DIRECT_NEIGHBORS, Offset, offsets_of
 from lsdseg.errors import UserError
 
 AFFINITIES = prediction_name("affs")
+DISAGREEMENT = prediction_name("disagreement")
 
 
 class Sample:
@@ -125,6 +126,14 @@ class Sample:
     def offsets(self) -> list[Offset]:
         """Offset (z, y, x) in voxels of each channel of the affinities."""
         return offsets_of(self.affinities)
+
+    @cached_property
+    def disagreement(self) -> Array | None:
+        """Where the views of the affinities contradict each other, (1, z, y, x); None if it was not kept with them."""
+        if not has_array(self.output, DISAGREEMENT):
+            return None
+        array = open_array(self.output, DISAGREEMENT)
+        return array if identity(array) == identity(self.affinities) else None
 
     def _optional(self, dataset: str) -> Array | None:
         if not has_array(self.truth_file, dataset):

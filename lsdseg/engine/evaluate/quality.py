@@ -7,6 +7,7 @@ threshold and wherever blocks end.
 
 Every volume has some distance everywhere. So the volume is cut into small cubes, and only cubes count in which the
 mean distance within a segment is well above that of the whole volume. Splits do not show in it; `splits` finds them.
+`shape` adds what is odd in the shape of a segment.
 """
 
 import csv
@@ -28,10 +29,11 @@ from lsdseg.data_utils.checks import check_labels
 from lsdseg.data_utils.labels import grow_boundary
 from lsdseg.data_utils.layout import FRAGMENTS, prediction_name, quality_path
 from lsdseg.data_utils.placement import offset_nm, voxel_size_nm
-from lsdseg.data_utils.volumes import open_array, read, require_whole
+from lsdseg.data_utils.volumes import has_array, open_array, read, require_whole
 from lsdseg.engine.evaluate.evaluate import segmentations_in
-from lsdseg.engine.evaluate.splits import Split, rank_splits, touching_in
-from lsdseg.engine.sample import Sample, best_segmentation, samples_of
+from lsdseg.engine.evaluate.shape import Grid, Shape, Widths, radii_in, shapes_of, widths_in
+from lsdseg.engine.evaluate.splits import Split, from_stored, known, rank_splits, touching_in
+from lsdseg.engine.sample import DISAGREEMENT, Sample, best_segmentation, samples_of
 from lsdseg.engine.training.lsd import local_shape_descriptors
 from lsdseg.errors import UserError
 from lsdseg.files import write_whole
@@ -61,6 +63,13 @@ class Doubt:
         voxels: of the segment, without those at its boundary.
         orphan: whether it touches no face of the volume. Neurites do not end inside a small volume: one that does is
             probably split off from another.
+        caliber: by how many times its radius changes suddenly, at most; 1 if nowhere.
+        neck: how many times as thick as the neck between them the thinner one of two bodies is, at most; 1 if there is
+            only one that is thicker than sigma.
+        neck_z: where that neck is, in nm; None if there is none.
+        neck_y: the same.
+        neck_x: the same.
+        disagreement: of the views of the prediction, its mean in the segment, 0..1; None if it was not kept.
     """
 
     segment: int
@@ -72,6 +81,12 @@ class Doubt:
     x: float
     voxels: int
     orphan: bool = False
+    caliber: float = 1.0
+    neck: float = 1.0
+    neck_z: float | None = None
+    neck_y: float | None = None
+    neck_x: float | None = None
+    disagreement: float | None = None
 
 
 class Cubes(NamedTuple):
@@ -82,12 +97,14 @@ class Cubes(NamedTuple):
         voxels: int64 (n,), how many voxels of the cube are the segment's.
         sums: float64 (n,), sum of the distances at these voxels, in nm.
         places: float64 (n, 3), mean position of these voxels in nm, z, y, x.
+        unsure: float64 (n,), sum of the disagreement of views at these voxels; NaN if it was not kept.
     """
 
     segments: NDArray[np.uint64]
     voxels: NDArray[np.int64]
     sums: NDArray[np.float64]
     places: NDArray[np.float64]
+    unsure: NDArray[np.float64]
 
 
 def quality(cfg: CfgNode, segmentation: str | None = None) -> None:
@@ -105,11 +122,13 @@ def quality(cfg: CfgNode, segmentation: str | None = None) -> None:
     for sample in samples_of(cfg):
         name = _choose(sample, segmentation)
         array = open_array(sample.output, name)
-        cube = _cube(sample, array)
-        doubts, mean = rank_segments(_cubes_in(sample, array, name, cube), math.prod(cube), voxel_size_nm(array))
-        outer = ids_at_faces(array)
+        grid = Grid(array.shape, _cube(sample, array))
+        cubes, widths = _measure(sample, array, name, grid)
+        doubts, mean = rank_segments(cubes, math.prod(grid.cube), voxel_size_nm(array))
+        outer, shapes = ids_at_faces(array), shapes_of(widths, grid, voxel_size_nm(array), sample.cfg.MODEL.LSD_SIGMA)
         for doubt in doubts:
             doubt.orphan = doubt.segment not in outer
+            _describe(doubt, shapes.get(doubt.segment, Shape()), array)
         sizes = {doubt.segment: doubt.voxels for doubt in doubts}
         splits = rank_splits(touching_in(sample, array, name), sizes, LEAST)
         lists = {"segments": list(map(asdict, doubts)), "splits": list(map(asdict, splits))}
@@ -122,6 +141,8 @@ def quality(cfg: CfgNode, segmentation: str | None = None) -> None:
             with write_whole(quality_path(sample.output, ending)) as partial:
                 partial.write_text(content, encoding="utf-8")
         print(f"{name} in {sample.output}: centers lie {mean:.0f} nm apart on average; the most likely merges:")
+        if sample.disagreement is None and has_array(sample.output, DISAGREEMENT):
+            print(f"warning: {DISAGREEMENT} in {sample.output} is of another prediction than the affinities: not used")
         for doubt in doubts[:SHOWN]:
             print(f"{doubt.segment:>20}  doubt {doubt.doubt:8.3f}  {doubt.worst_nm:4.0f} nm apart at {_place(doubt)}")
         orphans = sum(doubt.orphan and doubt.voxels >= LEAST for doubt in doubts)
@@ -142,6 +163,14 @@ def ids_at_faces(segmentation: Array) -> set[int]:
             face = tuple(at if n == axis else slice(None) for n in range(3))
             found |= set(np.unique(read(segmentation, face)).tolist())
     return found
+
+
+def _describe(doubt: Doubt, shape: Shape, segmentation: Array) -> None:
+    """Enter the shape of a segment."""
+    doubt.caliber, doubt.neck = shape.caliber, shape.neck
+    if shape.place:
+        middle = (np.array(shape.place) + 0.5) * voxel_size_nm(segmentation) + offset_nm(segmentation)
+        doubt.neck_z, doubt.neck_y, doubt.neck_x = middle.tolist()
 
 
 def _place(found: Doubt | Split) -> str:
@@ -199,6 +228,7 @@ def sum_in_cubes(
     cube: Sequence[int],
     voxel_size: Sequence[float],
     offset: Sequence[float],
+    disagreement: NDArray[np.float32] | None = None,
 ) -> Cubes:
     """Sum distances over the voxels that each segment has in each cube.
 
@@ -208,6 +238,7 @@ def sum_in_cubes(
         cube: its width in voxels along each axis. The first cube begins where the array does.
         voxel_size: in nm.
         offset: of the array in nm.
+        disagreement: float32 (z, y, x), of the views; None if it was not kept.
     """
     known = np.isfinite(distance)
     at = np.nonzero(known)
@@ -220,7 +251,8 @@ def sum_in_cubes(
     places = np.stack(middle, axis=1) * np.array(voxel_size) + np.array(offset)
     sums = np.bincount(rows, distance[known], len(keys)).astype(np.float64)
     segments = ids[keys // math.prod(grid)].astype(np.uint64)
-    return Cubes(segments, voxels, sums, places)
+    unsure = np.full(len(keys), np.nan) if disagreement is None else np.bincount(rows, disagreement[known], len(keys))
+    return Cubes(segments, voxels, sums, places, unsure.astype(np.float64))
 
 
 def rank_segments(cubes: Cubes, cube_voxels: int, voxel_size: Sequence[float]) -> tuple[list[Doubt], float]:
@@ -245,15 +277,16 @@ def rank_segments(cubes: Cubes, cube_voxels: int, voxel_size: Sequence[float]) -
     by_distance = np.lexsort((distances, rows))
     worst = by_distance[np.searchsorted(rows[by_distance], np.arange(len(ids)), side="right") - 1]
     order = np.lexsort((-distances[worst], -doubt))
-    rows_in_order = zip(ids[order], doubt[order], means[order], worst[order], voxels[order], strict=True)
-    return [_doubt(cubes, distances, *row) for row in rows_in_order], mean
-
-
-def _doubt(
-    cubes: Cubes, distances: NDArray[np.float64], segment: int, doubt: float, mean: float, worst: int, voxels: float
-) -> Doubt:
-    z, y, x = map(float, cubes.places[worst])
-    return Doubt(int(segment), float(doubt), float(mean), float(distances[worst]), z, y, x, int(voxels))
+    unsure = np.bincount(rows, cubes.unsure, len(ids)) / np.maximum(voxels, 1)
+    doubts = []
+    for row in order.tolist():
+        at, (z, y, x) = worst[row], cubes.places[worst[row]].tolist()
+        found = Doubt(
+            int(ids[row]), float(doubt[row]), float(means[row]), float(distances[at]), z, y, x, int(voxels[row])
+        )
+        found.disagreement = known(unsure[row])
+        doubts.append(found)
+    return doubts, mean
 
 
 def _choose(sample: Sample, segmentation: str | None) -> str:
@@ -277,46 +310,63 @@ def _cube(sample: Sample, array: Array) -> list[int]:
     ]
 
 
-def _cubes_in(sample: Sample, array: Array, name: str, cube: Sequence[int]) -> Cubes:
-    """Read a segmentation and the LSDs block by block, and sum up what each segment has in each cube.
+def _predictions_of(sample: Sample, array: Array, name: str) -> tuple[Array, Array | None]:
+    """The predicted LSDs, and the disagreement of views if it was kept.
 
     Raises:
-        UserError: they are missing, or do not lie on the same voxels.
+        UserError: they or the segmentation are missing or damaged, or they do not lie on the same voxels.
     """
-    model = sample.cfg.MODEL
-    predicted = open_array(sample.output, LSDS)
-    for dataset in (name, LSDS):
-        require_whole(sample.output, dataset)
+    lsds, disagreement = open_array(sample.output, LSDS), sample.disagreement
     check_labels(array, f"{name} in {sample.output}")
-    if (array.roi, array.voxel_size) != (predicted.roi, predicted.voxel_size) or predicted.shape[0] not in (6, 10):
-        raise UserError(
-            f"{name} has shape {array.shape} at {offset_nm(array)} nm, but {LSDS} in {sample.output} has "
-            f"{predicted.shape} at {offset_nm(predicted)}: predict and segment with the same config"
-        )
-    found = []
-    sections = predicted.shape[0] == 6
-    voxel_size = voxel_size_nm(array)
-    reach = [math.ceil(WINDOW * model.LSD_SIGMA / size) + model.GROWBOUNDARY_STEPS for size in voxel_size]
-    context = [
-        0 if sections and n == 0 else -(-r // model.LSD_DOWNSAMPLE) * model.LSD_DOWNSAMPLE for n, r in enumerate(reach)
-    ]
-    step = [width * max(1, BLOCK // width) for width in cube]
+    require_whole(sample.output, name)
+    for dataset, predicted, channels in ((LSDS, lsds, (6, 10)), (DISAGREEMENT, disagreement, (1,))):
+        if predicted is None:
+            continue
+        require_whole(sample.output, dataset)
+        if (array.roi, array.voxel_size) != (predicted.roi, predicted.voxel_size) or predicted.shape[0] not in channels:
+            raise UserError(
+                f"{name} has shape {array.shape} at {offset_nm(array)} nm, but {dataset} in {sample.output} has "
+                f"{predicted.shape} at {offset_nm(predicted)}: predict and segment with the same config"
+            )
+    return lsds, disagreement
+
+
+def _measure(sample: Sample, array: Array, name: str, grid: Grid) -> tuple[Cubes, Widths]:
+    """Read a segmentation and the LSDs block by block, and measure what each segment has in each cube.
+
+    Raises:
+        UserError: as for `_predictions_of`.
+    """
+    predicted, disagreement = _predictions_of(sample, array, name)
+    model, size, sections = sample.cfg.MODEL, voxel_size_nm(array), predicted.shape[0] == 6
+    window, boundary, coarse = WINDOW * model.LSD_SIGMA, model.GROWBOUNDARY_STEPS, model.LSD_DOWNSAMPLE
+    # At least one voxel more than the window: the radii of the neighbors of a block count, too.
+    context = [coarse * math.ceil((math.ceil(window / along) + max(boundary, 1)) / coarse) for along in size]
+    if sections:
+        context[0] = 0
+    step = [width * max(1, BLOCK // width) for width in grid.cube]
+    cubes, widths = [], []
     for slices in tqdm(list(_boxes(array.shape, step)), name, unit="block", leave=False, delay=2):
-        lsds = read(predicted, (slice(None), *slices))
-        lsds = lsds.astype(np.float32) / np.float32(255 if lsds.dtype == np.uint8 else 1)
+        lsds = from_stored(read(predicted, (slice(None), *slices)))
+        unsure = None if disagreement is None else from_stored(read(disagreement, (0, *slices)))
         segmentation = _with_context(array, slices, context)
-        apart = center_distance(
-            segmentation,
-            lsds,
-            model.LSD_SIGMA,
-            voxel_size,
-            context,
-            model.LSD_DOWNSAMPLE,
-            model.GROWBOUNDARY_STEPS,
-        )
-        begin = [o + s.start * size for o, s, size in zip(offset_nm(array), slices, voxel_size, strict=True)]
-        found.append(sum_in_cubes(apart, read(array, slices), cube, voxel_size, begin))
-    return Cubes(*(np.concatenate(column) for column in zip(*found, strict=True)))
+        apart = center_distance(segmentation, lsds, model.LSD_SIGMA, size, context, coarse, boundary)
+        begin = [along.start for along in slices]
+        at = [o + first * along for o, first, along in zip(offset_nm(array), begin, size, strict=True)]
+        cubes.append(sum_in_cubes(apart, read(array, slices), grid.cube, size, at, unsure))
+        radii = _with_one_voxel(radii_in(segmentation, size, window, sections), context)
+        widths.append(widths_in(_with_one_voxel(segmentation, context), radii, begin, grid, sections))
+    return (
+        Cubes(*(np.concatenate(column) for column in zip(*cubes, strict=True))),
+        Widths(*(np.concatenate(column) for column in zip(*widths, strict=True))),
+    )
+
+
+def _with_one_voxel(around: NDArray[Any], context: Sequence[int]) -> NDArray[Any]:
+    """Cut a block with context to one voxel more on each side, and add 0 where there is no context."""
+    padded = np.pad(around, [(max(0, 1 - width),) * 2 for width in context])
+    cut = [max(0, width - 1) for width in context]
+    return padded[tuple(slice(width, size - width) for width, size in zip(cut, padded.shape, strict=True))]
 
 
 def _boxes(shape: Sequence[int], step: Sequence[int]) -> Iterator[tuple[slice, ...]]:

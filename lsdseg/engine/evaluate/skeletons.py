@@ -64,7 +64,8 @@ def score_skeletons(
 
     It is the expected length, along a skeleton, of the segment at a random place of all skeletons. An edge counts if
     both ends are in one segment, and that segment has points of no other skeleton. All lengths of one segment in one
-    skeleton add up. Segment 0 is no segment. Lines that leave the labels are left out.
+    skeleton add up. Segment 0 is no segment. Lines that leave the labels are left out. funlib.evaluate is stricter:
+    there, a skeleton that shares any segment with another one has no run at all.
 
     Args:
         skeletons: by name.
