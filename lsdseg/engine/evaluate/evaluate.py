@@ -1,4 +1,4 @@
-"""Score all segmentations of the test volumes. Tables and a plot are written beside the output zarr.
+"""Score all segmentations of the test volumes. A report, tables and a plot are written beside the output zarr.
 
 Volumes are read slab by slab and never copied. Only the table of overlaps stays in memory, see
 `lsdseg.engine.evaluate.metrics`.
@@ -24,7 +24,7 @@ from yacs.config import CfgNode
 
 from lsdseg.data_utils.checks import check_labels
 from lsdseg.data_utils.labels import is_labeled
-from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, scores_path
+from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, neurons_path, scores_path
 from lsdseg.data_utils.records import Record, record_of
 from lsdseg.data_utils.volumes import (
     has_array,
@@ -38,14 +38,13 @@ from lsdseg.data_utils.volumes import (
 )
 from lsdseg.engine.evaluate.metrics import (
     VARIANTS,
-    Mistake,
+    Table,
     count_overlaps,
     list_mistakes,
     list_neurons,
-    place_of,
     scores,
 )
-from lsdseg.engine.evaluate.report import RADIUS, caption, draw_mistake, render
+from lsdseg.engine.evaluate.report import Shown, render
 from lsdseg.engine.evaluate.skeletons import Skeleton, make_skeletons, read_skeletons, score_skeletons
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.engine.sections import ids_by_section, scored_by_section
@@ -66,6 +65,16 @@ COLUMNS = (
     *VARIANT_SCORES,
     *RUN_LENGTHS,
     *EDITS,
+)
+NEURON_COLUMNS = (
+    "neuron",
+    "voxels",
+    "segments",
+    "merged",
+    "merged_with",
+    "split_share",
+    "merge_share",
+    "share",
 )
 # Ground truth with more voxels is scored slab by slab only, without what needs all of it in memory.
 MAX_VOXELS = 2**28
@@ -102,7 +111,7 @@ def evaluate(
     """Score every segmentation of every test volume that has ground truth, DATA.NEURON_LABELS in its zarr.
 
     If sections were not linked, they are scored one by one: an object counts as a new object in each section. Writes
-    SAMPLE_scores.json, .csv, .png and .html beside the output zarr, and prints the table.
+    SAMPLE_scores.html, .json, .csv and .png and SAMPLE_scores_neurons.csv beside the output zarr, and prints the table.
 
     Args:
         cfg: the config.
@@ -134,19 +143,24 @@ def evaluate(
     for sample, names, graph in work:
         report = score_sample(sample, names, given, fragments, graph)
         print(format_table(report))
-        for suffix, content in (
-            ("json", json.dumps(report, indent=2).encode()),
-            ("csv", _csv(report).encode()),
-            ("png", _plot(report)),
-            ("html", _html(sample, report, graph.unwritten).encode()),
+        best = _open(sample, report["best"], graph.unwritten)
+        table = _count_overlaps(sample, best)
+        neurons = list_neurons(*table)
+        for path, content in (
+            (scores_path(sample.output), json.dumps(report, indent=2).encode()),
+            (scores_path(sample.output, "csv"), _csv(report["scores"], COLUMNS).encode()),
+            (scores_path(sample.output, "png"), _plot(report)),
+            (neurons_path(sample.output), _csv(neurons, NEURON_COLUMNS).encode()),
+            (scores_path(sample.output, "html"), _html(sample, report, best, table, neurons).encode()),
         ):
-            with write_whole(scores_path(sample.output, suffix)) as partial:
+            with write_whole(path) as partial:
                 partial.write_bytes(content)
         if report["best"] in graph.unwritten:
             made_by = graph.unwritten[report["best"]].attrs
             at = f"-mf {made_by['merge_function']} -th {made_by['threshold']:g}"
             print(f"to write it: python 05_extract_segmentation_from_lut.py -c CONFIG {at}")
-        print(f"best: {report['best']}; scores in {scores_path(sample.output)}, and beside it as .csv, .png and .html")
+        print(f"best         {report['best']}")
+        print(f"report       {scores_path(sample.output, 'html')}; numbers and a plot are beside it")
 
 
 def _with_truth(samples: list[Sample], file: Path | None, dataset: str | None) -> list[Sample]:
@@ -167,44 +181,32 @@ def _with_truth(samples: list[Sample], file: Path | None, dataset: str | None) -
     return samples
 
 
-def _html(sample: Sample, report: Report, unwritten: Mapping[str, Array]) -> str:
-    """Make the report of a sample: its scores, and what went wrong in the best segmentation."""
-    segmentation = _open(sample, report["best"], unwritten)
+def _count_overlaps(sample: Sample, segmentation: Array) -> Table:
     assert sample.ground_truth is not None
     shared = overlaps(segmentation, sample.ground_truth, sample.ground_truth_mask, description="neurons")
-    table = count_overlaps(shared)
+    return count_overlaps(shared)
+
+
+def _html(sample: Sample, report: Report, best: Array, table: Table, neurons: Sequence[Mapping[str, Any]]) -> str:
+    """Make the report of a sample: its scores, and what went wrong in the best segmentation."""
     notes = ["Neurons and errors are those of the volume, not of single sections."] * report["by_section"]
-    pictures: list[tuple[str, bytes]] = []
-    whole = shared_labels(sample, segmentation)
-    if whole is None:
+    pictures: list[str] = []
+    mistakes: dict[str, str] = {}
+    whole = shared_labels(sample, best)
+    if whole is None or sample.ground_truth is None:
         notes.append(
             f"No pictures: the ground truth has more than {MAX_VOXELS} voxels. Score a part of it to see them."
         )
-    elif not has_array(sample.volume, sample.cfg.DATA.RAW) or sample.raw.voxel_size != segmentation.voxel_size:
+    elif not has_array(sample.volume, sample.cfg.DATA.RAW) or sample.raw.voxel_size != best.voxel_size:
         notes.append(f"No pictures: {sample.cfg.DATA.RAW} is missing, or has other voxels than the segmentation.")
     else:
-        mistakes = list_mistakes(*table, MOST_PICTURES)
-        for number, mistake in enumerate(tqdm(mistakes, "pictures", leave=False, delay=2), 1):
-            pictures.append(_picture(sample, segmentation, whole, mistake, number))
-    return render(report, list_neurons(*table), pictures, notes)
-
-
-def _picture(
-    sample: Sample, segmentation: Array, whole: tuple[NDArray[Any], NDArray[Any]], mistake: Mistake, number: int
-) -> tuple[str, bytes]:
-    """Return the caption and the picture of a mistake."""
-    assert sample.ground_truth is not None
-    place = place_of(mistake, *whole)
-    voxel_size = segmentation.voxel_size
-    roi = shared_roi(segmentation, sample.ground_truth, sample.ground_truth_mask)
-    radius = [max(1, round(RADIUS * min(voxel_size) / size)) for size in voxel_size]
-    box = tuple(slice(max(i - r, 0), min(i + r + 1, n)) for i, r, n in zip(place, radius, whole[0].shape, strict=True))
-    begin, shape = Coordinate(side.start for side in box), Coordinate(side.stop - side.start for side in box)
-    raw = sample.raw.to_ndarray(Roi(roi.begin + begin * voxel_size, shape * voxel_size), fill_value=0)
-    labels, truth = (array[box] for array in whole)
-    position = roi.begin + Coordinate(place) * voxel_size
-    png = draw_mistake(raw, truth, labels, [i - side.start for i, side in zip(place, box, strict=True)], voxel_size)
-    return caption(mistake, position, number), png
+        begin = shared_roi(best, sample.ground_truth, sample.ground_truth_mask).begin
+        shown = Shown(sample.raw, *whole, begin, best)
+        pictures = shown.overview()
+        found = list_mistakes(*table, MOST_PICTURES)
+        for number, mistake in enumerate(tqdm(found, "pictures", leave=False, delay=2), 1):
+            mistakes |= dict([shown.mistake(mistake, number)])
+    return render(report, neurons, pictures, mistakes, notes)
 
 
 def segmentations_in(path: Path) -> list[str]:
@@ -452,11 +454,13 @@ def format_table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _csv(report: Report) -> str:
+def _csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS)
+    writer = csv.DictWriter(text, columns)
     writer.writeheader()
-    writer.writerows(report["scores"])
+    writer.writerows(
+        {key: " ".join(map(str, v)) if isinstance(v, list) else v for key, v in row.items()} for row in rows
+    )
     return text.getvalue()
 
 
