@@ -57,8 +57,8 @@ th{position:sticky;top:0;background:var(--back);z-index:1;vertical-align:bottom}
 th:first-child,td:first-child{position:sticky;left:0;background:var(--back);max-width:min(26rem,40vw)}
 th,td{overflow-wrap:break-word}th:first-child{z-index:2}.number{text-align:right}td.number{white-space:nowrap}
 tr.marked td{background:var(--mark);font-weight:600}
-.keys span{display:inline-block;margin-right:1rem}.keys i{display:inline-block;width:1.2em;height:.2em;
-vertical-align:middle;margin-right:.4em}
+.keys span{display:inline-flex;align-items:center;margin-right:1rem}.keys i{flex:none;width:1.2em;height:.2em;
+margin-right:.4em}
 svg text{fill:var(--faint);font-size:13px}svg .axis{stroke:var(--line);stroke-width:1}
 svg polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}
 svg image{image-rendering:pixelated}svg .tick{stroke:var(--faint);stroke-width:1}

@@ -6,6 +6,7 @@ everything else is shown by lightness.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,12 @@ def enlarged(section: NDArray[Any], width: int) -> NDArray[Any]:
     """Repeat the voxels of a section (y, x, ...) as often as fits into `width` pixels along either axis."""
     zoom = max(1, width // max(section.shape[:2]))
     return section.repeat(zoom, axis=0).repeat(zoom, axis=1)
+
+
+def round_length(longest: float) -> float:
+    """Return the largest of ... 0.1, 0.2, 0.5, 1, 2, 5, 10 ... that is not longer, for scale bars."""
+    power: float = 10.0 ** math.floor(math.log10(longest))
+    return max(n * power for n in (1, 2, 5) if n * power <= longest * (1 + 1e-9))
 
 
 def _stretch_contrast(section: NDArray[Any]) -> NDArray[np.floating[Any]]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lsdseg.html import grid, image_source
-from lsdseg.pictures import RGBImage
+from lsdseg.pictures import RGBImage, round_length
 
 AXES = "zyx"
 PLANES = {"xy": (1, 2), "xz": (0, 2), "yz": (1, 0)}  # the axes that run down and across
@@ -83,7 +83,7 @@ def planes(
 
 def _ruler(names: tuple[str, str], begin: Sequence[float], size: Sequence[float], scale: float) -> str:
     """Draw names and ticks (micrometers) of the axes that run down and across, at the left and below."""
-    step, bottom = 1 / _round(scale / TICK_SPACE), TOP + size[0]
+    step, bottom = 1 / round_length(scale / TICK_SPACE), TOP + size[0]
     parts = [
         f'<text x="{LEFT - 8}" y="{TOP - 15}" text-anchor="end">{names[0]} (µm)</text>',
         f'<text x="{LEFT}" y="{bottom + BOTTOM - 6:.1f}">{names[1]} (µm)</text>',
@@ -106,7 +106,7 @@ def _ruler(names: tuple[str, str], begin: Sequence[float], size: Sequence[float]
 
 def _bar(height: float, scale: float) -> str:
     """Draw a scale bar of a round length, at most a quarter of the plane, at a height."""
-    length = _round((WIDTH - LEFT - RIGHT) / 4 / scale)
+    length = round_length((WIDTH - LEFT - RIGHT) / 4 / scale)
     end = WIDTH - RIGHT
     return (
         f'<line class="bar" x1="{end - length * scale:.1f}" x2="{end}" y1="{height:.1f}" y2="{height:.1f}"/>'
@@ -120,9 +120,3 @@ def _cross(x: float, y: float) -> str:
     arms = f"M{x - outer:.1f} {y:.1f}h{outer - inner}m{2 * inner} 0h{outer - inner}"
     arms += f"M{x:.1f} {y - outer:.1f}v{outer - inner}m0 {2 * inner}v{outer - inner}"
     return f'<path class="halo" d="{arms}"/><path class="cross" d="{arms}"/>'
-
-
-def _round(length: float) -> float:
-    """Return the largest of 1, 2, 5, 10, 20 ... and 0.5, 0.2, 0.1 ... that is not longer."""
-    power: float = 10.0 ** math.floor(math.log10(length))
-    return max(n * power for n in (1, 2, 5) if n * power <= length * (1 + 1e-9))

@@ -115,7 +115,7 @@ def test_report_shows_the_worst_neurons_and_says_how_many_there_are(count):
     html = render(report | {"objects": count, "voxels": truth.size}, neurons, [], {})
     shown = min(sum(neuron["share"] > 0 for neuron in neurons), 50)
     assert f"The {shown} worst of {count} neurons" in html
-    assert "volumes/&lt;b&gt; (not written)" in html
+    assert "<td>&lt;b&gt; (not written)</td>" in html
     assert "a&amp;b.zarr" in html
     assert html.count("<tr") == 2 * 2 + 1 + shown
     assert all(link.startswith("data:") for link in re.findall(r'(?:src|href)="([^"]*)', html))

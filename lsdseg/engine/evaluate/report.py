@@ -72,7 +72,7 @@ def _scores(report: Mapping[str, Any]) -> list[str]:
     """Return tables and charts of the scores of all segmentations."""
     rows = report["scores"]
     best = [n for n, row in enumerate(rows) if row["dataset"] == report["best"]]
-    names = [row["dataset"] + " (not written)" * (not row["written"]) for row in rows]
+    names = [row["dataset"].removeprefix("volumes/") + " (not written)" * (not row["written"]) for row in rows]
     columns: dict[str, list[Any]] = {
         "segmentation": names,
         "method": [" ".join(str(row[key]) for key in ("method", "merge_function") if row[key]) for row in rows],

@@ -119,7 +119,8 @@ def _pieces(run: Run) -> list[str]:
 
 def _caption(tag: str) -> str:
     name = tag.removeprefix("preview/")
-    return "raw and labels" if name == "labels" else f"{name}: raw, target, prediction"
+    colors = "red, green and blue are the first three channels, such as along z, y and x"
+    return "raw and labels" if name == "labels" else f"{name}: raw, target, prediction ({colors})"
 
 
 def _last_values(scalars: dict[str, list[tuple[int, float]]]) -> str:
