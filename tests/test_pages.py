@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_view import chromium  # noqa: F401
 from torch.utils.tensorboard import SummaryWriter
 
@@ -68,8 +69,10 @@ def make_sample(home, name, raw, truth, segmentations, voxel_size):
     write_array(volume, "volumes/raw", raw, **place)
     write_array(volume, "volumes/labels/neuron_ids", truth, **place)
     for number, labels in enumerate(segmentations, 1):
-        made = {"method": "waterz", "merge_function": "hist_quant_50", "threshold": number / 20}
-        write_array(output, f"volumes/segmentation_{5 * number:03}", labels, attributes=made, **place)
+        function = f"hist_quant_{30 + number % 3}_initmax"
+        made = {"method": "waterz", "merge_function": function, "threshold": number / 20}
+        dataset = f"volumes/final_segmentation_{function}_{5 * number:03}"
+        write_array(output, dataset, labels, attributes=made, **place)
     evaluate(cfg)
     return volume, output
 
@@ -124,6 +127,13 @@ def test_page_fits_and_can_be_read(pages, chromium, name, width, scheme):  # noq
     assert errors == []
     tab.close()
     assert path.stat().st_size < MOST_BYTES
+
+
+def test_no_text_of_the_plot_is_cut(pages):
+    with Image.open(scores_path(pages[1], "png")) as image:
+        pixels = np.asarray(image.convert("L"))
+    assert (pixels[:, [0, 1, -2, -1]] == 255).all()
+    assert (pixels[[0, 1, -2, -1]] == 255).all()
 
 
 def test_all_neurons_are_listed(pages):

@@ -12,12 +12,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
 from funlib.geometry import Coordinate, Roi
 from funlib.persistence import Array
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.typing import LineStyleType
 from numpy.typing import NDArray
 from tqdm import tqdm
 from yacs.config import CfgNode
@@ -81,7 +84,7 @@ MAX_VOXELS = 2**28
 MOST_PICTURES = 10
 # Colors of Okabe and Ito, which color-blind readers can tell apart.
 COLORS = {"voi_split": "#0072B2", "voi_merge": "#D55E00", "voi_sum": "#000000"}
-LINE_STYLES = ("-", "--", ":", "-.")
+LINE_STYLES: tuple[LineStyleType, ...] = ("-", "--", ":", "-.")
 
 # What `score_sample` returns.
 Report = dict[str, Any]
@@ -467,7 +470,7 @@ def _csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
 def _plot(report: Report) -> bytes:
     """Plot the VOI over the thresholds, as a PNG.
 
-    Each merge function has its own line style, and so has each method without thresholds.
+    Each score has a color, and each merge function and each method without thresholds a line style.
     """
     series: dict[str, list[Mapping[str, Any]]] = {}
     for row in report["scores"]:
@@ -477,18 +480,19 @@ def _plot(report: Report) -> bytes:
             series.setdefault(name.replace("_", " "), []).append(row)
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
+    keys = [Line2D([], [], color=color, label=score.removeprefix("voi_")) for score, color in COLORS.items()]
     for style, (name, rows) in zip(itertools.cycle(LINE_STYLES), series.items()):
+        keys.append(Line2D([], [], color="gray", linestyle=style, label=name))
         for score, color in COLORS.items():
-            label = f"{score.removeprefix('voi_')}, {name}"
             if rows[0]["threshold"] is None:
-                axes.axhline(rows[0][score], linestyle=style, color=color, label=label)
+                axes.axhline(rows[0][score], linestyle=style, color=color)
                 continue
             thresholds, values = zip(*sorted((row["threshold"], row[score]) for row in rows), strict=True)
-            axes.plot(thresholds, values, style, color=color, marker="o", label=label)
-    axes.set(xlabel="threshold", ylabel="VOI (bits)", ylim=(0, None), title=f"best: {report['best']}")
+            axes.plot(thresholds, values, linestyle=style, color=color, marker="o")
+    axes.set(xlabel="threshold", ylabel="VOI (bits)", ylim=(0, None))
+    axes.set_title("\n".join(wrap(f"best: {report['best']}", 60)), fontsize=11)
     if series:
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(series)), fontsize="small")
+        figure.legend(handles=keys, loc="outside lower center", ncols=2, fontsize="small")
     image = io.BytesIO()
     figure.savefig(image, dpi=150)
     return image.getvalue()
