@@ -153,29 +153,26 @@ def table(
     )
 
 
-def picture(image: RGBImage | bytes, caption: str) -> str:
-    """Return a picture with a caption.
-
-    Args:
-        image: uint8 (y, x, 3), or a whole PNG file.
-        caption: what it shows.
-    """
+def picture(png: bytes, caption: str) -> str:
+    """Return a picture, a whole PNG file, with a caption."""
     return (
-        f'<figure><img alt="{escape(caption)}" src="{image_source(image)}">'
+        f'<figure><img alt="{escape(caption)}" src="{_address(png)}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
-def image_source(image: RGBImage | bytes) -> str:
-    """Return a picture as the address of itself, as `img` and `image` take it. Arguments are as for `picture`."""
-    if not isinstance(image, bytes):
-        buffer = io.BytesIO()
-        gray = (image == image[..., :1]).all()
-        # With 256 colors, the file has a third of the size and looks the same.
-        small = Image.fromarray(image[..., 0]) if gray else Image.fromarray(image).quantize(256)
-        small.save(buffer, "PNG", optimize=True)
-        image = buffer.getvalue()
-    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
+def image_address(image: RGBImage) -> str:
+    """Return a picture, uint8 (y, x, 3), as an address that holds all of it, for `image` in an SVG."""
+    gray = (image == image[..., :1]).all()
+    # With 256 colors, the file has a third of the size and looks the same.
+    small = Image.fromarray(image[..., 0]) if gray else Image.fromarray(image).quantize(256)
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG")
+    return _address(buffer.getvalue())
+
+
+def _address(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def chart(

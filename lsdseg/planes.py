@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lsdseg.html import grid, image_source
+from lsdseg.html import grid, image_address
 from lsdseg.pictures import RGBImage, round_length
 
 AXES = "zyx"
@@ -67,7 +67,7 @@ def planes(
         begin = [(offset[axis] / 1000 + box[axis].start * micrometers[axis]) for axis in (down, across)]
         parts = [
             f'<image x="{LEFT}" y="{TOP}" width="{size[1]:.1f}" height="{size[0]:.1f}" preserveAspectRatio="none" '
-            f'href="{image_source(paint(*arrays))}"/>',
+            f'href="{image_address(paint(*arrays))}"/>',
             _ruler((AXES[down], AXES[across]), begin, size, scale),
             _bar(TOP + size[0] + BOTTOM - 10, scale),
         ]
