@@ -134,7 +134,7 @@ def _last_values(scalars: dict[str, list[tuple[int, float]]]) -> str:
             rows.append((tag, points[-1][1], points[-1][0], lowest, step))
     dead = [points[-1][1] for tag, points in scalars.items() if tag.startswith("dead_channels/")]
     words = text(f"Dead channels in the end: {sum(dead):.0f}", "faint") if dead else ""
-    return table(("", "last", "at iteration", "lowest", "at iteration"), rows) + words
+    return table(("value", "last", "at iteration", "lowest", "at iteration"), rows) + words
 
 
 def _training_data(run: Run) -> list[str]:
@@ -166,7 +166,7 @@ def statistics_pieces(found: dict[str, Statistics]) -> list[str]:
         )
         for name, statistics in found.items()
     ]
-    head = ("", "voxel size (nm)", "median", "standard deviation", "lines", "inside minus boundary")
+    head = ("volume", "voxel size (nm)", "median", "standard deviation", "lines", "inside minus boundary")
     remark = "Gray values are in 0..1. Lines: below 0 if thin lines such as membranes are dark, above 0 if bright."
     return [chart("Share of the voxels", lines, "gray value", from_zero=True), table(head, rows), text(remark, "faint")]
 

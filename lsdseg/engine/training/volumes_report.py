@@ -252,7 +252,7 @@ def _overview(volumes: Sequence[Volume]) -> str:
         return (str(array.dtype), *(" x ".join(map(str, v)) for v in (array.shape, array.voxel_size, array.offset)))
 
     columns = ("type", "voxels (z y x)", "voxel size (nm)", "offset (nm)")
-    head = ("", *(f"{array}: {column}" for array in ("raw", "labels") for column in columns))
+    head = ("volume", *(f"{array}: {column}" for array in ("raw", "labels") for column in columns))
     return table(head, [(volume.path.name, *place(volume.raw), *place(volume.labels)) for volume in volumes])
 
 
@@ -271,7 +271,7 @@ def _label_table(volumes: Sequence[Volume]) -> str:
         for volume in volumes
         if (content := volume.content)
     ]
-    head = ("", "labels", "median voxels", "smallest", "known", "of it background", "separate pieces", "looked at")
+    head = ("volume", "labels", "median voxels", "smallest", "known", "background of that", "separate pieces", "looked at")
     return table(head, rows)
 
 
