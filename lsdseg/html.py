@@ -224,8 +224,10 @@ def _axes(
     (x_low, y_low), (x_high, y_high) = points.min(axis=0), points.max(axis=0)
     if from_zero:
         x_low, y_low = min(0.0, x_low), min(0.0, y_low)
-    x_ticks, y_ticks = ticks(x_low, x_high), ticks(y_low, y_high)
-    corner, far = np.array([x_low, y_ticks[0]]), np.array([max(x_high, x_low + 1e-9), y_ticks[-1]])
+    if x_low == x_high:
+        x_low, x_high = x_low - (abs(x_low) / 2 or 1), x_high + (abs(x_high) / 2 or 1)  # in the middle
+    x_ticks, y_ticks = _ticks(x_low, x_high), _ticks(y_low, y_high)
+    corner, far = np.array([x_low, y_ticks[0]]), np.array([x_high, y_ticks[-1]])
     size = np.array([WIDTH - LEFT - RIGHT, -(HEIGHT - TOP - BOTTOM)])
 
     def place(values: ArrayLike) -> NDArray[np.float64]:
@@ -239,7 +241,7 @@ def _axes(
         parts.append(f'<text x="{LEFT - 6}" y="{height + 4:.1f}" text-anchor="end">{y:.4g}</text>')
     for x in (tick for tick in x_ticks if x_low <= tick <= x_high):
         across = place((x, y_ticks[0]))[0]
-        parts.append(f'<text x="{across:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{x:.6g}</text>')
+        parts.append(f'<text x="{across:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:.6g}</text>')
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_name)}</text>')
     return place, "".join(parts)
 
@@ -253,7 +255,7 @@ def _thinned(x: ArrayLike, y: ArrayLike) -> np.ndarray:
     return np.array([group.mean(axis=0) for group in np.array_split(points, MOST_POINTS)])
 
 
-def ticks(low: float, high: float) -> list[float]:
+def _ticks(low: float, high: float) -> list[float]:
     """Return about five round numbers that reach from `low` or less to `high` or more."""
     span = high - low or abs(high) or 1.0
     step = 10.0 ** math.floor(math.log10(span / 4))

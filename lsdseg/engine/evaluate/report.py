@@ -14,6 +14,7 @@ from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
 from skimage.segmentation import find_boundaries
 
+from lsdseg.data_utils.layout import SEGMENTATIONS
 from lsdseg.engine.evaluate.figure import match_labels
 from lsdseg.engine.evaluate.metrics import Mistake, place_of
 from lsdseg.html import chart, grid, page, section, subsection, table, text
@@ -107,9 +108,11 @@ def _columns(columns: Mapping[str, Sequence[Any]], marked: Sequence[int]) -> str
 
 
 def _charts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Draw the VOI over the threshold, and merges over splits, with a line for each method."""
+    """Draw the VOI over the threshold, and merges over splits, with a line for each method; fragments are left out."""
     series: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
+        if not SEGMENTATIONS.fullmatch(row["dataset"]):
+            continue
         words = [str(row[key]) for key in ("method", "merge_function") if row[key]]
         if row["threshold"] is None or not words:
             words = [row["dataset"].removeprefix("volumes/")]
@@ -126,12 +129,11 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for name, members in series.items()
     }
     return [
-        chart("VOI sum (bits)", lines("threshold", "voi_sum"), "threshold", from_zero=True),
+        chart("VOI sum (bits)", lines("threshold", "voi_sum"), "threshold"),
         chart(
             "VOI merge (bits), at thresholds",
             lines("voi_split", "voi_merge"),
             "VOI split (bits)",
-            from_zero=True,
             notes=thresholds,
         ),
     ]

@@ -271,7 +271,16 @@ def _label_table(volumes: Sequence[Volume]) -> str:
         for volume in volumes
         if (content := volume.content)
     ]
-    head = ("volume", "labels", "median voxels", "smallest", "known", "background of that", "separate pieces", "looked at")
+    head = (
+        "volume",
+        "labels",
+        "median voxels",
+        "smallest",
+        "known",
+        "background of that",
+        "separate pieces",
+        "looked at",
+    )
     return table(head, rows)
 
 
