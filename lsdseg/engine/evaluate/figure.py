@@ -183,7 +183,7 @@ def _write_panels(path_png: Path | str, panels: dict[str, RGBImage], title: str 
     for axes in figure.axes:
         axes.set_axis_off()
     lines = [part for line in (title or "").splitlines() for part in wrap(line, TITLE_LETTERS)]
-    figure.suptitle("\n".join(lines), fontsize=13)
+    figure.suptitle("\n".join(lines), fontsize=12)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     # With 256 colors, the file has a third of the size and looks the same.
