@@ -57,7 +57,7 @@ def main(_arguments: Namespace) -> None:
     print(f"\nVOI sum on a volume the network never saw: {score:.2f}")
     print(f"untrained network, same pipeline:          {score_untrained:.2f}")
     print(f"picture      {picture}\nsegmentation {sample.output}/{best}")
-    print(f"scores       {scores_path(sample.output)}\nTensorBoard  tensorboard --logdir {cfg.MODEL.LOG_DIR}")
+    print(f"report       {scores_path(sample.output, 'html')}\nTensorBoard  tensorboard --logdir {cfg.MODEL.LOG_DIR}")
     print("all of it    make view")
     print(f"finished in {time.monotonic() - began:.0f} s")
 

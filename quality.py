@@ -12,14 +12,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--segmentation",
         metavar="DATASET",
-        help="such as segmentation_050 (default: what 06 found best, or the middle)",
+        help="the segmentation, such as segmentation_050 (default: the best one that 06 found, or the middle one)",
     )
 
 
 if __name__ == "__main__":
     run_script(
         lambda cfg, args: quality(cfg, args.segmentation),
-        description="List the segments of every test volume whose shape contradicts the predicted LSDs the most.",
+        description="List likely merges and splits in a segmentation of every test volume, without ground truth.",
         example="python quality.py -c config/config_predict.py --segmentation segmentation_050",
         default_config="config/config_predict.py",
         add_arguments=add_arguments,

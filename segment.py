@@ -25,12 +25,12 @@ def main(_cfg: CfgNode | None, args: Namespace) -> None:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the input and the output."""
-    parser.add_argument("--raw", metavar="VOLUME", help="the volume, if it is not the first word")
+    parser.add_argument("--raw", metavar="VOLUME", help="the volume, in place of the first word")
     parser.add_argument("--out", metavar="ZARR", help="zarr to write (default: NAME_segmentation.zarr beside --raw)")
-    size = "voxel size in nm, of a volume that does not say or is wrong"
+    size = "voxel size in nm, z y x, of a volume that states none or a wrong one"
     parser.add_argument("--resolution", nargs=3, metavar=("Z", "Y", "X"), help=size)
     parser.add_argument("--dry-run", action="store_true", help="say what it would cost, and do nothing")
-    parser.add_argument("--skip-failed", action="store_true", help="go on without blocks that fail each time")
+    parser.add_argument("--skip-failed", action="store_true", help="go on without blocks that fail every time")
     parser.add_argument("--blockwise", action="store_true", help="work block by block even if memory is large enough")
 
 

@@ -27,12 +27,14 @@ def main(arguments: Namespace) -> None:
 
 if __name__ == "__main__":
     parser = command_parser(
-        "Per step: blocks done, running, failed and skipped, blocks per minute, time left, a map of the volume.",
+        "Say for each step how many blocks are done, running, failed and left, and how fast, and draw a map of them.",
         "python status.py ~/lsd/run --watch",
     )
     where = "folder in which the scripts were started, its daisy_logs, or a folder in there (default: this one)"
     parser.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=Path(), help=where)
-    parser.add_argument("--watch", action="store_true", help="look every few seconds, until Ctrl-C")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--png", metavar="FILE", type=Path, help="draw the map of the last step, all its layers")
+    parser.add_argument("--watch", action="store_true", help="repeat that every few seconds, until Ctrl-C")
+    parser.add_argument("--json", action="store_true", help="print it as JSON, for programs")
+    parser.add_argument(
+        "--png", metavar="FILE", type=Path, help="write a picture of the last step, with all layers of blocks"
+    )
     run_command(parser, main)

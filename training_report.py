@@ -14,7 +14,12 @@ def main() -> None:
         "python training_report.py -c config/config_cremi.py DATA.HOME /data\n  python training_report.py lsd_logs",
         "\nlsdseg/config/defaults.py explains every key.",
     )
-    parser.add_argument("words", nargs="*", metavar="LOGS | KEY VALUE", help="a folder of logs; or settings, with -c")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="LOGS | KEY VALUE",
+        help="a folder of logs; or, with -c, settings that override the config",
+    )
     parser.add_argument("-c", "--config", metavar="FILE", help="the config that the run was started with")
     parser.add_argument("--to", metavar="FILE", type=Path, help="the page (default: training_report.html in the logs)")
     run_command(parser, lambda arguments: report_training(**vars(arguments)))

@@ -15,21 +15,32 @@ def main() -> None:
         "python view.py -c CKPT_FOLDER/config_predict.yaml\n  python view.py SAMPLE.zarr --volume RAW.zarr",
         "\nlsdseg/config/defaults.py explains every key.",
     )
-    parser.add_argument("words", nargs="*", metavar="SAMPLE.zarr | KEY VALUE", help="an output zarr; or settings")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="SAMPLE.zarr | KEY VALUE",
+        help="an output zarr; or, with -c, settings that override the config",
+    )
     parser.add_argument("-c", "--config", metavar="FILE", help="show all test volumes of a config, and their outputs")
     parser.add_argument("--volume", metavar="RAW.zarr", type=Path, help="the volume that SAMPLE.zarr was made from")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), default=(), help="two segmentations, side by side")
     walks = parser.add_mutually_exclusive_group()
     walk = {"dest": "worst", "action": "store_const"}
-    walks.add_argument("--worst", **walk, const="segments", help="walk through likely merges, by quality.py (key w)")
-    walks.add_argument("--splits", **walk, const="splits", help="walk through likely splits, by quality.py (key w)")
-    parser.add_argument("--proofread", type=argument(threshold), metavar="THRESHOLD", help="merge and split segments")
+    walks.add_argument(
+        "--worst", **walk, const="segments", help="walk through likely merges that quality.py found: key w"
+    )
+    walks.add_argument(
+        "--splits", **walk, const="splits", help="walk through likely splits that quality.py found: key w"
+    )
+    parser.add_argument(
+        "--proofread", type=argument(threshold), metavar="THRESHOLD", help="edit the segments at this threshold"
+    )
     add_merge_function(parser)
     parser.add_argument(
         "--export-labels",
         metavar="OUT.zarr",
         type=Path,
-        help="write what was marked as right (d) as ground truth, and end",
+        help="write segments that were marked as right (key d) as ground truth, and end",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.zarr if it exists")
     parser.add_argument("--author", default="", metavar="NAME", help="who proofreads (default: the name of the user)")

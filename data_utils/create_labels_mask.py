@@ -16,7 +16,7 @@ def main() -> None:
         "Write the labels mask of every zarr that has none.",
         "python data_utils/create_labels_mask.py CREMI/data_3d/train/*.zarr",
     )
-    parser.add_argument("paths", metavar="ZARR", nargs="*", type=Path)
+    parser.add_argument("paths", metavar="ZARR", nargs="*", type=Path, help="zarrs with labels")
     parser.add_argument("-dir", metavar="FOLDER", type=Path, help="or: every zarr in this folder")
     parser.add_argument(
         "-labels_ds", "--labels", dest="labels", default=LABELS, help="dataset of the labels (default: %(default)s)"

@@ -19,15 +19,21 @@ def main() -> None:
     parser.add_argument(
         "corrected", metavar="CORRECTED", type=Path, help="what to_zarr.py reads, or an annotation of webKnossos (.zip)"
     )
-    parser.add_argument("target", metavar="NAME.zarr", type=Path)
-    parser.add_argument("--sample", metavar="SAMPLE.zarr", type=Path, required=True, help="the volume it came from")
+    parser.add_argument("target", metavar="NAME.zarr", type=Path, help="the zarr to write")
+    parser.add_argument(
+        "--sample", metavar="SAMPLE.zarr", type=Path, required=True, help="the volume that was exported"
+    )
     parser.add_argument("--raw", metavar="DATASET", default=RAW, help="its raw (default: %(default)s)")
     parser.add_argument(
         "--dataset", metavar="NAME", help="the dataset of CORRECTED that holds the ids, if it has several"
     )
-    parser.add_argument("--region", metavar="Z0:Z1,Y0:Y1,X0:X1", help="as it was exported, in nm")
-    parser.add_argument("--before", metavar="SENT", type=Path, help="what was exported, to fill what nobody changed")
-    parser.add_argument("--unknown", metavar="ID", type=argument(ID), nargs="+", default=(), help="ids not to learn")
+    parser.add_argument("--region", metavar="Z0:Z1,Y0:Y1,X0:X1", help="the part that was exported, in nm")
+    parser.add_argument(
+        "--before", metavar="SENT", type=Path, help="what was exported, where CORRECTED holds changes only"
+    )
+    parser.add_argument(
+        "--unknown", metavar="ID", type=argument(ID), nargs="+", default=(), help="ids that training leaves out"
+    )
     add_corrections(parser, "--only", axes="zyx")
     parser.add_argument(
         "--context",

@@ -16,9 +16,13 @@ def main() -> None:
         "python data_utils/make_gt_from_seg2link_vols.py -f seg-modified.npy -df ids.csv -op train/a.zarr -res 40,4,4",
         "\ndata_utils/import_proofread.py does the same, adds raw, and reads what other programs write.",
     )
-    parser.add_argument("-f", dest="corrected", metavar="FILE", type=Path, required=True, help="seg-modified.npy")
+    parser.add_argument(
+        "-f", dest="corrected", metavar="FILE", type=Path, required=True, help="what Seg2Link saved: seg-modified.npy"
+    )
     add_corrections(parser, "-df", axes="yxz for .npy, else zyx")
-    parser.add_argument("-op", "--out_path", dest="target", metavar="ZARR", type=Path, required=True)
+    parser.add_argument(
+        "-op", "--out_path", dest="target", metavar="ZARR", type=Path, required=True, help="zarr to write to"
+    )
     for flag, name, meaning in [("-res", "--resolution", "voxel size"), ("-off", "--offset", "offset")]:
         help_text = f"{meaning} in nm, Z,Y,X (default: that of raw in ZARR, if there is one)"
         parser.add_argument(flag, name, metavar="Z,Y,X", type=argument(sequence(number(), 3)), help=help_text)

@@ -7,6 +7,8 @@ from lsdseg.config.rules import integer
 
 write_phantom = deferred("lsdseg.data_utils.phantom:write_phantom")
 
+ZYX = ("Z", "Y", "X")
+
 
 def main() -> None:
     """Write one phantom."""
@@ -16,13 +18,27 @@ def main() -> None:
     )
     parser.add_argument("path", metavar="OUT.zarr", help="zarr to write; an existing one is replaced")
     parser.add_argument(
-        "--shape", type=argument(integer(1, 2000)), nargs=3, default=(128, 128, 128), help="z y x in voxels"
+        "--shape",
+        type=argument(integer(1, 2000)),
+        nargs=3,
+        metavar=ZYX,
+        default=(128, 128, 128),
+        help="size in voxels (default: 128 128 128)",
     )
     parser.add_argument(
-        "--seed", type=argument(integer(0, 2**32 - 1)), default=0, help="another seed gives other tissue"
+        "--seed", type=argument(integer(0, 2**32 - 1)), default=0, help="another seed gives other tissue (default: 0)"
     )
-    parser.add_argument("--voxel-size", type=argument(integer(1)), nargs=3, default=(10, 10, 10), help="z y x in nm")
-    parser.add_argument("--offset", type=argument(integer()), nargs=3, default=(0, 0, 0), help="z y x in nm")
+    parser.add_argument(
+        "--voxel-size",
+        type=argument(integer(1)),
+        nargs=3,
+        metavar=ZYX,
+        default=(10, 10, 10),
+        help="in nm (default: 10 10 10)",
+    )
+    parser.add_argument(
+        "--offset", type=argument(integer()), nargs=3, metavar=ZYX, default=(0, 0, 0), help="in nm (default: 0 0 0)"
+    )
     run_command(parser, write)
 
 

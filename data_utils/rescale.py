@@ -15,8 +15,8 @@ def main() -> None:
         "Resample a volume to another voxel size, in nm and z, y, x order.",
         "python data_utils/rescale.py volume.zarr test/volume.zarr --voxel-size 10 10 10",
     )
-    parser.add_argument("source", metavar="IN.zarr", type=Path)
-    parser.add_argument("target", metavar="OUT.zarr", type=Path)
+    parser.add_argument("source", metavar="IN.zarr", type=Path, help="the zarr to read")
+    parser.add_argument("target", metavar="OUT.zarr", type=Path, help="the zarr to write")
     parser.add_argument("--dataset", default=RAW, help="dataset to read (default: %(default)s)")
     parser.add_argument("--to", metavar="DATASET", help="dataset to write (default: the same name)")
     grid = parser.add_mutually_exclusive_group(required=True)

@@ -75,7 +75,7 @@ def run_script(
         example: a whole command line, for `--help`.
         default_config: config file to use without `-c`. None: only the defaults.
         add_arguments: adds the script's own options to the parser.
-        first: the option that a word before the KEY VALUE pairs stands for.
+        first: the option that a volume before the KEY VALUE pairs stands for.
 
     Raises:
         SystemExit: as for `run_command`.
@@ -87,13 +87,15 @@ def run_script(
             "--config",
             metavar="FILE",
             default=default_config,
-            help=f".py or .yaml file; a bare name is also looked up in config/ (default: {default_config})",
+            help=f"the config, .py or .yaml; a bare name is also looked up in config/ (default: {default_config})",
         )
         parser.add_argument(
             "overrides",
             nargs="*",
-            metavar="KEY VALUE",
-            help="settings that override the file; FILE may also come first",
+            metavar="KEY VALUE" if first is None else "VOLUME | KEY VALUE",
+            help="settings that override the config; before them, FILE may stand without -c"
+            if first is None
+            else "a volume, then settings that override the config",
         )
         if add_arguments is not None:
             add_arguments(parser)
@@ -196,7 +198,7 @@ def add_corrections(parser: argparse.ArgumentParser, only: str, axes: str) -> No
 
 def add_conversion(parser: argparse.ArgumentParser) -> None:
     """Add what all conversions to zarr have: --sections, --resolution and --overwrite."""
-    parser.add_argument("--sections", metavar="A:B", default=":", help="sections A to B - 1 only")
+    parser.add_argument("--sections", metavar="A:B", default=":", help="take sections A to B - 1 only")
     parser.add_argument(
         "--resolution",
         metavar=("Z", "Y", "X"),

@@ -86,6 +86,23 @@ def test_section_chooses_what_is_drawn(sample, tmp_path):
     assert not np.array_equal(images[0], images[2])
 
 
+def test_scale_bar_is_as_long_as_it_says(sample, tmp_path):
+    images = []
+    for voxel_size in (None, (40, 10, 10)):
+        draw_segmentation_figure(tmp_path / "f.png", **sample, voxel_size=voxel_size)
+        images.append(pixels(tmp_path / "f.png"))
+    _, columns = np.nonzero((np.abs(images[1] - images[0]).max(axis=2) > 60)[:450])
+    panel = 1200 / 3 - 8
+    assert np.ptp(columns) + 1 == pytest.approx(panel * 20 / 96, abs=3)  # 0.2 µm of 0.96 µm
+
+
+def test_long_title_is_broken(sample, tmp_path):
+    draw_segmentation_figure(tmp_path / "f.png", **sample, title="a_long_name" * 30)
+    image = pixels(tmp_path / "f.png")
+    assert (image[:60, [0, 1, 2, -3, -2, -1]] == 255).all()
+    assert (image[:60] < 128).any()
+
+
 def test_match_labels_gives_a_neuron_and_its_largest_piece_one_number():
     truth = np.array([[7, 7, 7, 7, 9, 9, 9, 0]])
     segmentation = np.array([[30, 30, 30, 20, 20, 20, 20, 5]])
@@ -146,8 +163,8 @@ def write_sample(folder, sample):
 def test_draw_sample_equals_drawing_the_arrays(sample, tmp_path):
     written = write_sample(tmp_path, sample)
     draw_sample(written, "volumes/segmentation_055", tmp_path / "from_zarr.png")
-    title = "out: volumes/segmentation_055"
-    draw_segmentation_figure(tmp_path / "from_arrays.png", **sample, title=title)
+    title = "out: volumes/segmentation_055, section 4 at z 0.14 µm"
+    draw_segmentation_figure(tmp_path / "from_arrays.png", **sample, title=title, voxel_size=(10, 10, 10))
     assert np.array_equal(pixels(tmp_path / "from_zarr.png"), pixels(tmp_path / "from_arrays.png"))
 
 

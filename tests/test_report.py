@@ -1,4 +1,6 @@
 import base64
+import csv
+import io
 import json
 import re
 import subprocess
@@ -7,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_evaluate import config  # noqa: F401
 
-from lsdseg.data_utils.layout import scores_path
-from lsdseg.data_utils.volumes import write_array
+from lsdseg.data_utils.layout import neurons_path, scores_path
+from lsdseg.data_utils.volumes import open_array, write_array
 from lsdseg.engine.evaluate.evaluate import evaluate
 from lsdseg.engine.evaluate.metrics import count_overlaps, list_mistakes, list_neurons, place_of, scores
-from lsdseg.engine.evaluate.report import render
+from lsdseg.engine.evaluate.report import Shown, render
 from lsdseg.errors import UserError
 
 
@@ -58,9 +61,32 @@ def test_report_of_a_sample_holds_its_pictures(config):  # noqa: F811
         write_array(path, name, labels, voxel_size=(10, 10, 10), offset=(50, 0, 0))
     evaluate(cfg)
     html = scores_path(output, "html").read_text(encoding="utf-8")
-    assert re.findall(r"at ([\d, ]+) nm \(z, y, x\)</figcaption>", html) == ["60, 20, 20", "60, 20, 100"]
-    images = re.findall(r'src="data:image/png;base64,([^"]*)"', html)
-    assert [base64.b64decode(image)[:4] for image in images] == [b"\x89PNG"] * 3
+    places = re.findall(r"at ([\d., ]+) µm \(z, y, x\), voxel ([\d, ]+)</h3>", html)
+    assert places == [("0.06, 0.02, 0.02", "1, 2, 2"), ("0.06, 0.02, 0.1", "1, 2, 10")]
+    images = re.findall(r'href="data:image/png;base64,([^"]*)"', html)
+    assert [base64.b64decode(image)[:4] for image in images] == [b"\x89PNG"] * 3 * (2 + 2)
+    assert html.count("<strong>xz at y 0.02 µm, section 2</strong>") == 4
+    with neurons_path(output).open() as file:
+        assert [(row["neuron"], row["merged_with"]) for row in csv.DictReader(file)] == [("2", "1"), ("1", "2")]
+
+
+def test_pictures_of_an_error_tint_its_neuron_and_its_segment(config):  # noqa: F811
+    _, sample, output = config
+    raw, segmentation = np.full(TRUTH.shape, 100, np.uint8), LABELS.copy()
+    for path, name, array in ((sample, "volumes/raw", raw), (output, "volumes/segmentation_050", segmentation)):
+        write_array(path, name, array, voxel_size=(10, 10, 10), offset=(50, 0, 0))
+    array = open_array(output, "volumes/segmentation_050")
+    shown = Shown(open_array(sample, "volumes/raw"), LABELS, TRUTH, array.offset, array)
+    (mistake, _) = list_mistakes(*count_overlaps([(LABELS, TRUTH)]), 10)  # neuron 1 in segment 7
+    title, html = shown.mistake(mistake, 1)
+    assert title.startswith("1. split: the part of neuron 1 in segment 7 is cut off")
+    png = re.search(r'href="data:image/png;base64,([^"]*)"', html)[1]  # the plane xy, 16 voxels wide
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")).astype(int)
+    voxel = pixels.shape[1] // 16
+    both, neuron, neither = (pixels[pixels.shape[0] // 2, round(x * voxel)] for x in (1.5, 5, 12))
+    assert np.ptp(neither) == 0
+    assert neuron[0] > neuron[2]  # orange
+    assert both[2] > neuron[2]  # and blue
 
 
 @pytest.mark.parametrize("count", [3, 3000])
@@ -85,11 +111,13 @@ def test_report_shows_the_worst_neurons_and_says_how_many_there_are(count):
         "merges_needed": None,
     }
     report = {"sample": "a&b.zarr", "ground_truth": "labels", "best": "volumes/<b>", "scores": [row], "skeletons": None}
-    html = render(report | {"objects": count, "voxels": truth.size}, list_neurons(*table), [])
-    assert f"The {min(count, 50)} worst of {count} neurons" in html
-    assert "volumes/&lt;b&gt; (not written)" in html
+    neurons = list_neurons(*table)
+    html = render(report | {"objects": count, "voxels": truth.size}, neurons, [], {})
+    shown = min(sum(neuron["share"] > 0 for neuron in neurons), 50)
+    assert f"The {shown} worst of {count} neurons" in html
+    assert "<td>&lt;b&gt; (not written)</td>" in html
     assert "a&amp;b.zarr" in html
-    assert html.count("<tr") == 2 + 1 + min(count, 50)
+    assert html.count("<tr") == 2 * 2 + 1 + shown
     assert all(link.startswith("data:") for link in re.findall(r'(?:src|href)="([^"]*)', html))
 
 
@@ -109,7 +137,7 @@ def test_run_lengths_come_from_swc_files_or_the_ground_truth(config, tmp_path): 
     # 20 and 40 of 70 nm; the line between them has no segment.
     assert report["scores"][0]["erl_nm"] == pytest.approx((20**2 + 40**2) / 70)
     assert report["skeletons"]["neurons"][0]["splits"] == 1
-    assert "Expected run length (ERL) 29 nm of 70 nm" in scores_path(output, "html").read_text()
+    assert "Expected run length (ERL) 0.0286 µm of 0.07 µm" in scores_path(output, "html").read_text()
 
 
 def test_broken_swc_ends_in_one_line(tmp_path):

@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lsdseg.config.loader import CHECKOUT, load_config
 from lsdseg.engine.blocks.markers import (
@@ -19,7 +21,7 @@ from lsdseg.engine.blocks.markers import (
 )
 from lsdseg.engine.blocks.reports import Report, same_error
 from lsdseg.engine.blocks.run import run_blocks
-from lsdseg.engine.blocks.status import DONE, FAILED, LEFT, RUNNING, SKIP, duration, statuses, text_map
+from lsdseg.engine.blocks.status import DONE, FAILED, LEFT, RUNNING, SKIP, draw_map, duration, statuses, text_map
 from lsdseg.errors import UserError
 from tests.block_master import BLOCKS, config, results, start_master, toy_task, trouble, wait_for
 
@@ -53,7 +55,13 @@ def test_a_run_shows_how_far_it_is(folder):
     shown = status_script(folder, "--png", folder / "map.png")
     assert shown.returncode == 0
     assert f"sample_toy is done: {BLOCKS - 9} of {BLOCKS} blocks are done, 0 running, 0 left, 9 skipped" in shown.stdout
-    assert (folder / "map.png").read_bytes().startswith(b"\x89PNG")
+    draw_map(replace(status, step="a_long_name" * 12), folder / "long.png")
+    for name in ("map.png", "long.png"):
+        with Image.open(folder / name) as image:
+            assert image.format == "PNG"
+            pixels = np.asarray(image.convert("L"))
+        assert (pixels[:, [0, 1, -2, -1]] == 255).all()  # no text is cut
+        assert (pixels[:40] < 128).any()
     (content,) = json.loads(status_script(folder / "daisy_logs" / "sample_toy", "--json").stdout)
     assert (content["done"], content["seconds_left"], content["active"]) == (BLOCKS - 9, None, False)
 

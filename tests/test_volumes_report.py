@@ -93,9 +93,9 @@ def test_a_report_lists_what_is_wrong_and_shows_every_volume(tmp_path, tissue, c
     ):
         assert len([line for line in listed if re.search(part, line)]) == 1, part
     assert not [line for line in listed if "good.zarr" in line and "share" not in line]
-    assert page.count('src="data:image/png') == 3 + 3 + 1
+    assert page.count('href="data:image/png') == 6 + 6 + 3
     assert not re.search(r"https?://|<script", page)
-    assert f"<td>good.zarr</td><td>{len(np.unique(labels))}</td>" in page
+    assert f'<td>good.zarr</td><td class="number">{len(np.unique(labels))}</td>' in page
 
 
 def test_labels_may_cover_a_part_of_raw(tmp_path, tissue):
@@ -124,7 +124,7 @@ def test_what_cannot_be_trained_on_is_listed_and_the_rest_is_shown(tmp_path, tis
     page = (tmp_path / "page.html").read_text()
     assert re.search(rf"<li>[^<]*bad.zarr[^<]*{message}|<li>[^<]*{message}", page)
     assert "<h2>good.zarr</h2>" in page
-    assert page.count('src="data:image/png') >= 3
+    assert page.count('href="data:image/png') >= 6
 
 
 def test_of_large_labels_the_middle_sections_are_looked_at(tmp_path, tissue, monkeypatch):
@@ -132,7 +132,7 @@ def test_of_large_labels_the_middle_sections_are_looked_at(tmp_path, tissue, mon
     monkeypatch.setattr("lsdseg.engine.training.volumes_report.MOST_VOXELS", 10 * 96 * 96 + 5)
     report_volumes([str(store(tmp_path / "a.zarr", raw, labels))], None, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert f"<td>a.zarr</td><td>{len(np.unique(labels[19:29]))}</td>" in page
+    assert f'<td>a.zarr</td><td class="number">{len(np.unique(labels[19:29]))}</td>' in page
     assert "<td>the middle sections</td>" in page
 
 
@@ -144,10 +144,10 @@ def test_what_the_mask_leaves_out_does_not_count(tmp_path, tissue):
     write_array(path, "volumes/labels/labels_mask", mask, voxel_size=(8, 8, 8), offset=(0, 0, 0))
     report_volumes([str(path)], None, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert f"<td>a.zarr</td><td>{len(np.unique(labels[:, :, :24]))}</td>" in page
-    assert "<td>25.0%</td>" in page
+    assert f'<td>a.zarr</td><td class="number">{len(np.unique(labels[:, :, :24]))}</td>' in page
+    assert '<td class="number">25.0%</td>' in page
     pictures = re.findall(r"base64,([^\"]+)", page)
-    outlined = np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures[2])))).astype(int)
+    outlined = np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures[3]))).convert("RGB")).astype(int)
     zoom = outlined.shape[0] // 96
     known, unknown = (outlined[:, part, 0].mean() for part in (slice(23 * zoom), slice(25 * zoom, None)))
     assert known > 2 * unknown
@@ -158,7 +158,7 @@ def test_sections_are_shown_as_a_stack(tmp_path, tissue):
         for z in range(6):
             write_array(tmp_path / "a.zarr", f"{name}/{z}", array[8 * z], voxel_size=(8, 8), offset=(0, 0))
     report_volumes([str(tmp_path / "a.zarr")], None, tmp_path / "page.html")
-    assert "<td>6 x 96 x 96</td>" in (tmp_path / "page.html").read_text()
+    assert '<td class="number">6 x 96 x 96</td>' in (tmp_path / "page.html").read_text()
 
 
 def test_training_warns_of_shifted_labels_and_of_a_volume_given_twice(tmp_path, tissue, capsys):

@@ -123,6 +123,11 @@ def scores_path(output: Path, suffix: str = "json") -> Path:
     return output.with_name(f"{output.stem}_scores.{suffix}")
 
 
+def neurons_path(output: Path) -> Path:
+    """Return the path of the list of all neurons of an output zarr SAMPLE.zarr: SAMPLE_scores_neurons.csv."""
+    return output.with_name(f"{output.stem}_scores_neurons.csv")
+
+
 def quality_path(output: Path, ending: str = ".json") -> Path:
     """Return the path of a list of what is doubtful in an output zarr SAMPLE.zarr: SAMPLE_quality.json."""
     return output.with_name(f"{output.stem}_quality{ending}")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -210,13 +211,15 @@ def draw_map(status: Status, path: Path) -> None:
     states = {"left": "#d9d9d9", "skipped": "#ffffff", "done": "#0072b2", "running": "#f0e442", "failed": "#d55e00"}
     layers = np.unique(np.linspace(0, len(status.map) - 1, min(36, len(status.map))).round().astype(int))
     across = math.ceil(math.sqrt(len(layers)))
-    figure = Figure(figsize=(2 * across + 1, 2 * math.ceil(len(layers) / across) + 1), layout="constrained")
+    width = max(6, 2 * across + 1)  # inches; the legend needs them
+    figure = Figure(figsize=(width, 2 * math.ceil(len(layers) / across) + 1.5), layout="constrained")
     FigureCanvasAgg(figure)
     for number, layer in enumerate(layers, start=1):
         axes = figure.add_subplot(math.ceil(len(layers) / across), across, number)
         axes.imshow(status.map[layer], cmap=ListedColormap(list(states.values())), norm=BoundaryNorm(range(6), 5))
-        axes.set(title=f"blocks at z {layer}", xticks=[], yticks=[])
-    figure.suptitle(f"{status.step}: {status.done} of {status.blocks} blocks")
+        axes.set(title=f"layer {layer} along z", xlabel="x", ylabel="y", xticks=[], yticks=[])
+    title = f"{status.step}: {status.done} of {status.blocks} blocks are done"
+    figure.suptitle("\n".join(wrap(title, 10 * width)), fontsize=10)
     patches = [Patch(facecolor=color, edgecolor="#808080", label=name) for name, color in states.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches))
     figure.savefig(path, format="png", dpi=100)

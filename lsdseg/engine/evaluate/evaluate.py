@@ -1,4 +1,4 @@
-"""Score all segmentations of the test volumes. Tables and a plot are written beside the output zarr.
+"""Score all segmentations of the test volumes. A report, tables and a plot are written beside the output zarr.
 
 Volumes are read slab by slab and never copied. Only the table of overlaps stays in memory, see
 `lsdseg.engine.evaluate.metrics`.
@@ -12,19 +12,22 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
 from funlib.geometry import Coordinate, Roi
 from funlib.persistence import Array
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.typing import LineStyleType
 from numpy.typing import NDArray
 from tqdm import tqdm
 from yacs.config import CfgNode
 
 from lsdseg.data_utils.checks import check_labels
 from lsdseg.data_utils.labels import is_labeled
-from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, scores_path
+from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, neurons_path, scores_path
 from lsdseg.data_utils.placement import in_picometers, nanometers, offset_nm, voxel_size_nm
 from lsdseg.data_utils.records import Record, record_of
 from lsdseg.data_utils.skeletons import Skeleton
@@ -41,14 +44,13 @@ from lsdseg.data_utils.volumes import (
 )
 from lsdseg.engine.evaluate.metrics import (
     VARIANTS,
-    Mistake,
+    Table,
     count_overlaps,
     list_mistakes,
     list_neurons,
-    place_of,
     scores,
 )
-from lsdseg.engine.evaluate.report import RADIUS, caption, draw_mistake, render
+from lsdseg.engine.evaluate.report import Shown, render
 from lsdseg.engine.evaluate.skeletons import make_skeletons, score_skeletons
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.engine.sections import ids_by_section, scored_by_section
@@ -70,12 +72,22 @@ COLUMNS = (
     *RUN_LENGTHS,
     *EDITS,
 )
+NEURON_COLUMNS = (
+    "neuron",
+    "voxels",
+    "segments",
+    "merged",
+    "merged_with",
+    "split_share",
+    "merge_share",
+    "share",
+)
 # Ground truth with more voxels is scored slab by slab only, without what needs all of it in memory.
 MAX_VOXELS = 2**28
 MOST_PICTURES = 10
 # Colors of Okabe and Ito, which color-blind readers can tell apart.
 COLORS = {"voi_split": "#0072B2", "voi_merge": "#D55E00", "voi_sum": "#000000"}
-LINE_STYLES = ("-", "--", ":", "-.")
+LINE_STYLES: tuple[LineStyleType, ...] = ("-", "--", ":", "-.")
 
 # What `score_sample` returns.
 Report = dict[str, Any]
@@ -105,7 +117,7 @@ def evaluate(
     """Score every segmentation of every test volume that has ground truth, DATA.NEURON_LABELS in its zarr.
 
     If sections were not linked, they are scored one by one: an object counts as a new object in each section. Writes
-    SAMPLE_scores.json, .csv, .png and .html beside the output zarr, and prints the table.
+    SAMPLE_scores.html, .json, .csv and .png and SAMPLE_scores_neurons.csv beside the output zarr, and prints the table.
 
     Args:
         cfg: the config.
@@ -137,19 +149,24 @@ def evaluate(
     for sample, names, graph in work:
         report = score_sample(sample, names, given, fragments, graph)
         print(format_table(report))
-        for suffix, content in (
-            ("json", json.dumps(report, indent=2).encode()),
-            ("csv", _csv(report).encode()),
-            ("png", _plot(report)),
-            ("html", _html(sample, report, graph.unwritten).encode()),
+        best = _open(sample, report["best"], graph.unwritten)
+        table = _count_overlaps(sample, best)
+        neurons = list_neurons(*table)
+        for path, content in (
+            (scores_path(sample.output), json.dumps(report, indent=2).encode()),
+            (scores_path(sample.output, "csv"), _csv(report["scores"], COLUMNS).encode()),
+            (scores_path(sample.output, "png"), _plot(report)),
+            (neurons_path(sample.output), _csv(neurons, NEURON_COLUMNS).encode()),
+            (scores_path(sample.output, "html"), _html(sample, report, best, table, neurons).encode()),
         ):
-            with write_whole(scores_path(sample.output, suffix)) as partial:
+            with write_whole(path) as partial:
                 partial.write_bytes(content)
         if report["best"] in graph.unwritten:
             made_by = graph.unwritten[report["best"]].attrs
             at = f"-mf {made_by['merge_function']} -th {made_by['threshold']:g}"
             print(f"to write it: python 05_extract_segmentation_from_lut.py -c CONFIG {at}")
-        print(f"best: {report['best']}; scores in {scores_path(sample.output)}, and beside it as .csv, .png and .html")
+        print(f"best         {report['best']}")
+        print(f"report       {scores_path(sample.output, 'html')}; numbers and a plot are beside it")
 
 
 def _with_truth(samples: list[Sample], file: Path | None, dataset: str | None) -> list[Sample]:
@@ -170,45 +187,32 @@ def _with_truth(samples: list[Sample], file: Path | None, dataset: str | None) -
     return samples
 
 
-def _html(sample: Sample, report: Report, unwritten: Mapping[str, Array]) -> str:
-    """Make the report of a sample: its scores, and what went wrong in the best segmentation."""
-    segmentation = _open(sample, report["best"], unwritten)
+def _count_overlaps(sample: Sample, segmentation: Array) -> Table:
     assert sample.ground_truth is not None
     shared = overlaps(segmentation, sample.ground_truth, sample.ground_truth_mask, description="neurons")
-    table = count_overlaps(shared)
+    return count_overlaps(shared)
+
+
+def _html(sample: Sample, report: Report, best: Array, table: Table, neurons: Sequence[Mapping[str, Any]]) -> str:
+    """Make the report of a sample: its scores, and what went wrong in the best segmentation."""
     notes = ["Neurons and errors are those of the volume, not of single sections."] * report["by_section"]
-    pictures: list[tuple[str, bytes]] = []
-    whole = shared_labels(sample, segmentation)
-    if whole is None:
+    pictures: list[str] = []
+    mistakes: dict[str, str] = {}
+    whole = shared_labels(sample, best)
+    if whole is None or sample.ground_truth is None:
         notes.append(
             f"No pictures: the ground truth has more than {MAX_VOXELS} voxels. Score a part of it to see them."
         )
-    elif not has_array(sample.volume, sample.cfg.DATA.RAW) or sample.raw.voxel_size != segmentation.voxel_size:
+    elif not has_array(sample.volume, sample.cfg.DATA.RAW) or sample.raw.voxel_size != best.voxel_size:
         notes.append(f"No pictures: {sample.cfg.DATA.RAW} is missing, or has other voxels than the segmentation.")
     else:
-        mistakes = list_mistakes(*table, MOST_PICTURES)
-        for number, mistake in enumerate(tqdm(mistakes, "pictures", leave=False, delay=2), 1):
-            pictures.append(_picture(sample, segmentation, whole, mistake, number))
-    return render(report, list_neurons(*table), pictures, notes)
-
-
-def _picture(
-    sample: Sample, segmentation: Array, whole: tuple[NDArray[Any], NDArray[Any]], mistake: Mistake, number: int
-) -> tuple[str, bytes]:
-    """Return the caption and the picture of a mistake."""
-    assert sample.ground_truth is not None
-    place = place_of(mistake, *whole)
-    voxel_size = segmentation.voxel_size
-    roi = shared_roi(segmentation, sample.ground_truth, sample.ground_truth_mask)
-    radius = [max(1, round(RADIUS * min(voxel_size) / size)) for size in voxel_size]
-    box = tuple(slice(max(i - r, 0), min(i + r + 1, n)) for i, r, n in zip(place, radius, whole[0].shape, strict=True))
-    begin, shape = Coordinate(side.start for side in box), Coordinate(side.stop - side.start for side in box)
-    raw = sample.raw.to_ndarray(Roi(roi.begin + begin * voxel_size, shape * voxel_size), fill_value=0)
-    labels, truth = (array[box] for array in whole)
-    position = nanometers(roi.begin + Coordinate(place) * voxel_size, segmentation)
-    inside = [i - side.start for i, side in zip(place, box, strict=True)]
-    png = draw_mistake(raw, truth, labels, inside, voxel_size_nm(segmentation))
-    return caption(mistake, position, number), png
+        begin = shared_roi(best, sample.ground_truth, sample.ground_truth_mask).begin
+        shown = Shown(sample.raw, *whole, begin, best)
+        pictures = shown.overview()
+        found = list_mistakes(*table, MOST_PICTURES)
+        for number, mistake in enumerate(tqdm(found, "pictures", leave=False, delay=2), 1):
+            mistakes |= dict([shown.mistake(mistake, number)])
+    return render(report, neurons, pictures, mistakes, notes)
 
 
 def segmentations_in(path: Path) -> list[str]:
@@ -459,18 +463,20 @@ def format_table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _csv(report: Report) -> str:
+def _csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS)
+    writer = csv.DictWriter(text, columns)
     writer.writeheader()
-    writer.writerows(report["scores"])
+    writer.writerows(
+        {key: " ".join(map(str, v)) if isinstance(v, list) else v for key, v in row.items()} for row in rows
+    )
     return text.getvalue()
 
 
 def _plot(report: Report) -> bytes:
     """Plot the VOI over the thresholds, as a PNG.
 
-    Each merge function has its own line style, and so has each method without thresholds.
+    Each score has a color, and each merge function and each method without thresholds a line style.
     """
     series: dict[str, list[Mapping[str, Any]]] = {}
     for row in report["scores"]:
@@ -480,18 +486,19 @@ def _plot(report: Report) -> bytes:
             series.setdefault(name.replace("_", " "), []).append(row)
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
+    keys = [Line2D([], [], color=color, label=score.removeprefix("voi_")) for score, color in COLORS.items()]
     for style, (name, rows) in zip(itertools.cycle(LINE_STYLES), series.items()):
+        keys.append(Line2D([], [], color="gray", linestyle=style, label=name))
         for score, color in COLORS.items():
-            label = f"{score.removeprefix('voi_')}, {name}"
             if rows[0]["threshold"] is None:
-                axes.axhline(rows[0][score], linestyle=style, color=color, label=label)
+                axes.axhline(rows[0][score], linestyle=style, color=color)
                 continue
             thresholds, values = zip(*sorted((row["threshold"], row[score]) for row in rows), strict=True)
-            axes.plot(thresholds, values, style, color=color, marker="o", label=label)
-    axes.set(xlabel="threshold", ylabel="VOI (bits)", ylim=(0, None), title=f"best: {report['best']}")
+            axes.plot(thresholds, values, linestyle=style, color=color, marker="o")
+    axes.set(xlabel="threshold", ylabel="VOI (bits)", ylim=(0, None))
+    axes.set_title("\n".join(wrap(f"best: {report['best']}", 60)), fontsize=11)
     if series:
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(series)), fontsize="small")
+        figure.legend(handles=keys, loc="outside lower center", ncols=2, fontsize="small")
     image = io.BytesIO()
     figure.savefig(image, dpi=150)
     return image.getvalue()

@@ -4,27 +4,33 @@ The picture works for color-blind readers too. Labels have black outlines and co
 a neuron has the same color in segmentation and ground truth. Everything else is shown by lightness.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
 from funlib.geometry import Coordinate, Roi
 from funlib.persistence import Array
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
 
 from lsdseg.data_utils.layout import FRAGMENTS, prediction_name
+from lsdseg.data_utils.placement import nanometers, voxel_size_nm
 from lsdseg.data_utils.records import record_of
 from lsdseg.data_utils.volumes import has_array, open_array
 from lsdseg.engine.offsets import DIRECT_NEIGHBORS
 from lsdseg.engine.sample import Sample
-from lsdseg.pictures import RGBImage, gray_image, intensity_image, label_image
+from lsdseg.pictures import RGBImage, gray_image, intensity_image, label_image, round_length
 
 WIDTH = 1200  # pixels, the width of a README
+TITLE_LETTERS = 115  # per line
 MAX_CROP = 512  # voxels; in wider sections, neurites would be too small to see
 
 
@@ -39,6 +45,7 @@ def draw_segmentation_figure(
     ground_truth: NDArray[Any] | None = None,
     section: int | None = None,
     title: str | None = None,
+    voxel_size: Sequence[float] | None = None,
 ) -> None:
     """Write a PNG, 1200 pixels wide, with one section of each array side by side in two rows.
 
@@ -51,7 +58,8 @@ def draw_segmentation_figure(
         segmentation: labels (z, y, x).
         ground_truth: labels (z, y, x).
         section: its z index. By default, the middle section.
-        title: text above the panels.
+        title: text above the panels. Lines that are too long are broken.
+        voxel_size: (z, y, x) in nm. A scale bar is drawn on raw if it is given.
     """
     z = raw.shape[0] // 2 if section is None else section
     labels, truth = segmentation[z], None
@@ -69,7 +77,7 @@ def draw_segmentation_figure(
     panels["segmentation"] = label_image(labels, WIDTH // 2)
     if truth is not None:
         panels["ground truth"] = label_image(truth, WIDTH // 2)
-    _write_panels(path_png, panels, title)
+    _write_panels(path_png, panels, title, None if voxel_size is None else voxel_size[2])
 
 
 def draw_sample(sample: Sample, segmentation_dataset: str, png: Path | str) -> None:
@@ -93,6 +101,8 @@ def draw_sample(sample: Sample, segmentation_dataset: str, png: Path | str) -> N
     shape = Coordinate(1, *(min(n, MAX_CROP) for n in voxels[1:]))
     roi = Roi(segmentation.roi.offset + (voxels // 2 - shape // 2) * voxel_size, shape * voxel_size)
 
+    place = f"section {voxels[0] // 2} at z {nanometers(roi.begin, segmentation)[0] / 1000:g} µm"
+
     # Long-range affinities are low far from membranes too, and would make membranes look thick.
     direct = [offset in DIRECT_NEIGHBORS for offset in sample.offsets]
 
@@ -111,7 +121,8 @@ def draw_sample(sample: Sample, segmentation_dataset: str, png: Path | str) -> N
         fragments=section_if_present(FRAGMENTS),
         segmentation=section(segmentation),
         ground_truth=None if sample.ground_truth is None else section(sample.ground_truth),
-        title="\n".join([f"{output.stem}: {segmentation_dataset}", *([str(record)] if record else [])]),
+        title="\n".join([f"{output.stem}: {segmentation_dataset}, {place}", *([str(record)] if record else [])]),
+        voxel_size=voxel_size_nm(segmentation),
     )
 
 
@@ -143,8 +154,23 @@ def _to_unit_range(values: NDArray[Any]) -> NDArray[np.floating[Any]]:
     return values / np.float32(255) if values.dtype == np.uint8 else values
 
 
-def _write_panels(path_png: Path | str, panels: dict[str, RGBImage], title: str | None) -> None:
-    """Write images in two rows, each with its title."""
+def _draw_bar(axes: Axes, shape: tuple[int, ...], pixel_nm: float) -> None:
+    """Draw a white bar with a black edge and its length, a quarter of the width or less, in the lower left corner."""
+    length = round_length(shape[1] * pixel_nm / 4000)
+    left, bottom = 0.04 * shape[1], 0.95 * shape[0]
+    for width, color in ((7, "black"), (4, "white")):
+        ends = [left, left + length * 1000 / pixel_nm]
+        axes.plot(
+            ends, [bottom, bottom], color=color, linewidth=width, solid_capstyle="butt", scalex=False, scaley=False
+        )
+    words = axes.annotate(
+        f"{length:g} µm", (left, bottom), (0, 5), textcoords="offset points", color="white", fontsize=11
+    )
+    words.set_path_effects([withStroke(linewidth=3, foreground="black")])
+
+
+def _write_panels(path_png: Path | str, panels: dict[str, RGBImage], title: str | None, pixel_nm: float | None) -> None:
+    """Write images in two rows, each with its title, and a scale bar on the first one if its pixel size is given."""
     columns = (len(panels) + 1) // 2
     height, width = panels["raw"].shape[:2]
     panel_width = WIDTH / columns
@@ -153,9 +179,12 @@ def _write_panels(path_png: Path | str, panels: dict[str, RGBImage], title: str 
     for axes, (name, image) in zip(figure.subplots(2, columns).flat, panels.items(), strict=False):
         axes.imshow(image, interpolation="nearest" if len(image) < panel_height else "antialiased", aspect="auto")
         axes.set_title(name, fontsize=12)
+        if name == "raw" and pixel_nm is not None:
+            _draw_bar(axes, image.shape, pixel_nm)
     for axes in figure.axes:
         axes.set_axis_off()
-    figure.suptitle(title or "", fontsize=13)
+    lines = [part for line in (title or "").splitlines() for part in wrap(line, TITLE_LETTERS)]
+    figure.suptitle("\n".join(lines), fontsize=12)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     # With 256 colors, the file has a third of the size and looks the same.

@@ -1,51 +1,42 @@
 """The report that a lab sends round: one HTML file that holds everything it shows and loads nothing.
 
-It reads in dark and light, in wide and narrow windows. Ground truth is orange and dashed in plots, segmentation blue,
-which color-blind readers can tell apart.
+Ground truth is orange in pictures and the segmentation blue, which color-blind readers can tell apart.
 """
 
-import base64
-import io
-import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
+from funlib.geometry import Coordinate, Roi
+from funlib.persistence import Array
+from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
 from skimage.segmentation import find_boundaries
 
-from lsdseg.engine.evaluate.metrics import Mistake
+from lsdseg.data_utils.layout import SEGMENTATIONS
+from lsdseg.data_utils.placement import nanometers, voxel_size_nm
+from lsdseg.engine.evaluate.figure import match_labels
+from lsdseg.engine.evaluate.metrics import Mistake, place_of
+from lsdseg.html import chart, grid, page, section, subsection, table, text
+from lsdseg.pictures import OKABE_ITO, TINT, RGBImage, blended, gray_image, overlay_image
+from lsdseg.planes import Index, planes
 
 WORST_NEURONS = 50  # rows of the table of neurons
-ROOM = 0.04  # of the plot's axes, around a number beside a dot
 RADIUS = 60  # voxels of the finest axis that a picture shows to either side of an error
-TRUTH_COLOR, SEGMENT_COLOR, BOTH_COLOR = "#E69F00", "#56B4E9", "#FFFFFF"  # Okabe and Ito
-PLANES = ("xy", "xz", "yz")
-
-STYLE = """
-:root{color-scheme:light dark;--ink:#1a1a1a;--paper:#fff;--line:#bbb;--head:#eee;--best:#fdf0d0}
-@media (prefers-color-scheme:dark){:root{--ink:#e8e8e8;--paper:#161616;--line:#555;--head:#2a2a2a;--best:#4a3a10}}
-*{box-sizing:border-box}
-body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:76rem;margin:0 auto;
-padding:1rem;overflow-wrap:anywhere}
-h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2rem}
-.scroll{overflow:auto;max-height:32rem;border:1px solid var(--line)}
-table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
-th{position:sticky;top:0;background:var(--head)}th:first-child,td:first-child,th:last-child,td:last-child{text-align:left}
-td.wrap{white-space:normal;min-width:24rem;text-align:left}
-tr.best{background:var(--best);font-weight:bold}
-img{max-width:100%;height:auto;background:#fff;display:block}figure{margin:1.5rem 0}
-"""
+SHOWN = 200  # the same, of the middle of the best segmentation
+TRUTH_COLOR, SEGMENT_COLOR = (255 * np.array(to_rgb(color)) for color in OKABE_ITO[:2])
+BOTH_COLOR = np.array((255, 255, 255))
+SCORES = {"voi_split": "VOI split", "voi_merge": "merge", "voi_sum": "sum", "adapted_rand_error": "Rand error"}
+# Variants of the ground truth -> what stands before their scores in the head of a table.
+VARIANTS = {"_without_boundary": "without boundary: ", "_connected": "connected: "}
 
 
 def render(
     report: Mapping[str, Any],
     neurons: Sequence[Mapping[str, Any]],
-    pictures: Sequence[tuple[str, bytes]],
+    pictures: Sequence[str],
+    mistakes: Mapping[str, str],
     notes: Sequence[str] = (),
 ) -> str:
     """Return the HTML of a report.
@@ -53,206 +44,245 @@ def render(
     Args:
         report: what `evaluate.score_sample` returns.
         neurons: all neurons, the worst first, as `metrics.list_neurons` returns them.
-        pictures: caption and PNG of each error, the worst first.
+        pictures: HTML that shows the best segmentation.
+        mistakes: caption -> HTML that shows an error, the worst first.
         notes: lines that say what is missing and why.
 
     Returns:
         A page without references to anything outside of it.
     """
-    shown = neurons[:WORST_NEURONS]
-    name = escape(Path(report["sample"]).name)
-    scored = f"{report['objects']} objects, {report['voxels'] / 1e6:.2f} million voxels, VOI in bits, lower is better"
-    parts = [
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width,initial-scale=1">',
-        f"<title>Segmentation of {name}</title><style>{STYLE}</style></head><body>",
-        f"<h1>Segmentation of {name}</h1>",
-        f"<p>Against {escape(report['ground_truth'])}: {scored}. Best: <b>{escape(report['best'])}</b>.</p>",
-        *(f"<p>{escape(note)}</p>" for note in notes),
-        "<h2>Scores</h2>",
-        "<p>Without boundary: voxels where neurons touch are left out. Connected: neurons are cut into the parts that "
-        "hang together in this volume.</p>",
-        _score_table(report),
-        "<h2>Splits against merges</h2>",
-        _image(plot_split_merge(report["scores"]), "VOI merge over VOI split, a line per method"),
-        "<h2>Worst neurons</h2>",
-        f"<p>The {len(shown)} worst of {len(neurons)} neurons in {escape(report['best'])}, by their share of VOI. "
-        "Parts below 1 % of a neuron are not counted.</p>",
-        _neuron_table(shown),
+    scored = f"{report['objects']} objects, {report['voxels'] / 1e6:.2f} million voxels"
+    pieces = [
+        text(f"Against {report['ground_truth']} in {report['sample']}: {scored}. Best: {report['best']}."),
+        *(text(note, "faint") for note in notes),
+        section("Scores", *_scores(report)),
+        section(f"Segmentation: {report['best']}", *pictures),
+        section("Worst neurons", *_neurons(neurons, report["best"])),
+        section("Run lengths", *_run_lengths(report["skeletons"])),
     ]
-    parts.append(_run_lengths(report["skeletons"]))
-    if pictures:
-        parts.append(f"<h2>The {len(pictures)} worst errors</h2><p>Outlines of the ground truth are orange, of the ")
-        parts.append("segmentation blue, and white where both coincide. The cross marks the position.</p>")
-        parts += [
-            f"<figure>{_image(png, text)}<figcaption>{escape(text)}</figcaption></figure>" for text, png in pictures
-        ]
-    return "\n".join([*parts, "</body></html>\n"])
-
-
-def _score_table(report: Mapping[str, Any]) -> str:
-    kinds = {"": "", " without boundary": "_without_boundary", " connected": "_connected"}
-    head = ["dataset", "method", "threshold", "segments"]
-    head += [f"{name}{kind}" for kind in kinds for name in ("split", "merge", "VOI sum", "Rand error")]
-    head += ["ERL (nm)", "normalized ERL", "splits needed", "merges needed"]
-    rows = []
-    for row in report["scores"]:
-        method = " ".join(str(row[key]) for key in ("method", "merge_function") if row[key])
-        cells = [row["dataset"] + " (not written)" * (not row["written"]), method, row["threshold"], row["segments"]]
-        for suffix in kinds.values():
-            cells += [row[f"{name}{suffix}"] for name in ("voi_split", "voi_merge", "voi_sum", "adapted_rand_error")]
-        cells += [None if row["erl_nm"] is None else round(row["erl_nm"]), row["normalized_erl"]]
-        cells += [row["splits_needed"], row["merges_needed"]]
-        rows.append((cells, row["dataset"] == report["best"]))
-    return _table(head, rows)
-
-
-def _run_lengths(skeletons: Mapping[str, Any] | None) -> str:
-    if skeletons is None:
-        return "<h2>Run lengths</h2><p>There are no skeletons for an expected run length (ERL) here.</p>"
-    neurons = sorted(skeletons["neurons"], key=lambda one: one["erl"] - one["length"])
-    head = ["skeleton", "length (nm)", "run length (nm)", "splits", "mergers", "merged with"]
-    rows = []
-    for one in neurons[:WORST_NEURONS]:
-        others = ", ".join(one["merged_with"][:10])
-        cells = [one["name"], round(one["length"]), round(one["erl"]), one["splits"], len(one["merged_with"]), others]
-        rows.append((cells, False))
-    erl, best = round(skeletons["erl"]), round(skeletons["erl_best"])
-    text = (
-        f"Expected run length (ERL) {erl} nm of {best} nm without errors, "
-        f"normalized {skeletons['normalized_erl']:.3f}. "
-        f"The {len(rows)} skeletons that lost most, of {len(neurons)}."
-    )
-    return f"<h2>Run lengths</h2><p>{text}</p>{_table(head, rows)}"
-
-
-def _neuron_table(neurons: Sequence[Mapping[str, Any]]) -> str:
-    head = ["neuron", "voxels", "segments", "share of VOI split", "of VOI merge", "of VOI", "merged with"]
-    rows = []
-    for neuron in neurons:
-        others = ", ".join(map(str, neuron["merged_with"])) + (
-            f" and {neuron['merged'] - len(neuron['merged_with'])} more" if neuron["merged"] > 10 else ""
+    if mistakes:
+        remark = (
+            "The neuron is tinted orange, the segment blue. Outlines of all neurons are orange, of all segments blue, "
+            "and white where both coincide. The cross marks the position."
         )
-        shares = [f"{100 * neuron[key]:.1f} %" for key in ("split_share", "merge_share", "share")]
-        rows.append(([str(neuron["neuron"]), neuron["voxels"], neuron["segments"], *shares, others], False))
-    return _table(head, rows)
+        shown = (subsection(caption, drawn) for caption, drawn in mistakes.items())
+        pieces.append(section("Worst errors", text(remark, "faint"), *shown))
+    return page(f"Segmentation of {Path(report['sample']).name}", pieces)
 
 
-def _table(head: Sequence[str], rows: Sequence[tuple[Sequence[Any], bool]]) -> str:
-    def cell(value: Any) -> str:
-        text = "" if value is None else f"{value:.3f}" if isinstance(value, float) else escape(str(value))
-        return f'<td class="wrap">{text}</td>' if len(text) > 60 else f"<td>{text}</td>"
+def _scores(report: Mapping[str, Any]) -> list[str]:
+    """Return tables and charts of the scores of all segmentations."""
+    rows = report["scores"]
+    best = [n for n, row in enumerate(rows) if row["dataset"] == report["best"]]
+    names = [row["dataset"].removeprefix("volumes/") + " (not written)" * (not row["written"]) for row in rows]
+    columns: dict[str, list[Any]] = {
+        "segmentation": names,
+        "method": [" ".join(str(row[key]) for key in ("method", "merge_function") if row[key]) for row in rows],
+        "threshold": [None if row["threshold"] is None else f"{row['threshold']:g}" for row in rows],
+        "segments": [row["segments"] for row in rows],
+        **{name: [row[key] for row in rows] for key, name in SCORES.items()},
+        "ERL (µm)": [None if row["erl_nm"] is None else row["erl_nm"] / 1000 for row in rows],
+        "normalized ERL": [row["normalized_erl"] for row in rows],
+        "splits needed": [row["splits_needed"] for row in rows],
+        "merges needed": [row["merges_needed"] for row in rows],
+    }
+    variants = {"segmentation": names} | {
+        f"{words}{name}": [row[f"{key}{suffix}"] for row in rows]
+        for suffix, words in VARIANTS.items()
+        for key, name in SCORES.items()
+    }
+    pieces = [text("VOI is in bits. Of VOI and Rand error, lower is better.", "faint"), _columns(columns, best)]
+    pieces.append(grid(*_charts(rows)))
+    if any(value is not None for name in list(variants)[1:] for value in variants[name]):
+        remark = (
+            "Without boundary: voxels where neurons touch are left out. Connected: neurons are cut into the parts that "
+            "hang together in this volume."
+        )
+        pieces += [text(remark, "faint"), _columns(variants, best)]
+    return pieces
 
-    lines = "".join(
-        f"<tr{' class=best' if best else ''}>{''.join(cell(value) for value in cells)}</tr>\n" for cells, best in rows
-    )
-    heads = "".join(f"<th>{escape(name)}</th>" for name in head)
-    return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{heads}</tr></thead>\n<tbody>{lines}</tbody></table></div>'
-    )
+
+def _columns(columns: Mapping[str, Sequence[Any]], marked: Sequence[int]) -> str:
+    """Return a table of columns, without those that are empty."""
+    filled = {name: cells for name, cells in columns.items() if any(cell is not None for cell in cells)}
+    return table(list(filled), list(zip(*filled.values(), strict=True)), decimals=3, marked=marked)
 
 
-def _image(png: bytes, text: str) -> str:
-    return f'<img alt="{escape(text)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-
-
-def plot_split_merge(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Plot VOI merge over VOI split as a PNG: a line per method, a dot per threshold with its number."""
+def _charts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Draw the VOI over the threshold, and merges over splits, with a line for each method; fragments are left out."""
     series: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
+        if not SEGMENTATIONS.fullmatch(row["dataset"]):
+            continue
         words = [str(row[key]) for key in ("method", "merge_function") if row[key]]
         if row["threshold"] is None or not words:
             words = [row["dataset"].removeprefix("volumes/")]
         series.setdefault(" ".join(words), []).append(row)
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.subplots()
-    limits = [1.1 * max(row[key] for row in rows) or 1 for key in ("voi_split", "voi_merge")]
-    numbered: list[tuple[float, float]] = []
-    colors = ("#0072B2", "#D55E00", "#000000", "#009E73", "#CC79A7")
-    for number, (name, members) in enumerate(series.items()):
-        ordered = sorted(members, key=lambda row: row["threshold"] or 0)
-        split, merge = ([row[key] for row in ordered] for key in ("voi_split", "voi_merge"))
-        style: dict[str, Any] = {"color": colors[number % len(colors)], "marker": "osD^v"[number // 2 % 5]}
-        axes.plot(split, merge, ("-", "--", ":", "-.")[number % 4], label=name, **style)
-        for row in ordered:
-            place = (row["voi_split"], row["voi_merge"])
-            near = any(math.dist(*(np.divide(at, limits) for at in (place, other))) < ROOM for other in numbered)
-            if row["threshold"] is not None and not near:
-                numbered.append(place)
-                axes.annotate(f"{row['threshold']:g}", place, (4, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="VOI split (bits)", ylabel="VOI merge (bits)")
-    axes.set(xlim=(0, limits[0]), ylim=(0, limits[1]))
-    if len(series) <= 20:
-        figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-    return _png(figure)
+    for members in series.values():
+        members.sort(key=lambda row: row["threshold"] or 0)
+
+    def lines(x: str, y: str) -> dict[str, tuple[list[float], list[float]]]:
+        values = {name: [[row[key] for row in members] for key in (x, y)] for name, members in series.items()}
+        return {name: (xs, ys) for name, (xs, ys) in values.items() if None not in xs}
+
+    thresholds = {
+        name: [f"{row['threshold']:g}" for row in members if row["threshold"] is not None]
+        for name, members in series.items()
+    }
+    return [
+        chart("VOI sum (bits)", lines("threshold", "voi_sum"), "threshold"),
+        chart(
+            "VOI merge (bits), at thresholds",
+            lines("voi_split", "voi_merge"),
+            "VOI split (bits)",
+            notes=thresholds,
+        ),
+    ]
 
 
-def draw_mistake(
-    raw: NDArray[Any],
-    truth: NDArray[Any],
-    labels: NDArray[Any],
-    center: Sequence[int],
-    voxel_size: Sequence[float],
-) -> bytes:
-    """Draw the three planes through a point of a crop as a PNG: raw, outlines, a scale bar and a cross.
+def _neurons(neurons: Sequence[Mapping[str, Any]], best: str) -> list[str]:
+    """Return a table of the neurons that have the largest share of the VOI."""
+    shown = [neuron for neuron in neurons[:WORST_NEURONS] if neuron["share"] > 0]
+    if not shown:
+        return [text(f"None of {len(neurons)} neurons is split or merged.")]
+    remark = (
+        f"The {len(shown)} worst of {len(neurons)} neurons in {best}, by their share of VOI. Parts below 1 % of a "
+        "neuron are not counted. All neurons are in the file that ends in _scores_neurons.csv."
+    )
+    head = ["neuron", "voxels", "segments", "of VOI split", "of VOI merge", "of VOI", "merged with"]
+    rows = []
+    for neuron in shown:
+        others = ", ".join(map(str, neuron["merged_with"]))
+        more = neuron["merged"] - len(neuron["merged_with"])
+        shares = (f"{100 * neuron[key]:.1f} %" for key in ("split_share", "merge_share", "share"))
+        words = others + f" and {more} more" * (more > 0)
+        rows.append((neuron["neuron"], neuron["voxels"], neuron["segments"], *shares, words))
+    return [text(remark, "faint"), table(head, rows)]
+
+
+def _run_lengths(skeletons: Mapping[str, Any] | None) -> list[str]:
+    """Return a table of the skeletons that lost most of their length."""
+    if skeletons is None:
+        return [text("There are no skeletons for an expected run length (ERL) here.", "faint")]
+    neurons = sorted(skeletons["neurons"], key=lambda one: one["erl"] - one["length"])
+    worst = [one for one in neurons[:WORST_NEURONS] if one["erl"] < one["length"]]
+    erl, best = (skeletons[key] / 1000 for key in ("erl", "erl_best"))
+    words = (
+        f"Expected run length (ERL) {erl:.3g} µm of {best:.3g} µm without errors, normalized "
+        f"{skeletons['normalized_erl']:.3f}."
+    )
+    if not worst:
+        return [text(f"{words} Errors shorten none of {len(neurons)} skeletons.")]
+    words += f" The {len(worst)} skeletons that lost most, of {len(neurons)}. All are in the file that ends in .json."
+    head = ["skeleton", "length (µm)", "run length (µm)", "splits", "mergers", "merged with"]
+    rows = [
+        (
+            one["name"],
+            one["length"] / 1000,
+            one["erl"] / 1000,
+            one["splits"],
+            len(one["merged_with"]),
+            ", ".join(one["merged_with"][:10]),
+        )
+        for one in worst
+    ]
+    return [text(words), table(head, rows, decimals=3)]
+
+
+class Shown:
+    """Raw, ground truth and segmentation where they meet, to be looked at."""
+
+    def __init__(
+        self, raw: Array, labels: NDArray[Any], truth: NDArray[Any], begin: Coordinate, segmentation: Array
+    ) -> None:
+        """Take what the pictures show.
+
+        Args:
+            raw: on voxels of the size that labels have.
+            labels: the segmentation (z, y, x).
+            truth: labels of the same shape.
+            begin: of both, in the unit of the segmentation.
+            segmentation: the array that they were read from.
+        """
+        self._raw, self._labels, self._truth, self._begin = raw, labels, truth, begin
+        self._nm, self._voxel_size = nanometers(begin, segmentation), voxel_size_nm(segmentation)
+        self._in_segmentation = (begin - segmentation.offset) / segmentation.voxel_size
+
+    def overview(self) -> list[str]:
+        """Return planes through the middle: the segmentation, then the ground truth. A pair has one color."""
+        middle = [n // 2 for n in self._labels.shape]
+        pieces = []
+        for number, title in enumerate(("segmentation", "ground truth")):
+
+            def paint(raw: NDArray[Any], *pair: NDArray[Any], number: int = number) -> RGBImage:
+                return overlay_image(gray_image(raw), pair[number])
+
+            def sections(index: Index) -> tuple[NDArray[Any], ...]:
+                return self._raw_section(index), *match_labels(self._labels[index], self._truth[index])
+
+            drawn = planes(sections, paint, self._box(middle, SHOWN), middle, self._voxel_size, self._nm)
+            pieces.append(subsection(f"Raw with {title}", drawn))
+        return pieces
+
+    def mistake(self, mistake: Mistake, number: int) -> tuple[str, str]:
+        """Return the caption of a mistake, and planes through it."""
+        place = place_of(mistake, self._labels, self._truth)
+
+        def paint(*arrays: NDArray[Any]) -> RGBImage:
+            return _mistake_image(mistake, *arrays)
+
+        def sections(index: Index) -> tuple[NDArray[Any], ...]:
+            return self._raw_section(index), self._truth[index], self._labels[index]
+
+        box = self._box(place, RADIUS)
+        drawn = planes(sections, paint, box, place, self._voxel_size, self._nm, cross=True)
+        position = [b + i * v for b, i, v in zip(self._nm, place, self._voxel_size, strict=True)]
+        return _caption(mistake, position, self._in_segmentation + Coordinate(place), number), drawn
+
+    def _box(self, point: Sequence[int], radius: int) -> tuple[slice, ...]:
+        """Return the voxels around a point, to so many voxels of the finest axis."""
+        finest = min(self._voxel_size)
+        radii = [max(1, round(radius * finest / size)) for size in self._voxel_size]
+        sides = zip(point, radii, self._labels.shape, strict=True)
+        return tuple(slice(max(i - r, 0), min(i + r + 1, n)) for i, r, n in sides)
+
+    def _raw_section(self, index: Index) -> NDArray[Any]:
+        """Read raw at an index of the labels; 0 where there is none."""
+        sides = [side if isinstance(side, slice) else slice(side, side + 1) for side in index]
+        begin, shape = Coordinate(s.start for s in sides), Coordinate(s.stop - s.start for s in sides)
+        roi = Roi(self._begin + begin * self._raw.voxel_size, shape * self._raw.voxel_size)
+        raw: NDArray[Any] = self._raw.to_ndarray(roi, fill_value=0)
+        return raw[tuple(slice(None) if isinstance(side, slice) else 0 for side in index)]
+
+
+def _mistake_image(mistake: Mistake, raw: NDArray[Any], truth: NDArray[Any], labels: NDArray[Any]) -> RGBImage:
+    """Draw an error on a section of raw: its neuron and its segment tinted, and outlines of all of them.
 
     Args:
-        raw: (z, y, x) of any number type.
+        mistake: the error.
+        raw: (y, x) of any number type.
         truth: labels of the same shape.
         labels: the segmentation, the same shape.
-        center: the point, an index z, y, x.
-        voxel_size: in nm.
     """
-    low, high = np.percentile(raw, (0.5, 99.5))
-    gray = np.clip((raw - low) / max(high - low, 1e-6), 0, 1)
-    figure = Figure(figsize=(12, 4.4), layout="constrained")
-    for axes, name, normal in zip(figure.subplots(1, 3), PLANES, (0, 1, 2), strict=True):
-        down, across = (axis for axis in range(3) if axis != normal)
-        sections = [np.take(array, center[normal], axis=normal) for array in (gray, truth, labels)]
-        if name == "yz":  # y runs down in it, as in xy
-            sections, (down, across) = [section.T for section in sections], (across, down)
-        size = (voxel_size[down], voxel_size[across])
-        extent = (0, sections[0].shape[1] * size[1], sections[0].shape[0] * size[0], 0)
-        axes.imshow(_outlined(*sections), extent=extent, interpolation="nearest")
-        point = ((center[across] + 0.5) * size[1], (center[down] + 0.5) * size[0])
-        axes.plot(*point, "+", color="white", markersize=16, markeredgewidth=4)
-        axes.plot(*point, "+", color="black", markersize=14, markeredgewidth=1.5)
-        bar = _round_length(extent[1] / 4)
-        left, bottom = extent[1] * 0.05, extent[2] * 0.94
-        for width, color in ((7, "black"), (4, "white")):
-            axes.plot([left, left + bar], [bottom, bottom], color=color, linewidth=width, solid_capstyle="butt")
-        axes.set(title=f"{name}, bar {bar:g} nm", xlim=extent[:2], ylim=extent[2:])
-        axes.set_axis_off()
-    return _png(figure)
-
-
-def _outlined(gray: NDArray[Any], truth: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.float64]:
-    """Draw outlines on a section (y, x) in 0..1, four pixels per voxel. Returns RGB."""
-    gray, truth, labels = (array.repeat(4, axis=0).repeat(4, axis=1) for array in (gray, truth, labels))
-    image = np.repeat(gray[..., None].astype(np.float64), 3, axis=2)
-    of_truth, of_labels = (find_boundaries(array, mode="thick") for array in (truth, labels))
-    for where, color in ((of_truth, TRUTH_COLOR), (of_labels, SEGMENT_COLOR), (of_truth & of_labels, BOTH_COLOR)):
-        image[where] = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    image = gray_image(raw)
+    of_truth, of_labels = (find_boundaries(array, mode="inner") for array in (truth, labels))
+    for where, color, strength in (
+        (truth == mistake.neuron, TRUTH_COLOR, TINT),
+        (labels == mistake.segment, SEGMENT_COLOR, TINT),
+        (of_truth, TRUTH_COLOR, 1),
+        (of_labels, SEGMENT_COLOR, 1),
+        (of_truth & of_labels, BOTH_COLOR, 1),
+    ):
+        image = blended(image, color, strength * where)
     return image
 
 
-def _round_length(length: float) -> float:
-    """Return the largest of 1, 2, 5, 10, 20 ... that is not longer."""
-    power: float = 10.0 ** np.floor(np.log10(length))
-    return max(n * power for n in (1, 2, 5) if n * power <= length)
-
-
-def _png(figure: Figure) -> bytes:
-    image = io.BytesIO()
-    figure.savefig(image, dpi=100)
-    return image.getvalue()
-
-
-def caption(mistake: Mistake, position: Sequence[float], number: int) -> str:
-    """Describe an error in one line, with its position in nm."""
-    place = ", ".join(f"{value:.0f}" for value in position)
+def _caption(mistake: Mistake, position: Sequence[float], voxel: Sequence[int], number: int) -> str:
+    """Describe an error in one line, with its position (z, y, x) in nm, and its voxel in the segmentation."""
+    place = ", ".join(f"{value / 1000:.6g}" for value in position)
     what = "is cut off from the rest of it" if mistake.kind == "split" else "hangs on another neuron"
     return (
         f"{number}. {mistake.kind}: the part of neuron {mistake.neuron} in segment {mistake.segment} {what}; "
-        f"{mistake.voxels} voxels, {mistake.bits:.4f} bits of VOI; at {place} nm (z, y, x)"
+        f"{mistake.voxels} voxels, {mistake.bits:.4f} bits of VOI; at {place} µm (z, y, x), voxel "
+        f"{', '.join(map(str, voxel))}"
     )

@@ -119,7 +119,8 @@ def _pieces(run: Run) -> list[str]:
 
 def _caption(tag: str) -> str:
     name = tag.removeprefix("preview/")
-    return "raw and labels" if name == "labels" else f"{name}: raw, target, prediction"
+    colors = "red, green and blue are the first three channels, such as along z, y and x"
+    return "raw and labels" if name == "labels" else f"{name}: raw, target, prediction ({colors})"
 
 
 def _last_values(scalars: dict[str, list[tuple[int, float]]]) -> str:
@@ -133,7 +134,7 @@ def _last_values(scalars: dict[str, list[tuple[int, float]]]) -> str:
             rows.append((tag, points[-1][1], points[-1][0], lowest, step))
     dead = [points[-1][1] for tag, points in scalars.items() if tag.startswith("dead_channels/")]
     words = text(f"Dead channels in the end: {sum(dead):.0f}", "faint") if dead else ""
-    return table(("", "last", "at iteration", "lowest", "at iteration"), rows) + words
+    return table(("value", "last", "at iteration", "lowest", "at iteration"), rows) + words
 
 
 def _training_data(run: Run) -> list[str]:
@@ -165,7 +166,7 @@ def statistics_pieces(found: dict[str, Statistics]) -> list[str]:
         )
         for name, statistics in found.items()
     ]
-    head = ("", "voxel size (nm)", "median", "standard deviation", "lines", "inside minus boundary")
+    head = ("volume", "voxel size (nm)", "median", "standard deviation", "lines", "inside minus boundary")
     remark = "Gray values are in 0..1. Lines: below 0 if thin lines such as membranes are dark, above 0 if bright."
     return [chart("Share of the voxels", lines, "gray value", from_zero=True), table(head, rows), text(remark, "faint")]
 

@@ -26,17 +26,16 @@ from lsdseg.engine.statistics import Statistics, differences, sample_statistics
 from lsdseg.engine.training.report import statistics_pieces
 from lsdseg.engine.training.suspicious import Alignment, alignment_of, set_warnings, shift_warning
 from lsdseg.errors import UserError
-from lsdseg.html import bullets, chart, grid, picture, section, table, text, write_page
-from lsdseg.pictures import enlarged, gray_image, label_image
+from lsdseg.html import bullets, chart, section, subsection, table, text, write_page
+from lsdseg.pictures import RGBImage, gray_image, overlay_image
+from lsdseg.planes import Index, planes
 
 REPORT = "volumes_report.html"
 MOST_VOXELS = 2**28  # of labels that are read of a volume, in its middle; connectivity needs 12 bytes for each
 MOST_LISTED = 10
 BOXES = 24  # that alignment is computed from
-CROP = 400  # voxels along y and x that are shown, from the middle
-PANEL = 600  # pixels
+CROP = 400  # voxels of the finest axis that are shown, from the middle
 DIMMED = 3  # how many times darker raw is where labels are not known
-OUTLINE = (0.902, 0.624, 0.0)  # RGB in 0..1, of the boundaries of labels on raw
 
 
 @dataclass(frozen=True)
@@ -255,7 +254,7 @@ def _overview(volumes: Sequence[Volume]) -> str:
         return (str(array.dtype), *(" x ".join(map(str, column)) for column in columns))
 
     columns = ("type", "voxels (z y x)", "voxel size (nm)", "offset (nm)")
-    head = ("", *(f"{array}: {column}" for array in ("raw", "labels") for column in columns))
+    head = ("volume", *(f"{array}: {column}" for array in ("raw", "labels") for column in columns))
     return table(head, [(volume.path.name, *place(volume.raw), *place(volume.labels)) for volume in volumes])
 
 
@@ -274,7 +273,16 @@ def _label_table(volumes: Sequence[Volume]) -> str:
         for volume in volumes
         if (content := volume.content)
     ]
-    head = ("", "labels", "median voxels", "smallest", "known", "of it background", "separate pieces", "looked at")
+    head = (
+        "volume",
+        "labels",
+        "median voxels",
+        "smallest",
+        "known",
+        "background of that",
+        "separate pieces",
+        "looked at",
+    )
     return table(head, rows)
 
 
@@ -308,32 +316,39 @@ def _volume_pieces(volume: Volume) -> list[str]:
 
 
 def _pictures(volume: Volume) -> list[str]:
-    """Show the middle section of the labels, or of raw if there are none that can be shown: raw, labels, both."""
+    """Show planes through the middle of the labels, or of raw if there are none that can be shown."""
     if volume.raw.dims != 3:
         return [text(f"raw has shape {volume.raw.shape}, which cannot be shown", "faint")]
-    shown = volume.labels if volume.content and volume.labels is not None else volume.raw
-    first = [(int(size) - min(int(size), CROP)) // 2 for size in shown.shape]
-    where = (shown.shape[0] // 2, *(slice(b, b + CROP) for b in first[1:]))
-    shift = (shown.offset - volume.raw.offset) / volume.raw.voxel_size
-    raw_where = (
-        where[0] + shift[0],
-        *(slice(w.start + s, w.stop + s) for w, s in zip(where[1:], shift[1:], strict=True)),
-    )
-    raw = gray_image(read(volume.raw, raw_where))
-    caption = f"section {where[0]}"
-    if shown is volume.raw:
-        return [picture(enlarged(raw, PANEL), f"{caption} of raw")]
-    ids, known = _read_known(shown, volume.mask, where)
-    labels = np.where(known, ids, 0)
-    raw = raw[: labels.shape[0], : labels.shape[1]]
-    dimmed = np.where(known[..., None], raw, raw // DIMMED)
-    outlined = enlarged(dimmed, PANEL).copy()
-    black = (label_image(labels, PANEL) == 0).all(axis=-1)
-    outlined[black] = np.multiply(OUTLINE, 255).astype(np.uint8)
-    return [
-        grid(
-            picture(enlarged(raw, PANEL), f"{caption}: raw"),
-            picture(label_image(labels, PANEL), f"{caption}: labels"),
-            picture(outlined, f"{caption}: boundaries of labels on raw, dark where labels are not known"),
-        )
+    raw, labels = volume.raw, volume.labels if volume.content else None
+    shown = raw if labels is None else labels
+    sizes = [
+        min(int(size), max(1, round(CROP * min(raw.voxel_size) / v)))
+        for size, v in zip(shown.shape, raw.voxel_size, strict=True)
     ]
+    box = [slice((n - size) // 2, (n - size) // 2 + size) for n, size in zip(shown.shape, sizes, strict=True)]
+    middle = [int(n) // 2 for n in shown.shape]
+    shift = (shown.offset - raw.offset) / raw.voxel_size
+
+    def raw_section(index: Index) -> NDArray[Any]:
+        moved = (
+            slice(i.start + s, i.stop + s) if isinstance(i, slice) else i + s for i, s in zip(index, shift, strict=True)
+        )
+        return read(raw, tuple(moved))
+
+    def with_labels(index: Index) -> tuple[NDArray[Any], ...]:
+        assert labels is not None
+        return raw_section(index), *_read_known(labels, volume.mask, index)
+
+    place = (box, middle, voxel_size_nm(raw), offset_nm(shown))
+    pieces = [subsection("Raw", planes(lambda index: (raw_section(index),), gray_image, *place))]
+    if labels is not None:
+        pieces.append(
+            subsection("Labels on raw, which is dark where they are not known", planes(with_labels, _overlay, *place))
+        )
+    return pieces
+
+
+def _overlay(raw: NDArray[Any], labels: NDArray[np.uint64], known: NDArray[np.bool_]) -> RGBImage:
+    """Tint a section of raw with its labels (all (y, x)), and darken it where they are not known."""
+    gray = gray_image(raw)
+    return overlay_image(np.where(known[..., None], gray, gray // DIMMED), np.where(known, labels, 0))
