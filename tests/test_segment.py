@@ -14,7 +14,7 @@ import segment
 from lsdseg.cli import call_script
 from lsdseg.config.loader import load_config
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
-from lsdseg.engine import chain, estimate
+from lsdseg.engine import chain, memory
 from lsdseg.engine.blocks.status import statuses
 from lsdseg.engine.chain import Chain, bytes_in_memory, fits_in_memory
 from lsdseg.engine.estimate import estimates, require_memory
@@ -206,7 +206,7 @@ def test_a_block_that_does_not_fit_into_memory_is_refused_with_a_size_that_does(
     blocks = ("INS_SEGMENT.BLOCK_SIZE", "(64, 64, 64)", "INS_SEGMENT.CONTEXT", "(8, 8, 8)")
 
     def check(free, *overrides):
-        monkeypatch.setattr(estimate, "available_memory", lambda: free)
+        monkeypatch.setattr(memory, "available_memory", lambda: free)
         cfg = load_config(config, [*blocks, *map(str, overrides), "DATA.HOME", str(tmp_path)])
         require_memory(Chain(cfg, raw, tmp_path / "out.zarr", (), blockwise=True))
         return capsys.readouterr().err

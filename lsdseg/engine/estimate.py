@@ -7,7 +7,6 @@ volume, if there are any, and otherwise what they took in `benchmarks/blockwise.
 from __future__ import annotations
 
 import math
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -18,10 +17,11 @@ import numpy as np
 from yacs.config import CfgNode
 
 from lsdseg.data_utils.volumes import open_array
+from lsdseg.engine.block_size import LIBRARIES, block_bytes, choose_block
 from lsdseg.engine.blocks.markers import record_files, records_in
 from lsdseg.engine.blocks.status import duration
-from lsdseg.engine.chain import BYTES_PER_VOXEL, Chain
-from lsdseg.engine.memory import available_memory
+from lsdseg.engine.chain import Chain
+from lsdseg.engine.memory import worker_memory
 from lsdseg.engine.post.steps.edges import edges_name
 from lsdseg.engine.post.steps.fragments import NAME as FRAGMENTS_STEP
 from lsdseg.engine.predict.predict import prediction_channels
@@ -32,8 +32,8 @@ from lsdseg.files import byte_count, room_on_disk
 
 # CPU seconds for a million voxels; docs/results.md, "Large volumes".
 SECONDS = {"fragments": 0.386, "agglomeration": 0.189, "tables": 0.009, "relabeling": 0.019}
-# What a process takes for its libraries, and for those of the network.
-LIBRARIES, WITH_NETWORK = 3 * 10**8, 5 * 10**8
+# What a process takes for its libraries with those of the network.
+WITH_NETWORK = 5 * 10**8
 # Compressed, predictions and labels take about these shares of their size.
 PREDICTION_SHARE, LABEL_SHARE = 0.6, 0.03
 
@@ -82,10 +82,9 @@ def estimates(chain: Chain) -> list[Estimate]:
         )
     ]
 
-    settings = cfg.INS_SEGMENT
-    block = settings.BLOCK_SIZE if chain.blockwise else shape
+    block = _block(chain, shape) if chain.blockwise else shape
     blocks = count_tiles(block, shape)
-    memory = _block_bytes(cfg, block, shape)
+    memory = block_bytes(cfg, block, shape)
     labels, thresholds = int(voxels * 8 * LABEL_SHARE), len(chain.results)
     markers = {"fragments": FRAGMENTS_STEP, "agglomeration": edges_name(chain.merge_function)}
     for step, disk in (("fragments", labels), ("agglomeration", 0)):
@@ -105,11 +104,11 @@ def require_memory(chain: Chain) -> None:
     Raises:
         UserError: one block does not fit; the message names a size that does.
     """
-    cfg, settings = chain.cfg, chain.cfg.INS_SEGMENT
-    shape, limit = _network_shape(chain), _bytes_of_worker(cfg)
+    cfg, shape, limit = chain.cfg, _network_shape(chain), worker_memory(chain.cfg)
     if not chain.blockwise or limit is None:
         return
-    needed, size = _block_bytes(cfg, settings.BLOCK_SIZE, shape), list(settings.BLOCK_SIZE)
+    block = _block(chain, shape)
+    needed, size = block_bytes(cfg, block, shape), list(block)
     if needed <= limit:
         workers = min(cfg.SYSTEM.NUM_WORKERS, count_tiles(size, shape))
         if cfg.CLUSTER.TYPE == "local" and needed * workers > limit:
@@ -119,12 +118,12 @@ def require_memory(chain: Chain) -> None:
                 file=sys.stderr,
             )
         return
-    while _block_bytes(cfg, size, shape) > limit and (axes := [n for n in range(3) if size[n] // 2 >= _least(cfg)[n]]):
+    while block_bytes(cfg, size, shape) > limit and (axes := [n for n in range(3) if size[n] // 2 >= _least(cfg)[n]]):
         size[max(axes, key=lambda axis: size[axis])] //= 2
-    fits = _block_bytes(cfg, size, shape) <= limit
+    fits = block_bytes(cfg, size, shape) <= limit
     remedy = f"use INS_SEGMENT.BLOCK_SIZE {tuple(size)}" if fits else "use a machine or a job with more"
     raise UserError(
-        f"a block of INS_SEGMENT.BLOCK_SIZE {tuple(settings.BLOCK_SIZE)} takes about {byte_count(needed)}, and a "
+        f"a block of INS_SEGMENT.BLOCK_SIZE {tuple(block)} takes about {byte_count(needed)}, and a "
         f"worker has {byte_count(limit)}: {remedy}"
     )
 
@@ -140,19 +139,10 @@ def _network_shape(chain: Chain) -> list[int]:
     return [-(-size // voxel) for size, voxel in zip(roi.shape, chain.cfg.MODEL.VOXEL_SIZE, strict=True)]
 
 
-def _block_bytes(cfg: CfgNode, block: Sequence[int], shape: Sequence[int]) -> int:
-    """Memory that a worker takes for a block of so many voxels."""
-    settings = cfg.INS_SEGMENT
-    read = [min(size, b + 2 * c) for size, b, c in zip(shape, block, settings.CONTEXT, strict=True)]
-    return int(LIBRARIES + math.prod(read) * (BYTES_PER_VOXEL[settings.METHOD] + 12))
-
-
-def _bytes_of_worker(cfg: CfgNode) -> int | None:
-    """Memory that one worker has if it is alone: what is free here, or what a Slurm job asks for. None: unknown."""
-    if cfg.CLUSTER.TYPE == "local":
-        return available_memory()
-    found = re.fullmatch(r"(\d+)([KMGT]?)B?", cfg.CLUSTER.MEMORY.strip().upper())
-    return int(found[1]) * 1024 ** (" KMGT".index(found[2] or "M")) if found else None
+def _block(chain: Chain, shape: Sequence[int]) -> Sequence[int]:
+    """Voxels of a block: INS_SEGMENT.BLOCK_SIZE, or what 02 chose, or would choose now."""
+    size: Sequence[int] | None = chain.sample.cfg.INS_SEGMENT.BLOCK_SIZE
+    return size or choose_block(chain.cfg, shape)[0]
 
 
 def show_estimates(chain: Chain) -> None:

@@ -33,7 +33,7 @@ from lsdseg.engine.predict.predict import (
     prediction_record,
     write_tile,
 )
-from lsdseg.engine.predict.tile_size import tile_voxels
+from lsdseg.engine.predict.tile_size import tile_voxels, tiles_in_words
 from lsdseg.engine.predict.tiles import TilePredictor
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.engine.sections import along_zyx
@@ -69,6 +69,7 @@ def predict_blockwise(cfg: CfgNode, skip_empty: bool = False) -> None:
                 print(f"{sample.output} is predicted already; to predict it again, set DATA.DROP_DS_MONGOTABLE True")
                 continue
             tile = _tile(sample, begun is not None)
+            print(tiles_in_words(cfg, tile, sample.raw.shape))
             if begun is None:
                 create_predictions(sample, record, tile)
             step = _predict_step(sample, tile)

@@ -24,7 +24,7 @@ from lsdseg.data_utils.volumes import chunk_shape, create_array, list_arrays, op
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import discard_markers
 from lsdseg.engine.blocks.status import duration
-from lsdseg.engine.predict.tile_size import count_tiles, tile_voxels
+from lsdseg.engine.predict.tile_size import count_tiles, tile_voxels, tiles_in_words
 from lsdseg.engine.predict.tiles import TilePredictor, one_ahead
 from lsdseg.engine.predict.views import views_of
 from lsdseg.engine.sample import Sample, samples_of
@@ -114,8 +114,8 @@ def predict_sample(predictor: TilePredictor, sample: Sample, record: Record) -> 
         tile = tile_voxels(cfg, raw.shape)
         arrays, tiles = create_predictions(sample, record, tile), count_tiles(tile, raw.shape)
         expected = predictor.expected_seconds(tile, tiles)
-        about = "" if expected is None else f", about {duration(expected)}"
-        print(f"tiles: {tiles} of {' x '.join(map(str, tile))} voxels{about}", flush=True)
+        about = "" if expected is None else f"; about {duration(expected)}"
+        print(f"{tiles_in_words(cfg, tile, raw.shape)}{about}", flush=True)
         began = time.monotonic()
         with (
             tqdm(total=math.prod(raw.shape), unit="voxel", unit_scale=True) as bar,

@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 
 from lsdseg.config.network_shapes import total_factor
 from lsdseg.engine.device import resolve_device
-from lsdseg.engine.memory import available_memory
+from lsdseg.engine.memory import ELSEWHERE, available_memory
 from lsdseg.engine.sections import along_zyx
 
 SECTIONS_PER_TILE = 8
@@ -24,8 +24,6 @@ LARGEST = 224
 BYTES = {"same": 10, "valid": 20}
 # Share of the free memory that the tiles of all workers may take.
 SHARE = 0.5
-# What a worker on another machine has at least.
-ELSEWHERE = 4 * 10**9
 
 
 def tile_voxels(cfg: CfgNode, volume_shape: Sequence[int], workers: int = 1) -> tuple[int, ...]:
@@ -62,6 +60,13 @@ def tile_bytes(cfg: CfgNode, tile: Sequence[int]) -> int:
 def count_tiles(tile: Sequence[int], volume_shape: Sequence[int]) -> int:
     """Return how many tiles a volume has."""
     return math.prod(-(-size // width) for size, width in zip(volume_shape, tile, strict=True))
+
+
+def tiles_in_words(cfg: CfgNode, tile: Sequence[int], volume_shape: Sequence[int]) -> str:
+    """Return how many tiles a volume has and how large they are, and why if they were chosen here."""
+    size = " x ".join(map(str, tile))
+    chosen = f": as memory, workers and a width of {LARGEST} allow" if cfg.MODEL.GROW_INPUT is None else ""
+    return f"tiles: {count_tiles(tile, volume_shape)} of {size} voxels{chosen}"
 
 
 def _largest(

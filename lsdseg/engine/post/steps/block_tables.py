@@ -79,7 +79,7 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
     """Open what a worker needs for a level of the tree; returns what it does with each of its nodes."""
     sample, merge_function = Sample.of_arguments(cfg, arguments), arguments["merge_function"]
     level, direction, tree = arguments["level"], arguments["direction"], _tree(sample, arguments)
-    store = open_store(cfg, sample.output, "r", identity(open_array(sample.output, sample.fragments_dataset)))
+    store = open_store(sample.cfg, sample.output, "r", identity(open_array(sample.output, sample.fragments_dataset)))
 
     def process(block: daisy.Block) -> None:
         position = block_position(sample, block.write_roi.begin, level)

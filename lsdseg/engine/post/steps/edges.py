@@ -56,7 +56,7 @@ def agglomerate_blockwise(cfg: CfgNode) -> None:
         with working_on(sample.output, edges_name(merge_function), reads=["predict", "fragments"]):
             fragments = require_fragments(sample)
             check_block_settings(sample)
-            store = open_store(cfg, sample.output, "r+", fragments)
+            store = open_store(sample.cfg, sample.output, "r+", fragments)
             record = _record(sample, merge_function, fragments)
             begun = begun_before(
                 cfg.DATA.DROP_DS_MONGOTABLE,
@@ -83,7 +83,7 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
     """Open what a worker needs; returns what it does with each block."""
     sample, merge_function = Sample.of_arguments(cfg, arguments), arguments["merge_function"]
     affinities, fragments = sample.affinities, open_array(sample.output, sample.fragments_dataset)
-    store = open_store(cfg, sample.output, "r+", identity(fragments))
+    store = open_store(sample.cfg, sample.output, "r+", identity(fragments))
     method = method_that_scores(merge_function)
     tree = _tree(sample, merge_function)
     no_edges = (np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.float32))
@@ -213,7 +213,7 @@ def open_level_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[dais
     sample, merge_function = Sample.of_arguments(cfg, arguments), arguments["merge_function"]
     level, direction = arguments["level"], arguments["direction"]
     tree = _tree(sample, merge_function)
-    store = open_store(cfg, sample.output, "r+", identity(open_array(sample.output, sample.fragments_dataset)))
+    store = open_store(sample.cfg, sample.output, "r+", identity(open_array(sample.output, sample.fragments_dataset)))
 
     def process(block: daisy.Block) -> None:
         position = block_position(sample, block.write_roi.begin, level)

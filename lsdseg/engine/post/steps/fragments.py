@@ -8,6 +8,7 @@ import numpy as np
 from yacs.config import CfgNode
 
 from lsdseg.config import rules
+from lsdseg.config.loader import derived_config
 from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.data_utils.masks import open_mask, read_mask
 from lsdseg.data_utils.records import Record, identity, record_of
@@ -18,6 +19,7 @@ from lsdseg.data_utils.volumes import (
     require_whole,
     voxels_of,
 )
+from lsdseg.engine.block_size import choose_block
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import begun_before, blocks_left, complete, discard_markers
 from lsdseg.engine.blocks.run import run_blocks
@@ -27,7 +29,7 @@ from lsdseg.engine.post.inputs import IN_BLOCKS, IN_MEMORY, inputs_of
 from lsdseg.engine.post.methods import method_of
 from lsdseg.engine.post.placement import open_placement, read_placement
 from lsdseg.engine.post.steps.grid import begun_labels, block_step, create_labels, seal_labels
-from lsdseg.engine.sample import Sample, samples_of
+from lsdseg.engine.sample import BLOCK_SIZE, Sample, samples_of
 from lsdseg.errors import UserError
 from lsdseg.rag import open_store
 from lsdseg.rag.store import Mode
@@ -45,16 +47,20 @@ def extract_fragments_blockwise(cfg: CfgNode) -> None:
     open_mask(cfg.INS_SEGMENT)  # refused before anything is written if it cannot be
     for sample in samples_of(cfg):
         with working_on(sample.output, NAME, reads=["predict"]):
+            begun = begun_before(cfg.DATA.DROP_DS_MONGOTABLE, sample.markers(NAME), begun_fragments, sample)
+            if begun is None and cfg.INS_SEGMENT.BLOCK_SIZE is None:
+                block, why = choose_block(cfg, sample.affinities.shape[-3:])
+                sample.cfg = derived_config(cfg, {BLOCK_SIZE: block})
+                print(why)
             check_block_settings(sample)
             record = _record(sample)
-            begun = begun_before(cfg.DATA.DROP_DS_MONGOTABLE, sample.markers(NAME), begun_fragments, sample)
             if begun is None:
                 discard_markers(sample.markers(NAME))
                 mode: Mode = "w" if cfg.DATA.DROP_DS_MONGOTABLE else "x"
-                store = open_store(cfg, sample.output, mode, record.id)
+                store = open_store(sample.cfg, sample.output, mode, record.id)
                 create_labels(sample, FRAGMENTS, record.attributes)
             else:
-                store = open_store(cfg, sample.output, "r+", begun.id)
+                store = open_store(sample.cfg, sample.output, "r+", begun.id)
             step = fragments_step(sample)
             run_blocks(cfg, step)
             store.finish_nodes()
@@ -67,8 +73,8 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
     """Open what a worker needs; returns what it does with each block."""
     sample = Sample.of_arguments(cfg, arguments)
     affinities, fragments = sample.affinities, open_array(sample.output, FRAGMENTS, "r+")
-    store = open_store(cfg, sample.output, "r+", identity(fragments))
-    settings, method = cfg.INS_SEGMENT, method_of(cfg.INS_SEGMENT)
+    store = open_store(sample.cfg, sample.output, "r+", identity(fragments))
+    settings, method = sample.cfg.INS_SEGMENT, method_of(cfg.INS_SEGMENT)
     placement, voxel_size = open_placement(sample), affinities.voxel_size
 
     def extract(channels: Any, mask: Any, placement: Any) -> Any:

@@ -57,7 +57,7 @@ def find_segments(cfg: CfgNode, merge_function: str | None, threshold: float | N
             log = EditLog(edits_path(sample.output), fragments)
             edits = active(log.read())
             inputs = _inputs(sample, merge_function, fragments, edits)
-            store = open_store(cfg, sample.output, "r", fragments)
+            store = open_store(sample.cfg, sample.output, "r", fragments)
             made = partial(_record, merge_function, inputs)
             if store.count_nodes() <= cfg.INS_SEGMENT.FRAGMENTS_IN_MEMORY:
                 paths += _find_at_once(sample, store, merge_function, thresholds, made, (log, edits))
