@@ -1,6 +1,7 @@
-"""How much memory this process, or a worker, may take."""
+"""What this machine has: memory for this process or for a worker, and which processor."""
 
 import os
+import platform
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -28,3 +29,10 @@ def worker_memory(cfg: CfgNode) -> int | None:
         return available_memory()
     found = re.fullmatch(r"(\d+)([KMGT]?)B?", cfg.CLUSTER.MEMORY.strip().upper())
     return int(found[1]) * 1024 ** (" KMGT".index(found[2] or "M")) if found else None
+
+
+def processor() -> str:
+    """Return the name of this machine's processor."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: *(.+)", info.read_text(encoding="utf-8")) if info.is_file() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()

@@ -53,8 +53,12 @@ def tile_voxels(cfg: CfgNode, volume_shape: Sequence[int], workers: int = 1) -> 
 
 def tile_bytes(cfg: CfgNode, tile: Sequence[int]) -> int:
     """Return about how much memory it takes to predict a tile, beside the network: its finest level at the peak."""
-    voxels = math.prod(size + 2 * c for size, c in zip(tile, along_zyx(cfg.MODEL.CONTEXT, 0), strict=True))
-    return voxels * cfg.MODEL.NUM_FMAPS * BYTES[cfg.MODEL.PAD_CONV]
+    return tile_with_context(cfg, tile) * cfg.MODEL.NUM_FMAPS * BYTES[cfg.MODEL.PAD_CONV]
+
+
+def tile_with_context(cfg: CfgNode, tile: Sequence[int]) -> int:
+    """Return how many voxels of raw the prediction of a tile depends on."""
+    return math.prod(size + 2 * c for size, c in zip(tile, along_zyx(cfg.MODEL.CONTEXT, 0), strict=True))
 
 
 def count_tiles(tile: Sequence[int], volume_shape: Sequence[int]) -> int:

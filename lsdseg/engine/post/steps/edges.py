@@ -23,8 +23,10 @@ from lsdseg.data_utils.records import START_OVER, Record, identity
 from lsdseg.data_utils.volumes import open_array, read, voxels_of
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import begun_before, blocks_left, complete, discard_markers
+from lsdseg.engine.blocks.rates import rate_name
 from lsdseg.engine.blocks.run import run_blocks
-from lsdseg.engine.blocks.step import BlockStep
+from lsdseg.engine.blocks.step import NOTHING, BlockStep, Work
+from lsdseg.engine.blocks.stopwatch import Stopwatch
 from lsdseg.engine.post.block_tree import Position
 from lsdseg.engine.post.contacts import find_contacts
 from lsdseg.engine.post.graph import edges_of_block
@@ -79,7 +81,7 @@ def agglomerate_blockwise(cfg: CfgNode) -> None:
             print(f"edges of {merge_function} in {store}")
 
 
-def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:
+def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], Work]:
     """Open what a worker needs; returns what it does with each block."""
     sample, merge_function = Sample.of_arguments(cfg, arguments), arguments["merge_function"]
     affinities, fragments = sample.affinities, open_array(sample.output, sample.fragments_dataset)
@@ -88,13 +90,13 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
     tree = _tree(sample, merge_function)
     no_edges = (np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.float32))
 
-    def process(block: daisy.Block) -> None:
+    def process(block: daisy.Block) -> Work:
         number = block.block_id[1]
         roi = block.read_roi.intersect(affinities.roi)
         labels = read(fragments, voxels_of(fragments, roi))
         if not labels.any():
             store.write_edges(merge_function, number, *no_edges)
-            return
+            return NOTHING
         predicted = read(affinities, (slice(None), *voxels_of(affinities, roi)))
         channels = method.channels(predicted, sample.offsets)
         if method.scores_whole_graph:
@@ -103,6 +105,8 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
         else:
             edges = edges_of_block(method.edges(channels, labels, sample.offsets), *store.id_range(number))
             store.write_edges(merge_function, number, *edges)
+        written = block.write_roi.intersect(affinities.roi).shape / affinities.voxel_size
+        return Work(labels.size, math.prod(written))
 
     return process
 
@@ -129,7 +133,18 @@ def edges_step(sample: Sample, merge_function: str, made: str, in_blocks: bool =
         arguments={"merge_function": merge_function},
         settings={f"the edges of {merge_function}": made},
         context=method.reach(sample.offsets) if method.scores_whole_graph and not in_blocks else None,
+        rate=partial(edges_rate, sample.cfg, merge_function),
     )
+
+
+def edges_rate(cfg: CfgNode, merge_function: str, _workers: int = 1) -> str:
+    """Name under which it is kept what blocks take, see `rates.py`."""
+    return rate_name(cfg, f"edges of {method_that_scores(merge_function).name}")
+
+
+def scoring_rate(cfg: CfgNode) -> str:
+    """Name under which it is kept what it takes to agglomerate the whole graph, by this process or in a tree."""
+    return rate_name(cfg, "agglomeration")
 
 
 def require_edges(sample: Sample, merge_function: str, fragments: str) -> str:
@@ -191,18 +206,20 @@ def _score_whole_graph(sample: Sample, step: BlockStep, store: RagStore, merge_f
     tree = _tree(sample, merge_function)
     worker, markers = f"{__name__}:open_level_worker", step.markers / LEVELS
     levels = partial(level_step, sample, step, open_worker=worker, folder=markers)
+    watch = Stopwatch(sample.cfg)
     too_many = f"{step}: {{}} pairs of regions touch, more than INS_SEGMENT.CONTACTS_IN_MEMORY"
-    level, left = climb(sample.cfg, tree, sample.cfg.INS_SEGMENT.CONTACTS_IN_MEMORY, levels, too_many)
+    level, left = climb(watch.run, tree, sample.cfg.INS_SEGMENT.CONTACTS_IN_MEMORY, levels, too_many)
     print(f"{step}: agglomerating {left} pairs of regions that touch", flush=True)
     tree.settle_top(level)
     for lower in range(level, 0, -1):
-        run_blocks(sample.cfg, levels(lower, DOWN))
+        watch.run(levels(lower, DOWN))
     if level:
-        run_blocks(sample.cfg, levels(0, DOWN))
+        watch.run(levels(0, DOWN))
     else:
         total = math.prod(tree.grid)
         for position in tqdm(np.ndindex(tree.grid), total=total, desc="writing edges", unit="block", delay=10):
             _write_edges(tree, position, store)
+    watch.keep(scoring_rate(sample.cfg), 1, math.prod(sample.affinities.shape[-3:]))
     (step.markers / SCORED).touch()
     for folder in (CONTACTS, LEVELS):
         shutil.rmtree(step.markers / folder, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Step 1: affinities to fragments, and to the nodes of the region adjacency graph."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import daisy
@@ -22,8 +23,9 @@ from lsdseg.data_utils.volumes import (
 from lsdseg.engine.block_size import choose_block
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import begun_before, blocks_left, complete, discard_markers
+from lsdseg.engine.blocks.rates import rate_name
 from lsdseg.engine.blocks.run import run_blocks
-from lsdseg.engine.blocks.step import BlockStep
+from lsdseg.engine.blocks.step import NOTHING, BlockStep, Work
 from lsdseg.engine.post.graph import fragments_of_block
 from lsdseg.engine.post.inputs import IN_BLOCKS, IN_MEMORY, inputs_of
 from lsdseg.engine.post.methods import method_of
@@ -69,7 +71,7 @@ def extract_fragments_blockwise(cfg: CfgNode) -> None:
             print(f"{FRAGMENTS} in {sample.output}, nodes in {store}")
 
 
-def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:
+def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], Work]:
     """Open what a worker needs; returns what it does with each block."""
     sample = Sample.of_arguments(cfg, arguments)
     affinities, fragments = sample.affinities, open_array(sample.output, FRAGMENTS, "r+")
@@ -80,7 +82,7 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
     def extract(channels: Any, mask: Any, placement: Any) -> Any:
         return method.fragments(channels, settings, sample.offsets, mask, placement)
 
-    def process(block: daisy.Block) -> None:
+    def process(block: daisy.Block) -> Work:
         number = block.block_id[1]
         read_roi, write_roi = (roi.intersect(affinities.roi) for roi in (block.read_roi, block.write_roi))
         before, after = (write_roi.begin - read_roi.begin) / voxel_size, (read_roi.end - write_roi.end) / voxel_size
@@ -102,6 +104,7 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
             fragments[where] = labels
         world = np.rint(np.array(write_roi.begin) + (centers + 0.5) * np.array(voxel_size)).astype(np.int64)
         store.write_nodes(number, ids, world)
+        return Work(predicted[0].size, labels.size) if len(ids) else NOTHING
 
     return process
 
@@ -119,7 +122,13 @@ def begun_fragments(sample: Sample) -> Record | None:
 def fragments_step(sample: Sample) -> BlockStep:
     """The step on a sample, whose fragments exist."""
     made = identity(open_array(sample.output, FRAGMENTS))
-    return block_step(sample, NAME, f"{__name__}:open_worker", settings={"the fragments": made})
+    rate = partial(fragments_rate, sample.cfg)
+    return block_step(sample, NAME, f"{__name__}:open_worker", settings={"the fragments": made}, rate=rate)
+
+
+def fragments_rate(cfg: CfgNode, _workers: int = 1) -> str:
+    """Name under which it is kept what blocks take, see `rates.py`."""
+    return rate_name(cfg, f"fragments of {cfg.INS_SEGMENT.METHOD}")
 
 
 def require_fragments(sample: Sample) -> str:
