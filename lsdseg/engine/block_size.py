@@ -46,23 +46,27 @@ def choose_block(cfg: CfgNode, volume_shape: Sequence[int]) -> tuple[Block, str]
     memory = SHARE * (ELSEWHERE if free is None else free)
     workers = max(1, cfg.SYSTEM.NUM_WORKERS) if cfg.CLUSTER.TYPE == "local" else 1
     counts = [-(-size // LARGEST) for size in volume_shape]
+    narrowest = [NARROWEST * max(STEP, context) for context in cfg.INS_SEGMENT.CONTEXT]
     block = widest = _equal(cfg, volume_shape, counts)
-    while too_much := block_bytes(cfg, block, volume_shape) * min(workers, math.prod(counts)) > memory:
-        narrowest = [NARROWEST * max(STEP, context) for context in cfg.INS_SEGMENT.CONTEXT]
+    while True:
+        blocks = math.prod(-(-size // width) for size, width in zip(volume_shape, block, strict=True))
+        together = min(workers, blocks)
+        needed = together * block_bytes(cfg, block, volume_shape)
         axes = [axis for axis in range(3) if block[axis] > narrowest[axis]]
-        if not axes:
+        if needed <= memory or not axes:
             break
         counts[max(axes, key=block.__getitem__)] += 1
         block = _equal(cfg, volume_shape, counts)
-    if too_much:
-        why = "smaller ones are mostly context"
+    take = f"{together} of them take" if together > 1 else "one takes"
+    take += f" up to {byte_count(needed)}, and {byte_count(int(memory))} may be taken"
+    if needed > memory:
+        why = f"{take}, but smaller ones are mostly context"
     elif block == widest:
         why = f"up to {LARGEST} wide, and equally large"
     else:
-        together = f"{min(workers, math.prod(counts))} of them take" if workers > 1 else "one takes"
-        why = f"{together} up to {byte_count(int(memory))}"
+        why = take
     size = " x ".join(map(str, block))
-    return block, f"blocks: {math.prod(counts)} of {size} voxels: {why} (INS_SEGMENT.BLOCK_SIZE is None)"
+    return block, f"blocks: {blocks} of {size} voxels: {why} (INS_SEGMENT.BLOCK_SIZE is None)"
 
 
 def block_bytes(cfg: CfgNode, block: Sequence[int], volume_shape: Sequence[int]) -> int:

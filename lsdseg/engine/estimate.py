@@ -43,7 +43,7 @@ SECONDS = {"scoring": 0.009, "tables": 0.001, "relabeling": 0.019}
 WITH_NETWORK = 5 * 10**8
 # Compressed, predictions and labels take about these shares of their size.
 PREDICTION_SHARE, LABEL_SHARE = 0.6, 0.03
-# Voxels of a volume that measures as much as is known of other machines.
+# What was measured on a volume of so many voxels counts as much as SECONDS.
 LARGE = 10**9
 SHIPPED = "shipped constants"
 

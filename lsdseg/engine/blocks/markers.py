@@ -85,7 +85,7 @@ def records_in(files: set[Path]) -> NDArray[Any]:
     """
     found = [np.empty(0, RECORD)]
     for file in sorted(files):
-        stored = np.fromfile(file, FORMATS.get(file.suffix, RECORD))
+        stored = np.fromfile(file, FORMATS.get(file.suffix, UNTIMED))
         records = np.zeros(len(stored), RECORD)
         records["time"] = file.stat().st_mtime
         for name in stored.dtype.names or ():
