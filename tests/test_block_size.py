@@ -8,7 +8,7 @@ import pytest
 
 from lsdseg.config.loader import load_config
 from lsdseg.data_utils.layout import FRAGMENTS, data_folder, output_path
-from lsdseg.data_utils.records import record_of
+from lsdseg.data_utils.records import Record, record_of
 from lsdseg.data_utils.volumes import open_array, write_array
 from lsdseg.engine import block_size, memory
 from lsdseg.engine.block_size import NARROWEST, SHARE, block_bytes, choose_block
@@ -16,6 +16,7 @@ from lsdseg.engine.post.steps.edges import agglomerate_blockwise
 from lsdseg.engine.post.steps.fragments import extract_fragments_blockwise
 from lsdseg.engine.post.steps.relabel import extract_segmentation
 from lsdseg.engine.post.steps.tables import find_segments
+from lsdseg.engine.sample import Sample
 from lsdseg.errors import UserError
 
 GB = 10**9
@@ -124,3 +125,21 @@ def test_all_steps_take_the_blocks_of_the_first_whatever_has_changed_since(run, 
     extract_fragments_blockwise(run("DATA.DROP_DS_MONGOTABLE", True))
     assert "blocks: 2 of 32 x 48 x 48 voxels" in capfd.readouterr().out
     assert kept(run()) == [32, 48, 48]
+
+
+def test_fragments_say_in_which_blocks_they_were_made(run):
+    sample = data_folder(run(), "test") / "sample_A.zarr"
+
+    def block_of(attributes, cfg=None):
+        place = {"voxel_size": (8, 8, 8), "offset": (80, 0, 160), "attributes": attributes}
+        write_array(output_path(run(), sample), FRAGMENTS, np.ones(SHAPE, np.uint64), **place)
+        return Sample(cfg or run(), sample).cfg.INS_SEGMENT.BLOCK_SIZE
+
+    assert Sample(run(), sample).cfg.INS_SEGMENT.BLOCK_SIZE is None
+    blocks = Record("02", {}, {"INS_SEGMENT.BLOCK_SIZE": [16, 32, 48]}).attributes
+    assert block_of(blocks) == (16, 32, 48)
+    assert block_of(blocks, run("INS_SEGMENT.BLOCK_SIZE", "(16, 16, 16)")) == (16, 16, 16)
+    assert block_of({}) == (256, 256, 256)  # of published scripts
+    assert block_of(Record("instance_segmenter.py", {}, {}).attributes) is None
+    (output_path(run(), sample) / FRAGMENTS / ".zarray").write_text("{")
+    assert Sample(run(), sample).cfg.INS_SEGMENT.BLOCK_SIZE is None
