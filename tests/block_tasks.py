@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+from lsdseg.engine.blocks.step import NOTHING, Work
 from lsdseg.errors import UserError
 from lsdseg.files import explain_os_errors
 
@@ -51,5 +52,8 @@ def open_worker(cfg, arguments):
         partial = folder / f"partial_{os.getpid()}"
         partial.write_text(json.dumps(report | {"corners": [list(corner) for corner in corners]}))
         partial.replace(folder / "output" / str(number))
+        if number in arguments.get("empty", []):
+            return NOTHING
+        return Work(*arguments["work"]) if "work" in arguments else None
 
     return process

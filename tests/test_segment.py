@@ -15,7 +15,8 @@ from lsdseg.cli import call_script
 from lsdseg.config.loader import load_config
 from lsdseg.data_utils.placement import offset_nm, voxel_size_nm
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
-from lsdseg.engine import chain, estimate
+from lsdseg.engine import chain, memory
+from lsdseg.engine.blocks.markers import record_files, records_in
 from lsdseg.engine.blocks.status import statuses
 from lsdseg.engine.chain import Chain, bytes_in_memory, fits_in_memory
 from lsdseg.engine.estimate import estimates, require_memory
@@ -143,6 +144,7 @@ def test_block_by_block_each_change_costs_the_steps_that_depend_on_it(tmp_path, 
     assert run_with() == everything
     segmentation = read(open_array(out, "volumes/segmentation_050"))
     assert segmentation.any()
+    check_estimates(tmp_path, config, raw, blocks)
     assert run_with() == []
     assert run_with("INS_SEGMENT.THRESHOLDS", [0.3]) == [BLOCKS[2], *LAST]
     assert run_with("INS_SEGMENT.MERGE_FUNCTION", "hist_quant_50") == [*BLOCKS[1:], *LAST]
@@ -155,6 +157,25 @@ def test_block_by_block_each_change_costs_the_steps_that_depend_on_it(tmp_path, 
     assert run_with() == everything
     with pytest.raises(UserError, match=r"belongs to the segmentation of .*fly.zarr: delete it"):
         run(write_volume(tmp_path / "other.zarr"), config, out=out)
+
+
+def check_estimates(folder, config, raw, blocks):
+    """Estimates after a run are what its blocks took, for this volume and for others beside it."""
+    steps = {"prediction": "predict", "fragments": "fragments", "agglomeration": "agglomerate_mean"}
+    for out in ("fly_segmentation", "bee_segmentation"):
+        home = ("DATA.HOME", str(folder / f"{out}_work"))
+        chain = Chain(load_config(config, [*map(str, blocks), *home]), raw, folder / f"{out}.zarr", (), blockwise=True)
+        if out.startswith("fly"):
+            samples = {step: records_in(record_files(chain.sample.markers(name))) for step, name in steps.items()}
+        for step in estimates(chain):
+            assert step.source.startswith("runs on this machine: "), step
+            took = samples.get(step.step)
+            if took is not None:
+                took = took[took["computed"] > 0]
+                per_voxel = took["seconds"] / took["computed"]
+                assert per_voxel.min() * 0.999 <= step.seconds / step.computed <= per_voxel.max() * 1.001
+                assert step.computed >= took["computed"].sum()
+                assert step.memory == pytest.approx(took["megabytes"].max() * 1e6, rel=0.5)
 
 
 @pytest.mark.parametrize("name", ["imagej.tif", "sharded"])
@@ -222,7 +243,8 @@ def test_a_dry_run_says_what_it_would_cost_and_does_nothing(tmp_path, config, ca
 
     cfg = load_config(config, ["DATA.HOME", str(tmp_path)])
     found = estimates(Chain(cfg, raw, tmp_path / "out.zarr", (), blockwise=False))
-    assert [step.measured for step in found] == [True, False, False, False, False]
+    timed, shipped = "timed now: 3 small boxes", "shipped constants"
+    assert [step.source for step in found] == [timed] * 3 + [shipped] * 3
     assert all(step.seconds > 0 and step.memory > 1e8 for step in found)
     with pytest.raises(UserError, match="no room on disk"):
         estimates(Chain(cfg, raw, small_disk(64) / "out.zarr", (), blockwise=True))
@@ -233,7 +255,7 @@ def test_a_block_that_does_not_fit_into_memory_is_refused_with_a_size_that_does(
     blocks = ("INS_SEGMENT.BLOCK_SIZE", "(64, 64, 64)", "INS_SEGMENT.CONTEXT", "(8, 8, 8)")
 
     def check(free, *overrides):
-        monkeypatch.setattr(estimate, "available_memory", lambda: free)
+        monkeypatch.setattr(memory, "available_memory", lambda: free)
         cfg = load_config(config, [*blocks, *map(str, overrides), "DATA.HOME", str(tmp_path)])
         require_memory(Chain(cfg, raw, tmp_path / "out.zarr", (), blockwise=True))
         return capsys.readouterr().err

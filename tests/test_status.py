@@ -16,6 +16,7 @@ from lsdseg.engine.blocks.markers import (
     UNTIMED,
     blocks_left,
     missing_blocks,
+    new_record_file,
     record_files,
     records_in,
 )
@@ -164,12 +165,14 @@ def test_a_log_gets_lines_instead_of_a_bar(folder, capfd, monkeypatch):
 
 
 def test_records_of_an_earlier_version_are_read(tmp_path):
-    old, new = tmp_path / "a", tmp_path / f"b{TIMED}"
+    old, timed, new = tmp_path / "a", tmp_path / "b.timed", new_record_file(tmp_path)
     np.array([(3, 1.5, 200)], UNTIMED).tofile(old)
-    np.array([(4, 2.5, 300, 17.0)], RECORD).tofile(new)
-    records = records_in({old, new})
-    assert records[["block", "seconds", "megabytes"]].tolist() == [(3, 1.5, 200.0), (4, 2.5, 300.0)]
-    assert records["time"].tolist() == [old.stat().st_mtime, 17.0]
+    np.array([(4, 2.5, 300, 17.0)], TIMED).tofile(timed)
+    np.array([(5, 3.5, 400, 18.0, 7, 8, 9)], RECORD).tofile(new)
+    records = np.sort(records_in({old, timed, new}), order="block")
+    assert records[["block", "seconds", "megabytes"]].tolist() == [(3, 1.5, 200.0), (4, 2.5, 300.0), (5, 3.5, 400.0)]
+    assert records["time"].tolist() == [old.stat().st_mtime, 17.0, 18.0]
+    assert records[["computed", "written", "bytes"]].tolist() == [(0, 0, 0), (0, 0, 0), (7, 8, 9)]
 
 
 def test_a_map_shows_what_is_done_and_what_failed():

@@ -358,8 +358,9 @@ _C.INS_SEGMENT.MASK_DATASET = None
 # Drop fragments with a lower mean affinity (0 to 1). They lie mostly outside of cells.
 _C.INS_SEGMENT.FILTER_FRAGMENTS = 0.0
 # Blockwise scripts: size of a block in voxels, and the width of the border around it that is also read. Edges that
-# waterz scores need one voxel of it, whatever it is.
-_C.INS_SEGMENT.BLOCK_SIZE = (256, 256, 256)
+# waterz scores need one voxel of it, whatever it is. BLOCK_SIZE None: 02 chooses equally large blocks up to 256 voxels
+# wide, smaller ones if memory is short, and the later steps take the same.
+_C.INS_SEGMENT.BLOCK_SIZE = None
 _C.INS_SEGMENT.CONTEXT = (24, 24, 24)
 # So many pairs of fragments that touch are agglomerated at once, with about 0.6 kB of memory for each. If there are
 # more, workers first merge what they can decide in boxes of several blocks. The result is the same.

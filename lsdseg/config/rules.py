@@ -350,7 +350,7 @@ RULES: dict[str, Rule] = {
     "INS_SEGMENT.MASK_FILE": optional(path(text)).on(),
     "INS_SEGMENT.MASK_DATASET": optional(on_disk(text)).on(),
     "INS_SEGMENT.FILTER_FRAGMENTS": share.on(FRAGMENTS, SEGMENTATION),
-    "INS_SEGMENT.BLOCK_SIZE": sequence(integer(1, voxels), 3, kind=tuple).on(FRAGMENTS),
+    "INS_SEGMENT.BLOCK_SIZE": optional(sequence(integer(1, voxels), 3, kind=tuple)).on(FRAGMENTS),
     "INS_SEGMENT.CONTEXT": sequence(integer(0, voxels), 3, kind=tuple).on(FRAGMENTS),
     "INS_SEGMENT.CONTACTS_IN_MEMORY": integer(1).on(),
     "INS_SEGMENT.FRAGMENTS_IN_MEMORY": integer(1).on(),

@@ -9,6 +9,7 @@ OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.edits              what people 
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/luts_full/seg_*.npz       look-up tables from fragments to segments
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE_scores.json        scores of its segmentations
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE_quality.json       its doubtful segments
+OUTFILE/measured.json                                               what steps take per voxel, for estimates
 """
 
 import re
@@ -146,6 +147,11 @@ def segmentation_name(threshold: float) -> str:
 def final_segmentation_name(merge_function: str, threshold: float) -> str:
     """Return the dataset of a segmentation from a table: volumes/final_segmentation_hist_quant_50_070."""
     return f"volumes/final_segmentation_{merge_function}_{_hundredths(threshold)}"
+
+
+def measured_path(cfg: CfgNode) -> Path:
+    """Return the file with what steps take per voxel, as runs have measured it: OUTFILE/measured.json."""
+    return Path(cfg.DATA.OUTFILE, "measured.json")
 
 
 def sample_name(path: Path | str) -> str:

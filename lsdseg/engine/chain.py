@@ -24,6 +24,7 @@ from lsdseg.data_utils.placement import voxel_size_nm
 from lsdseg.data_utils.records import Record, is_made
 from lsdseg.data_utils.rescale import rescale_record
 from lsdseg.data_utils.volumes import open_array
+from lsdseg.engine.block_size import BYTES_PER_VOXEL, SHARE
 from lsdseg.engine.memory import available_memory
 from lsdseg.engine.post.methods import method_of
 from lsdseg.engine.post.steps.edges import require_edges
@@ -38,12 +39,8 @@ from lsdseg.errors import UserError
 from lsdseg.files import byte_count
 
 ANEW = ("DATA.DROP_DS_MONGOTABLE", "True")
-# Most memory for a voxel when a volume is segmented at once, beside the predictions in it, by INS_SEGMENT.METHOD.
-BYTES_PER_VOXEL = {"waterz": 60, "mutex": 600}
 # Voxels along an axis. A volume in wider chunks, such as whole sections, is copied before its tiles are predicted.
 WIDEST_CHUNK = 1024
-# Share of the free memory that may be taken.
-SHARE = 0.7
 # At which blocks are joined where a method has no threshold.
 JOINED_AT = 0.5
 

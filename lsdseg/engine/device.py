@@ -47,10 +47,22 @@ def resolve_device(cfg: CfgNode, busy_cores: int = 0, local_rank: int = 0, local
         )
     # All patches and nearly all tiles have one shape, for which cuDNN then finds its fastest algorithm.
     torch.backends.cudnn.benchmark = True
+    torch.set_num_threads(cpu_threads(cfg, busy_cores, local_size))
+    return device
+
+
+def cpu_threads(cfg: CfgNode, busy_cores: int = 0, local_size: int = 1) -> int:
+    """Return how many CPU threads the network gets in this process; see `resolve_device`."""
     from_environment = int(os.environ.get("OMP_NUM_THREADS") or 0)
     free_cores = max(1, len(os.sched_getaffinity(0)) // local_size - busy_cores)
-    torch.set_num_threads(cfg.TRAIN.THREADS or from_environment or free_cores)
-    return device
+    return int(cfg.TRAIN.THREADS or from_environment or free_cores)
+
+
+def gpus_of(cfg: CfgNode) -> int:
+    """Return how many GPUs of this machine the workers of a prediction share out, 0 if they use the CPU."""
+    if cfg.TRAIN.DEVICE == "cpu" or not torch.cuda.is_available():
+        return 0
+    return max(1, min(cfg.SYSTEM.NUM_GPUS, torch.cuda.device_count())) if cfg.TRAIN.DEVICE == "multi_gpu" else 1
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lsdseg.engine.device import Precision
+from lsdseg.engine.memory import processor
 
 CANDIDATES = ("no", "bf16")
 # A pass is run this many times, or until it took this many seconds.
@@ -83,9 +83,7 @@ def _key(device: torch.device, network: nn.Module, run: Pass) -> str:
         name = torch.cuda.get_device_name(device)
     else:
         amx = torch.cpu._is_amx_tile_supported()
-        cpu = Path("/proc/cpuinfo")
-        models = [line for line in cpu.read_text().splitlines() if "model name" in line] if cpu.is_file() else []
-        name = f"{models[:1] or platform.processor()} {torch.backends.cpu.get_cpu_capability()} {amx}"
+        name = f"{processor()} {torch.backends.cpu.get_cpu_capability()} {amx}"
         name += f" {torch.get_num_threads()} threads"
     shapes = [(key, list(values.shape)) for key, values in network.state_dict().items()]
     text = json.dumps([name, torch.__version__, run.__qualname__, shapes])

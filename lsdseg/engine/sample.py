@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 from funlib.persistence import Array
 from yacs.config import CfgNode
 
+from lsdseg.config.loader import derived_config
 from lsdseg.data_utils.layout import (
     FRAGMENTS,
     block_markers,
@@ -19,11 +21,13 @@ from lsdseg.data_utils.layout import (
     volumes_in,
 )
 from lsdseg.data_utils.masks import open_mask
-from lsdseg.data_utils.records import ATTRIBUTE, identity
+from lsdseg.data_utils.records import ATTRIBUTE, identity, record_of
 from lsdseg.data_utils.volumes import has_array, open_array, source_defaults
 from lsdseg.engine.offsets import DIRECT_NEIGHBORS, Offset, offsets_of
 from lsdseg.errors import UserError
+from lsdseg.rag.store import PUBLISHED_BLOCK
 
+BLOCK_SIZE = "INS_SEGMENT.BLOCK_SIZE"
 AFFINITIES = prediction_name("affs")
 DISAGREEMENT = prediction_name("disagreement")
 
@@ -34,7 +38,8 @@ class Sample:
     Arrays are opened when they are first asked for, and raise UserError if they cannot be used.
 
     Attributes:
-        cfg: the config.
+        cfg: the config. Where INS_SEGMENT.BLOCK_SIZE is None, it has the blocks in which there are fragments, if there
+            are any.
         volume: the zarr that the user provides.
         output: the zarr that prediction and segmentation write; see `output_path`.
         name: the sample's name in logs, tables and collections.
@@ -42,11 +47,13 @@ class Sample:
     """
 
     def __init__(self, cfg: CfgNode, volume: Path | str, output: Path | str | None = None):
-        self.cfg = cfg
+        self.cfg = cfg  # for what is derived from it below
         self.volume = Path(volume)
         self.output = output_path(cfg, volume) if output is None else Path(output)
         self.name = sample_name(self.output)
         self.truth_file = self.volume
+        if cfg.INS_SEGMENT.BLOCK_SIZE is None and (block := self._block_of_fragments()):
+            self.cfg = derived_config(cfg, {BLOCK_SIZE: block})
 
     @classmethod
     def of_arguments(cls, cfg: CfgNode, arguments: dict[str, str]) -> Sample:
@@ -134,6 +141,16 @@ class Sample:
             return None
         array = open_array(self.output, DISAGREEMENT)
         return array if identity(array) == identity(self.affinities) else None
+
+    def _block_of_fragments(self) -> Sequence[int] | None:
+        """Voxels of the blocks in which the fragments were made, None if there are no such fragments."""
+        try:
+            if not has_array(self.output, self.fragments_dataset):
+                return None
+            record = record_of(open_array(self.output, self.fragments_dataset))
+        except UserError:  # damaged: the step that reads them says so
+            return None
+        return PUBLISHED_BLOCK if record is None else record.settings.get(BLOCK_SIZE)
 
     def _optional(self, dataset: str) -> Array | None:
         if not has_array(self.truth_file, dataset):

@@ -46,6 +46,7 @@ NODE_COLUMNS: dict[str, type[np.generic]] = {
     "center_x": np.int64,
 }
 EDGE_COLUMNS: dict[str, type[np.generic]] = {"u": np.uint64, "v": np.uint64, "merge_score": np.float32}
+PUBLISHED_BLOCK = (256, 256, 256)  # INS_SEGMENT.BLOCK_SIZE of the published scripts
 SCORES = (-1e-3, 1 + 1e-3)  # those of all merge functions are in 0..1, but for rounding
 AGGLOMERATED = "agglomerated"  # another column of stored edges: True, the score is known
 
@@ -62,8 +63,11 @@ Edges = tuple[Ids, Ids, NDArray[np.float32]]
 
 
 def voxels_in_block(cfg: CfgNode) -> int:
-    """Return the number of voxels in a block, which is the number of fragment ids that a block can assign."""
-    return math.prod(cfg.INS_SEGMENT.BLOCK_SIZE)
+    """Return the number of voxels in a block, which is the number of fragment ids that a block can assign.
+
+    Where INS_SEGMENT.BLOCK_SIZE is None, blocks are those of a graph that exists, or else of the published scripts.
+    """
+    return math.prod(cfg.INS_SEGMENT.BLOCK_SIZE or PUBLISHED_BLOCK)
 
 
 def is_table(name: str) -> bool:

@@ -24,14 +24,16 @@ from numpy.typing import NDArray
 
 from lsdseg.engine.blocks.lock import step_lock
 from lsdseg.engine.blocks.reports import Report
-from lsdseg.engine.blocks.step import BlockStep
+from lsdseg.engine.blocks.step import BlockStep, Work
 from lsdseg.errors import UserError
 from lsdseg.files import read_json, write_whole
 
 # A block is known by its number in the grid, counted from 1: zeros, which a crash may leave, are no record.
-UNTIMED = np.dtype([("block", "<u8"), ("seconds", "<f4"), ("megabytes", "<f4")])  # in files without a suffix
-RECORD = np.dtype([*UNTIMED.descr, ("time", "<f8")])
-TIMED = ".timed"
+UNTIMED = np.dtype([("block", "<u8"), ("seconds", "<f4"), ("megabytes", "<f4")])
+TIMED = np.dtype([*UNTIMED.descr, ("time", "<f8")])
+RECORD = np.dtype([*TIMED.descr, ("computed", "<f4"), ("written", "<f4"), ("bytes", "<f4")])
+# Suffix of the file -> what it holds. All but the last are of earlier versions.
+FORMATS = {"": UNTIMED, ".timed": TIMED, ".measured": RECORD}
 GIVEN_UP = "given_up.json"
 WRITTEN = "block without context (nm)"  # the setting with the place and shape of the first block
 BEGUN_ANEW = "begun_anew"  # there until a step that was started over is complete
@@ -41,13 +43,13 @@ Found = TypeVar("Found")
 
 def new_record_file(markers: Path) -> Path:
     """Create the empty file in which one worker records its blocks."""
-    file = markers / "done" / f"{uuid.uuid4().hex}{TIMED}"
+    file = markers / "done" / f"{uuid.uuid4().hex}{list(FORMATS)[-1]}"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()
     return file
 
 
-def record_block(file: Path, number: int, seconds: float, megabytes: float) -> None:
+def record_block(file: Path, number: int, seconds: float, megabytes: float, work: Work, written: int) -> None:
     """Record a block as done.
 
     The file is closed each time, which makes a network file system show the record to other machines.
@@ -57,8 +59,10 @@ def record_block(file: Path, number: int, seconds: float, megabytes: float) -> N
         number: of the block in the grid, from 0.
         seconds: how long the block took.
         megabytes: most memory that the worker has taken so far.
+        work: voxels.
+        written: bytes.
     """
-    record = np.array((number + 1, seconds, megabytes, time.time()), RECORD).tobytes()
+    record = np.array((number + 1, seconds, megabytes, time.time(), *work, written), RECORD).tobytes()
     opened = os.open(file, os.O_WRONLY | os.O_APPEND)
     try:
         if os.write(opened, record) < len(record):
@@ -75,19 +79,17 @@ def record_files(markers: Path) -> set[Path]:
 def records_in(files: set[Path]) -> NDArray[Any]:
     """All records in these files; a last one that is incomplete is left out.
 
-    Their `time` is in seconds since 1970, that of the file where an earlier version wrote it.
+    Their `time` is in seconds since 1970. In those of an earlier version, it may be that of the file, and voxels and
+    bytes are 0.
     """
     found = [np.empty(0, RECORD)]
     for file in sorted(files):
-        if file.suffix == TIMED:
-            found.append(np.fromfile(file, RECORD))
-            continue
-        untimed = np.fromfile(file, UNTIMED)
-        timed = np.zeros(len(untimed), RECORD)
-        for name in UNTIMED.fields or ():
-            timed[name] = untimed[name]
-        timed["time"] = file.stat().st_mtime
-        found.append(timed)
+        stored = np.fromfile(file, FORMATS.get(file.suffix, UNTIMED))
+        records = np.zeros(len(stored), RECORD)
+        records["time"] = file.stat().st_mtime
+        for name in stored.dtype.names or ():
+            records[name] = stored[name]
+        found.append(records)
     return np.concatenate(found)
 
 

@@ -39,6 +39,7 @@ from lsdseg.engine.blocks.markers import (
     record_files,
     records_in,
 )
+from lsdseg.engine.blocks.rates import Rate, keep_rate
 from lsdseg.engine.blocks.reports import MOST_LISTED, Report, clear_reports, failed_blocks
 from lsdseg.engine.blocks.step import RETRIES, SKIPPED, STEP, BlockStep, Summary
 from lsdseg.engine.blocks.supervisor import ALIVE, STOPPED, supervise
@@ -80,15 +81,23 @@ def run_blocks(cfg: CfgNode, step: BlockStep) -> Summary:
         workers = min(max(cfg.SYSTEM.NUM_WORKERS, 1), left)
         print(f"{step}: {total} blocks, {total - left} of them done before or skipped")
         print(f"workers: {workers} ({cfg.CLUSTER.TYPE}), their logs are in {step.folder}")
-        recorded_before = record_files(step.markers)
-        failed, error, reason = _do_all(cfg, step, workers)
-        records = records_in(record_files(step.markers) - recorded_before)
+        recorded_before, began = record_files(step.markers), time.monotonic()
+        try:
+            failed, error, reason = _do_all(cfg, step, workers)
+        finally:
+            files = record_files(step.markers) - recorded_before
+            if step.rate:
+                keep_rate(cfg, step.rate(workers), Rate.of_workers(records_in({file}) for file in files))
+        records = records_in(files)
         summary = Summary(
             blocks=total,
             done=left - blocks_left(step),
             skipped=total - left,
             failed=failed,
             seconds_per_block=float(records["seconds"].mean()) if len(records) else 0.0,
+            seconds=float(records["seconds"].sum(dtype=np.float64)),
+            bytes=int(records["bytes"].sum(dtype=np.float64)),
+            elapsed=time.monotonic() - began,
             peak_memory=int(records["megabytes"].max(initial=0) * 1e6),
         )
         print(summary)

@@ -100,8 +100,9 @@ class SlurmWorkers(Workers):
                 "or set CLUSTER.TYPE to 'local'"
             )
 
-    def threads(self) -> int:
-        return int(self.cfg.CLUSTER.CPUS_PER_WORKER)
+    @classmethod
+    def threads(cls, cfg: CfgNode, count: int) -> int:
+        return int(cfg.CLUSTER.CPUS_PER_WORKER)
 
     def start(self, number: int, command: Sequence[str], log: Path) -> str:
         """Submit a worker; the id of its job."""

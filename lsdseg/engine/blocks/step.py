@@ -1,8 +1,9 @@
 """A step on one sample, block by block: what is to be done, and how it went."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from funlib.geometry import Roi
@@ -11,6 +12,20 @@ from numpy.typing import NDArray
 from lsdseg.data_utils.layout import log_folder
 from lsdseg.data_utils.placement import to_nanometers
 
+
+class Work(NamedTuple):
+    """What doing a block took.
+
+    Attributes:
+        computed: voxels, with their context.
+        written: voxels of the volume.
+    """
+
+    computed: int
+    written: int
+
+
+NOTHING = Work(0, 0)  # the block was empty
 RETRIES = 3  # of a block that fails, and of starting over when nothing gets done
 # Files in the folder of a run, for its workers and for `status.py`:
 STEP = "step.json"  # what is done with which blocks
@@ -28,8 +43,9 @@ class BlockStep:
         read_roi: what the first block reads, its context included.
         write_roi: what the first block writes. Blocks at the end are cut off.
         open_worker: "module:function", called once in every worker as function(cfg, arguments); what it returns is
-            called with each `daisy.Block`. A block may be done twice, or be broken off and done again, so doing it must
-            replace what is there. A UserError that is no DamagedError ends the whole run.
+            called with each `daisy.Block`, and returns its `Work`, or None if nobody asks for that. A block may be
+            done twice, or be broken off and done again, so doing it must replace what is there. A UserError that is no
+            DamagedError ends the whole run.
         arguments: for open_worker; what JSON can hold, paths absolute.
         markers: folder that records which blocks are done; it belongs beside the outputs that it describes.
         settings: {key: value} of all settings on which the result depends; finished blocks are only good for these.
@@ -39,6 +55,8 @@ class BlockStep:
             system may show such a sign a minute late.
         skip: bool array over the grid of blocks, True for those that need not be done. None: do all.
         per_nanometer: how many of the units of the ROIs are a nanometer.
+        rate: takes the number of workers, and returns the name under which it is kept what the blocks took, see
+            `rates.py`. None: it is not kept.
         may_skip: the result is of use without blocks that fail, if CLUSTER.SKIP_FAILED says to go on.
     """
 
@@ -56,6 +74,7 @@ class BlockStep:
     silence: float = 90.0
     skip: NDArray[np.bool_] | None = None
     per_nanometer: int = 1
+    rate: Callable[[int], str] | None = None
     may_skip: bool = True
 
     @property
@@ -93,6 +112,9 @@ class Summary:
         skipped: how many were done before, or are masked.
         failed: how many failed for good.
         seconds_per_block: mean time of a block.
+        seconds: of all workers, in blocks.
+        bytes: that they wrote.
+        elapsed: seconds from begin to end.
         peak_memory: of the worker that took most, in bytes.
     """
 
@@ -101,6 +123,9 @@ class Summary:
     skipped: int
     failed: int
     seconds_per_block: float = 0.0
+    seconds: float = 0.0
+    bytes: int = 0
+    elapsed: float = 0.0
     peak_memory: int = 0
 
     def __str__(self) -> str:

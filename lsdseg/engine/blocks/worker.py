@@ -25,7 +25,9 @@ from lsdseg.config.loader import load_config
 from lsdseg.data_utils.placement import to_nanometers
 from lsdseg.engine.blocks.life import end_with_parent, show_life
 from lsdseg.engine.blocks.markers import record_block
+from lsdseg.engine.blocks.rates import bytes_written
 from lsdseg.engine.blocks.reports import Report, report_begin, report_end, report_failure
+from lsdseg.engine.blocks.step import NOTHING
 from lsdseg.errors import DamagedError, UserError
 from lsdseg.files import explain_os_errors, read_json
 
@@ -67,7 +69,7 @@ def work(config: Path, step: Path, records: Path, log: Path) -> None:
         with client.acquire_block() as block:
             if block is None:
                 return
-            wall, cpu = time.monotonic(), time.process_time()
+            wall, cpu, written = time.monotonic(), time.process_time(), bytes_written()
             roi = block.write_roi
             begin, shape = (list(to_nanometers(edge, what["per_nanometer"])) for edge in (roi.begin, roi.shape))
             position = np.rint((np.array(begin) - what["begin"]) / what["block"]).astype(int)
@@ -75,7 +77,7 @@ def work(config: Path, step: Path, records: Path, log: Path) -> None:
             report = Report(number, begin, shape, log.name)
             report_begin(log, report)
             try:
-                process(block)
+                work_done = process(block) or NOTHING
             except Exception as error:
                 words = " ".join(f"{type(error).__name__}: {error}".split())
                 report_failure(log, replace(report, error=words[:MOST_CHARACTERS], time=time.time()))
@@ -89,8 +91,9 @@ def work(config: Path, step: Path, records: Path, log: Path) -> None:
                 report_end(log)
             damaged = 0
             wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+            megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
             with explain_os_errors(records):
-                record_block(records, number, wall, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
+                record_block(records, number, wall, megabytes, work_done, bytes_written() - written)
             print(f"block {block.block_id[1]}: {wall:.4f} s, {cpu:.4f} s CPU", flush=True)
 
 

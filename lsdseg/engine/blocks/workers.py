@@ -35,7 +35,7 @@ class Workers(ABC):
 
     def __init__(self, cfg: CfgNode, folder: Path, gpu: bool, count: int, environment: Mapping[str, str]):
         self.cfg, self.folder, self.gpu, self.count = cfg, folder, gpu, count
-        threads = str(self.threads())
+        threads = str(self.threads(cfg, count))
         # Threads that share a core with another worker wait for each other.
         self.environment = {**environment, "OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
 
@@ -48,9 +48,10 @@ class Workers(ABC):
         """Address that the workers connect to; None lets daisy find one under which others reach this machine."""
         return cfg.CLUSTER.HOST or None
 
+    @classmethod
     @abstractmethod
-    def threads(self) -> int:
-        """How many threads a worker may use."""
+    def threads(cls, cfg: CfgNode, count: int) -> int:
+        """How many threads one of so many workers may use."""
 
     @abstractmethod
     def start(self, number: int, command: Sequence[str], log: Path) -> Any:
@@ -105,8 +106,9 @@ class LocalWorkers(Workers):
     def host(cls, cfg: CfgNode) -> str | None:
         return "127.0.0.1"
 
-    def threads(self) -> int:
-        return max(1, len(os.sched_getaffinity(0)) // self.count)
+    @classmethod
+    def threads(cls, cfg: CfgNode, count: int) -> int:
+        return max(1, len(os.sched_getaffinity(0)) // count)
 
     def start(self, number: int, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         device = {"CUDA_VISIBLE_DEVICES": self.devices[number % len(self.devices)]} if self.devices else {}

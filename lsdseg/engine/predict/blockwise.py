@@ -7,6 +7,7 @@ to the same file. The result is the same as that of `predicter.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import daisy
@@ -24,7 +25,7 @@ from lsdseg.data_utils.volumes import is_stored, list_arrays, open_array, voxels
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import begun_before, block_begun, complete, missing_blocks
 from lsdseg.engine.blocks.run import run_blocks
-from lsdseg.engine.blocks.step import BlockStep
+from lsdseg.engine.blocks.step import BlockStep, Work
 from lsdseg.engine.network import load_network
 from lsdseg.engine.predict.predict import (
     create_predictions,
@@ -34,7 +35,8 @@ from lsdseg.engine.predict.predict import (
     prediction_record,
     write_tile,
 )
-from lsdseg.engine.predict.tile_size import tile_voxels
+from lsdseg.engine.predict.rate import prediction_rate
+from lsdseg.engine.predict.tile_size import tile_voxels, tile_with_context, tiles_in_words
 from lsdseg.engine.predict.tiles import TilePredictor
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.engine.sections import along_zyx
@@ -70,6 +72,7 @@ def predict_blockwise(cfg: CfgNode, skip_empty: bool = False) -> None:
                 print(f"{sample.output} is predicted already; to predict it again, set DATA.DROP_DS_MONGOTABLE True")
                 continue
             tile = _tile(sample, begun is not None)
+            print(tiles_in_words(cfg, tile, sample.raw.shape))
             if begun is None:
                 create_predictions(sample, record, tile)
             step = _predict_step(sample, tile)
@@ -101,7 +104,7 @@ def begun_prediction(sample: Sample, record: Record) -> Record | None:
     return begun
 
 
-def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:
+def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], Work]:
     """Load the network and open the arrays, once per worker.
 
     Args:
@@ -120,9 +123,11 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
         partial = f"{name}{PARTIAL}"
         arrays[task] = open_array(sample.output, partial if partial in existing else name, "r+")
 
-    def process(block: daisy.Block) -> None:
+    computed = tile_with_context(cfg, tile)  # also where a tile reaches beyond the volume
+
+    def process(block: daisy.Block) -> Work:
         begin = tuple((block.write_roi.begin - raw.roi.begin) / raw.voxel_size)
-        write_tile(cfg, arrays, predictor(raw, begin, tile), begin, raw.shape)
+        return Work(computed, write_tile(cfg, arrays, predictor(raw, begin, tile), begin, raw.shape))
 
     return process
 
@@ -150,6 +155,7 @@ def _predict_step(sample: Sample, tile: Coordinate) -> BlockStep:
         open_worker=f"{__name__}:open_worker",
         arguments=sample.arguments | {"tile": list(tile)},
         markers=sample.markers("predict"),
+        rate=partial(prediction_rate, sample.cfg),
         gpu=sample.cfg.TRAIN.DEVICE != "cpu",
         per_nanometer=units_per_nanometer(raw),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +19,16 @@ from lsdseg.config.model_types import MODEL_TYPES, TASKS, task_channels
 from lsdseg.config.rules import PREDICTION, settings_of
 from lsdseg.data_utils.checks import check_raw
 from lsdseg.data_utils.gray import own_window
-from lsdseg.data_utils.layout import prediction_name
+from lsdseg.data_utils.layout import measured_path, prediction_name
 from lsdseg.data_utils.placement import offset_nm, voxel_size_nm
 from lsdseg.data_utils.records import Record, file_fingerprint, identity, record_of
 from lsdseg.data_utils.volumes import chunk_shape, create_array, list_arrays, open_array, rename_array, require_whole
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import discard_markers
+from lsdseg.engine.blocks.rates import Rate, bytes_written, keep_rate, read_rates
 from lsdseg.engine.blocks.status import duration
-from lsdseg.engine.predict.tile_size import count_tiles, tile_voxels
+from lsdseg.engine.predict.rate import prediction_rate
+from lsdseg.engine.predict.tile_size import count_tiles, tile_voxels, tile_with_context, tiles_in_words
 from lsdseg.engine.predict.tiles import TilePredictor, one_ahead
 from lsdseg.engine.predict.views import views_of
 from lsdseg.engine.sample import Sample, samples_of
@@ -114,10 +117,11 @@ def predict_sample(predictor: TilePredictor, sample: Sample, record: Record) -> 
     with working_on(sample.output, "predict"):
         tile = tile_voxels(cfg, raw.shape)
         arrays, tiles = create_predictions(sample, record, tile), count_tiles(tile, raw.shape)
-        expected = predictor.expected_seconds(tile, tiles)
-        about = "" if expected is None else f", about {duration(expected)}"
-        print(f"tiles: {tiles} of {' x '.join(map(str, tile))} voxels{about}", flush=True)
-        began = time.monotonic()
+        computed, name = tile_with_context(cfg, tile), prediction_rate(cfg)
+        known = read_rates([measured_path(cfg)]).get(name)
+        about = f"; about {duration(known.seconds_for(tiles * computed))}" if known else ""
+        print(f"{tiles_in_words(cfg, tile, raw.shape)}{about}", flush=True)
+        began, before = time.monotonic(), bytes_written()
         with (
             tqdm(total=math.prod(raw.shape), unit="voxel", unit_scale=True) as bar,
             ThreadPoolExecutor(max_workers=1) as writer,
@@ -126,7 +130,16 @@ def predict_sample(predictor: TilePredictor, sample: Sample, record: Record) -> 
             writes = (writer.submit(write_tile, cfg, arrays, values, begin, raw.shape) for begin, values in predicted)
             for written in one_ahead(writes):
                 bar.update(written)
-        predictor.keep_seconds(tile, tiles, time.monotonic() - began)
+        measured = Rate(
+            blocks=tiles,
+            computed=tiles * computed,
+            written=math.prod(raw.shape),
+            seconds=time.monotonic() - began,
+            bytes=bytes_written() - before,
+            peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1000,
+            largest=computed,
+        )
+        keep_rate(cfg, name, measured)
         return finalize_predictions(sample)
 
 

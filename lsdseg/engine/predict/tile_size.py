@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 
 from lsdseg.config.network_shapes import total_factor
 from lsdseg.engine.device import resolve_device
-from lsdseg.engine.memory import available_memory
+from lsdseg.engine.memory import ELSEWHERE, available_memory
 from lsdseg.engine.sections import along_zyx
 
 SECTIONS_PER_TILE = 8
@@ -24,8 +24,6 @@ LARGEST = 224
 BYTES = {"same": 10, "valid": 20}
 # Share of the free memory that the tiles of all workers may take.
 SHARE = 0.5
-# What a worker on another machine has at least.
-ELSEWHERE = 4 * 10**9
 
 
 def tile_voxels(cfg: CfgNode, volume_shape: Sequence[int], workers: int = 1) -> tuple[int, ...]:
@@ -55,13 +53,24 @@ def tile_voxels(cfg: CfgNode, volume_shape: Sequence[int], workers: int = 1) -> 
 
 def tile_bytes(cfg: CfgNode, tile: Sequence[int]) -> int:
     """Return about how much memory it takes to predict a tile, beside the network: its finest level at the peak."""
-    voxels = math.prod(size + 2 * c for size, c in zip(tile, along_zyx(cfg.MODEL.CONTEXT, 0), strict=True))
-    return voxels * cfg.MODEL.NUM_FMAPS * BYTES[cfg.MODEL.PAD_CONV]
+    return tile_with_context(cfg, tile) * cfg.MODEL.NUM_FMAPS * BYTES[cfg.MODEL.PAD_CONV]
+
+
+def tile_with_context(cfg: CfgNode, tile: Sequence[int]) -> int:
+    """Return how many voxels of raw the prediction of a tile depends on."""
+    return math.prod(size + 2 * c for size, c in zip(tile, along_zyx(cfg.MODEL.CONTEXT, 0), strict=True))
 
 
 def count_tiles(tile: Sequence[int], volume_shape: Sequence[int]) -> int:
     """Return how many tiles a volume has."""
     return math.prod(-(-size // width) for size, width in zip(volume_shape, tile, strict=True))
+
+
+def tiles_in_words(cfg: CfgNode, tile: Sequence[int], volume_shape: Sequence[int]) -> str:
+    """Return how many tiles a volume has and how large they are, and why if they were chosen here."""
+    size = " x ".join(map(str, tile))
+    chosen = f": as memory, workers and a width of {LARGEST} allow" if cfg.MODEL.GROW_INPUT is None else ""
+    return f"tiles: {count_tiles(tile, volume_shape)} of {size} voxels{chosen}"
 
 
 def _largest(

@@ -24,10 +24,10 @@ from yacs.config import CfgNode
 from lsdseg.config.network_shapes import total_factor
 from lsdseg.data_utils.volumes import read
 from lsdseg.engine.device import Precision, explain_device_errors, resolve_device
-from lsdseg.engine.fastest import find_precision, measured
+from lsdseg.engine.fastest import find_precision
 from lsdseg.engine.intensity import network_intensity, raw_window
 from lsdseg.engine.network import load_network
-from lsdseg.engine.predict.tile_size import count_tiles, tile_bytes, tile_voxels
+from lsdseg.engine.predict.tile_size import count_tiles, tile_voxels
 from lsdseg.engine.predict.views import Combination, margins, turned_back, views_of
 from lsdseg.engine.sections import along_zyx
 from lsdseg.engine.statistics import prediction_window
@@ -138,20 +138,6 @@ class TilePredictor:
             for task, output in outputs._asdict().items()
         }
         return {task: volume if self.keeps_size else volume[:, *crop] for task, volume in volumes.items()}
-
-    def expected_seconds(self, tile: Sequence[int], tiles: int) -> float | None:
-        """Return about how long tiles will take, by the last prediction of this network on this device, if any."""
-        with measured(self.precision.device, self.model, self._small_tile) as kept:
-            pace = kept.get("seconds per byte")
-        return pace * self._work(tile, tiles) if isinstance(pace, float) else None
-
-    def keep_seconds(self, tile: Sequence[int], tiles: int, seconds: float) -> None:
-        """Keep how long tiles took, for `expected_seconds`."""
-        with measured(self.precision.device, self.model, self._small_tile) as kept:
-            kept["seconds per byte"] = seconds / self._work(tile, tiles)
-
-    def _work(self, tile: Sequence[int], tiles: int) -> int:
-        return tile_bytes(self.cfg, tile) * tiles * len(self.views)
 
     def _small_tile(self, model: nn.Module, precision: Precision) -> list[Tensor]:
         """Predict a tile of random voxels, to time it."""

@@ -16,7 +16,7 @@ from lsdseg.data_utils.layout import lut_path
 from lsdseg.data_utils.records import Record, identity
 from lsdseg.data_utils.volumes import open_array
 from lsdseg.engine.blocks.markers import discard_markers, read_settings
-from lsdseg.engine.blocks.run import run_blocks
+from lsdseg.engine.blocks.stopwatch import Stopwatch
 from lsdseg.engine.post.block_tree import Position
 from lsdseg.engine.post.graph import Edges
 from lsdseg.engine.post.steps.grid import block_grid, block_position, block_step
@@ -32,7 +32,12 @@ MADE_FROM = "the tables"  # the setting with all that the tables depend on
 
 
 def find_segments_in_blocks(
-    sample: Sample, name: str, merge_function: str, thresholds: Sequence[float], record: Callable[[float], Record]
+    sample: Sample,
+    name: str,
+    merge_function: str,
+    thresholds: Sequence[float],
+    record: Callable[[float], Record],
+    watch: Stopwatch,
 ) -> list[Path]:
     """Write the look-up tables of a sample, each a folder with a part for each block.
 
@@ -42,6 +47,7 @@ def find_segments_in_blocks(
         merge_function: its name.
         thresholds: scores up to which to join.
         record: says of a threshold what its table is made from.
+        watch: runs the workers.
 
     Returns:
         The folders, see `tables.in_blocks`.
@@ -62,12 +68,12 @@ def find_segments_in_blocks(
         remove_lut(path)
         if not folder.is_dir():
             remove_lut(in_blocks(path))
-    run_blocks(sample.cfg, step(0, UP))
-    level, left = climb(sample.cfg, tree, sample.cfg.INS_SEGMENT.FRAGMENTS_IN_MEMORY, step)
+    watch.run(step(0, UP))
+    level, left = climb(watch.run, tree, sample.cfg.INS_SEGMENT.FRAGMENTS_IN_MEMORY, step)
     print(f"{sample.output.name}: joining {left} fragments that blocks share", flush=True)
     tree.settle_top(level)
     for lower in range(level, -1, -1):
-        run_blocks(sample.cfg, step(lower, DOWN))
+        watch.run(step(lower, DOWN))
     for value, path in paths.items():
         finish_parts(in_blocks(path), records[value])
         print(f"segments at {value:g}, in parts for each block, in {in_blocks(path)}")
@@ -79,7 +85,7 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
     """Open what a worker needs for a level of the tree; returns what it does with each of its nodes."""
     sample, merge_function = Sample.of_arguments(cfg, arguments), arguments["merge_function"]
     level, direction, tree = arguments["level"], arguments["direction"], _tree(sample, arguments)
-    store = open_store(cfg, sample.output, "r", identity(open_array(sample.output, sample.fragments_dataset)))
+    store = open_store(sample.cfg, sample.output, "r", identity(open_array(sample.output, sample.fragments_dataset)))
 
     def process(block: daisy.Block) -> None:
         position = block_position(sample, block.write_roi.begin, level)

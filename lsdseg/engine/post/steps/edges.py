@@ -22,8 +22,10 @@ from lsdseg.data_utils.records import START_OVER, Record, identity
 from lsdseg.data_utils.volumes import open_array, read, voxels_of
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import begun_before, blocks_left, complete, discard_markers
+from lsdseg.engine.blocks.rates import rate_name
 from lsdseg.engine.blocks.run import run_blocks
-from lsdseg.engine.blocks.step import BlockStep
+from lsdseg.engine.blocks.step import NOTHING, BlockStep, Work
+from lsdseg.engine.blocks.stopwatch import Stopwatch
 from lsdseg.engine.post.block_tree import Position
 from lsdseg.engine.post.methods import method_of, method_that_scores
 from lsdseg.engine.post.steps.fragments import check_block_settings, require_fragments
@@ -52,7 +54,7 @@ def agglomerate_blockwise(cfg: CfgNode) -> None:
         with working_on(sample.output, edges_name(merge_function), reads=["predict", "fragments"]):
             fragments = require_fragments(sample)
             check_block_settings(sample)
-            store = open_store(cfg, sample.output, "r+", fragments)
+            store = open_store(sample.cfg, sample.output, "r+", fragments)
             record = _record(sample, merge_function, fragments)
             begun = begun_before(
                 cfg.DATA.DROP_DS_MONGOTABLE,
@@ -75,26 +77,28 @@ def agglomerate_blockwise(cfg: CfgNode) -> None:
             print(f"edges of {merge_function} in {store}")
 
 
-def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:
+def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], Work]:
     """Open what a worker needs; returns what it does with each block."""
     sample, merge_function = Sample.of_arguments(cfg, arguments), arguments["merge_function"]
     affinities, fragments = sample.affinities, open_array(sample.output, sample.fragments_dataset)
-    store = open_store(cfg, sample.output, "r+", identity(fragments))
+    store = open_store(sample.cfg, sample.output, "r+", identity(fragments))
     method = method_that_scores(merge_function)
     tree = _tree(sample, merge_function)
     no_edges = (np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.float32))
 
-    def process(block: daisy.Block) -> None:
+    def process(block: daisy.Block) -> Work:
         number = block.block_id[1]
         roi = block.read_roi.intersect(affinities.roi)
         labels = read(fragments, voxels_of(fragments, roi))
         if not labels.any():
             store.write_edges(merge_function, number, *no_edges)
-            return
+            return NOTHING
         predicted = read(affinities, (slice(None), *voxels_of(affinities, roi)))
         channels = method.channels(predicted, sample.offsets)
         contacts = method.contacts(channels, labels, cfg.INS_SEGMENT, sample.offsets, store.id_range(number))
         tree.settle_block(block_position(sample, block.write_roi.begin), number, contacts)
+        written = block.write_roi.intersect(affinities.roi).shape / affinities.voxel_size
+        return Work(labels.size, math.prod(written))
 
     return process
 
@@ -121,7 +125,18 @@ def edges_step(sample: Sample, merge_function: str, made: str, in_blocks: bool =
         arguments={"merge_function": merge_function},
         settings={f"the edges of {merge_function}": made},
         context=None if in_blocks else method.reach(sample.offsets),
+        rate=partial(edges_rate, sample.cfg, merge_function),
     )
+
+
+def edges_rate(cfg: CfgNode, merge_function: str, _workers: int = 1) -> str:
+    """Name under which it is kept what blocks take, see `rates.py`."""
+    return rate_name(cfg, f"edges of {method_that_scores(merge_function).name}")
+
+
+def scoring_rate(cfg: CfgNode) -> str:
+    """Name under which it is kept what it takes to agglomerate the whole graph, by this process or in a tree."""
+    return rate_name(cfg, "agglomeration")
 
 
 def require_edges(sample: Sample, merge_function: str, fragments: str) -> str:
@@ -184,18 +199,20 @@ def _score_whole_graph(sample: Sample, step: BlockStep, store: RagStore, merge_f
     tree = _tree(sample, merge_function)
     worker, markers = f"{__name__}:open_level_worker", step.markers / LEVELS
     levels = partial(level_step, sample, step, open_worker=worker, folder=markers)
+    watch = Stopwatch(sample.cfg)
     too_many = f"{step}: {{}} pairs of regions touch, more than INS_SEGMENT.CONTACTS_IN_MEMORY"
-    level, left = climb(sample.cfg, tree, sample.cfg.INS_SEGMENT.CONTACTS_IN_MEMORY, levels, too_many)
+    level, left = climb(watch.run, tree, sample.cfg.INS_SEGMENT.CONTACTS_IN_MEMORY, levels, too_many)
     print(f"{step}: agglomerating {left} pairs of regions that touch", flush=True)
     tree.settle_top(level)
     for lower in range(level, 0, -1):
-        run_blocks(sample.cfg, levels(lower, DOWN))
+        watch.run(levels(lower, DOWN))
     if level:
-        run_blocks(sample.cfg, levels(0, DOWN))
+        watch.run(levels(0, DOWN))
     else:
         total = math.prod(tree.grid)
         for position in tqdm(np.ndindex(tree.grid), total=total, desc="writing edges", unit="block", delay=10):
             _write_edges(tree, position, store)
+    watch.keep(scoring_rate(sample.cfg), 1, math.prod(sample.affinities.shape[-3:]))
     (step.markers / SCORED).touch()
     for folder in (CONTACTS, LEVELS):
         shutil.rmtree(step.markers / folder, ignore_errors=True)
@@ -206,7 +223,7 @@ def open_level_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[dais
     sample, merge_function = Sample.of_arguments(cfg, arguments), arguments["merge_function"]
     level, direction = arguments["level"], arguments["direction"]
     tree = _tree(sample, merge_function)
-    store = open_store(cfg, sample.output, "r+", identity(open_array(sample.output, sample.fragments_dataset)))
+    store = open_store(sample.cfg, sample.output, "r+", identity(open_array(sample.output, sample.fragments_dataset)))
 
     def process(block: daisy.Block) -> None:
         position = block_position(sample, block.write_roi.begin, level)

@@ -1,6 +1,7 @@
 """Step 1: affinities to fragments, and to the nodes of the region adjacency graph."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import daisy
@@ -8,6 +9,7 @@ import numpy as np
 from yacs.config import CfgNode
 
 from lsdseg.config import rules
+from lsdseg.config.loader import derived_config
 from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.data_utils.masks import open_mask, read_mask
 from lsdseg.data_utils.placement import nanometers, voxel_size_nm
@@ -19,16 +21,18 @@ from lsdseg.data_utils.volumes import (
     require_whole,
     voxels_of,
 )
+from lsdseg.engine.block_size import choose_block
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import begun_before, blocks_left, complete, discard_markers
+from lsdseg.engine.blocks.rates import rate_name
 from lsdseg.engine.blocks.run import run_blocks
-from lsdseg.engine.blocks.step import BlockStep
+from lsdseg.engine.blocks.step import NOTHING, BlockStep, Work
 from lsdseg.engine.post.graph import fragments_of_block
 from lsdseg.engine.post.inputs import IN_BLOCKS, IN_MEMORY, inputs_of
 from lsdseg.engine.post.methods import method_of
 from lsdseg.engine.post.placement import open_placement, read_placement
 from lsdseg.engine.post.steps.grid import begun_labels, block_step, create_labels, seal_labels
-from lsdseg.engine.sample import Sample, samples_of
+from lsdseg.engine.sample import BLOCK_SIZE, Sample, samples_of
 from lsdseg.errors import UserError
 from lsdseg.rag import open_store
 from lsdseg.rag.store import Mode
@@ -46,16 +50,20 @@ def extract_fragments_blockwise(cfg: CfgNode) -> None:
     open_mask(cfg.INS_SEGMENT)  # refused before anything is written if it cannot be
     for sample in samples_of(cfg):
         with working_on(sample.output, NAME, reads=["predict"]):
+            begun = begun_before(cfg.DATA.DROP_DS_MONGOTABLE, sample.markers(NAME), begun_fragments, sample)
+            if begun is None and cfg.INS_SEGMENT.BLOCK_SIZE is None:
+                block, why = choose_block(cfg, sample.affinities.shape[-3:])
+                sample.cfg = derived_config(cfg, {BLOCK_SIZE: block})
+                print(why)
             check_block_settings(sample)
             record = _record(sample)
-            begun = begun_before(cfg.DATA.DROP_DS_MONGOTABLE, sample.markers(NAME), begun_fragments, sample)
             if begun is None:
                 discard_markers(sample.markers(NAME))
                 mode: Mode = "w" if cfg.DATA.DROP_DS_MONGOTABLE else "x"
-                store = open_store(cfg, sample.output, mode, record.id)
+                store = open_store(sample.cfg, sample.output, mode, record.id)
                 create_labels(sample, FRAGMENTS, record.attributes)
             else:
-                store = open_store(cfg, sample.output, "r+", begun.id)
+                store = open_store(sample.cfg, sample.output, "r+", begun.id)
             step = fragments_step(sample)
             run_blocks(cfg, step)
             store.finish_nodes()
@@ -64,18 +72,18 @@ def extract_fragments_blockwise(cfg: CfgNode) -> None:
             print(f"{FRAGMENTS} in {sample.output}, nodes in {store}")
 
 
-def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:
+def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], Work]:
     """Open what a worker needs; returns what it does with each block."""
     sample = Sample.of_arguments(cfg, arguments)
     affinities, fragments = sample.affinities, open_array(sample.output, FRAGMENTS, "r+")
-    store = open_store(cfg, sample.output, "r+", identity(fragments))
-    settings, method = cfg.INS_SEGMENT, method_of(cfg.INS_SEGMENT)
+    store = open_store(sample.cfg, sample.output, "r+", identity(fragments))
+    settings, method = sample.cfg.INS_SEGMENT, method_of(cfg.INS_SEGMENT)
     placement, voxel_size = open_placement(sample), affinities.voxel_size
 
     def extract(channels: Any, mask: Any, placement: Any) -> Any:
         return method.fragments(channels, settings, sample.offsets, mask, placement)
 
-    def process(block: daisy.Block) -> None:
+    def process(block: daisy.Block) -> Work:
         number = block.block_id[1]
         read_roi, write_roi = (roi.intersect(affinities.roi) for roi in (block.read_roi, block.write_roi))
         before, after = (write_roi.begin - read_roi.begin) / voxel_size, (read_roi.end - write_roi.end) / voxel_size
@@ -98,6 +106,7 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
         begin = np.array(nanometers(write_roi.begin, affinities))
         world = np.rint(begin + (centers + 0.5) * np.array(voxel_size_nm(affinities))).astype(np.int64)
         store.write_nodes(number, ids, world)
+        return Work(predicted[0].size, labels.size) if len(ids) else NOTHING
 
     return process
 
@@ -115,7 +124,13 @@ def begun_fragments(sample: Sample) -> Record | None:
 def fragments_step(sample: Sample) -> BlockStep:
     """The step on a sample, whose fragments exist."""
     made = identity(open_array(sample.output, FRAGMENTS))
-    return block_step(sample, NAME, f"{__name__}:open_worker", settings={"the fragments": made})
+    rate = partial(fragments_rate, sample.cfg)
+    return block_step(sample, NAME, f"{__name__}:open_worker", settings={"the fragments": made}, rate=rate)
+
+
+def fragments_rate(cfg: CfgNode, _workers: int = 1) -> str:
+    """Name under which it is kept what blocks take, see `rates.py`."""
+    return rate_name(cfg, f"fragments of {cfg.INS_SEGMENT.METHOD}")
 
 
 def require_fragments(sample: Sample) -> str:

@@ -1,6 +1,6 @@
 """What the steps have in common: a grid of blocks of INS_SEGMENT.BLOCK_SIZE voxels, and labels stored along it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ def block_step(
     arguments: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
     context: Sequence[int] | None = None,
+    rate: Callable[[int], str] | None = None,
 ) -> BlockStep:
     """A step over the blocks of a sample.
 
@@ -39,6 +40,7 @@ def block_step(
         arguments: for open_worker, beside those of the sample.
         settings: what the result depends on, see `BlockStep`.
         context: voxels along z, y, x that a block reads on every side; INS_SEGMENT.CONTEXT if None.
+        rate: see `BlockStep`.
 
     Raises:
         UserError: there are no affinities, whose voxels the blocks divide.
@@ -57,6 +59,7 @@ def block_step(
         markers=sample.markers(name),
         settings=settings or {},
         per_nanometer=units_per_nanometer(volume),
+        rate=rate,
     )
 
 

@@ -6,10 +6,8 @@ from math import prod
 from pathlib import Path
 
 from funlib.geometry import Roi
-from yacs.config import CfgNode
 
-from lsdseg.engine.blocks.run import run_blocks
-from lsdseg.engine.blocks.step import BlockStep
+from lsdseg.engine.blocks.step import BlockStep, Summary
 from lsdseg.engine.post.block_tree import BlockTree
 from lsdseg.engine.sample import Sample
 
@@ -44,12 +42,16 @@ def level_step(
 
 
 def climb(
-    cfg: CfgNode, tree: BlockTree, most: int, levels: Callable[[int, str], BlockStep], too_many: str = ""
+    run: Callable[[BlockStep], Summary],
+    tree: BlockTree,
+    most: int,
+    levels: Callable[[int, str], BlockStep],
+    too_many: str = "",
 ) -> tuple[int, int]:
     """Settle level by level upwards until one process can take what is left. The blocks are settled already.
 
     Args:
-        cfg: the config.
+        run: does all blocks of a step.
         tree: the tree.
         most: how much one process takes.
         levels: returns the step over the nodes of a level in a direction.
@@ -66,5 +68,5 @@ def climb(
         level += 1
         if too_many:
             print(too_many.format(left), flush=True)
-        run_blocks(cfg, levels(level, UP))
+        run(levels(level, UP))
     return level, left

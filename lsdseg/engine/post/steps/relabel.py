@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from lsdseg.data_utils.records import Record
 from lsdseg.data_utils.volumes import open_array, read, require_whole, voxels_of
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import begun_before, blocks_left, complete, discard_markers
+from lsdseg.engine.blocks.rates import rate_name
 from lsdseg.engine.blocks.run import run_blocks
-from lsdseg.engine.blocks.step import BlockStep
+from lsdseg.engine.blocks.step import NOTHING, BlockStep, Work
 from lsdseg.engine.post.methods import method_that_scores
 from lsdseg.engine.post.steps.fragments import require_fragments
 from lsdseg.engine.post.steps.grid import (
@@ -79,7 +81,7 @@ def is_extracted(sample: Sample, merge_function: str, threshold: float) -> bool:
     return not blocks_left(_relabel_step(sample, name, path, begun.id))
 
 
-def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:
+def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], Work]:
     """Open what a worker needs; returns what it does with each block."""
     sample = Sample.of_arguments(cfg, arguments)
     fragments = open_array(sample.output, sample.fragments_dataset)
@@ -87,13 +89,15 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
     path, grid = Path(arguments["lut"]), block_grid(sample)
     whole = None if path.is_dir() else load_lut(path)
 
-    def process(block: daisy.Block) -> None:
+    def process(block: daisy.Block) -> Work:
         lut = load_part(path, block_position(sample, block.write_roi.begin), grid) if whole is None else whole
         where = voxels_of(fragments, block.write_roi.intersect(fragments.roi))
+        labels = read(fragments, where)
         try:
-            segmentation[where] = relabel(read(fragments, where), lut)
+            segmentation[where] = relabel(labels, lut)
         except ValueError as error:
             raise UserError(f"{arguments['lut']}: {error}; run 03 and 04 again") from error
+        return Work(labels.size, labels.size) if labels.any() else NOTHING
 
     return process
 
@@ -127,7 +131,13 @@ def _relabel_step(sample: Sample, segmentation: str, lut: Path, made: str) -> Bl
         arguments={"lut": str(lut.absolute()), "segmentation": segmentation},
         settings={"the segmentation": made},
         context=(0, 0, 0),
+        rate=partial(relabel_rate, sample.cfg),
     )
+
+
+def relabel_rate(cfg: CfgNode, _workers: int = 1) -> str:
+    """Name under which it is kept what blocks take, see `rates.py`."""
+    return rate_name(cfg, "relabeling")
 
 
 def _step_name(segmentation: str) -> str:

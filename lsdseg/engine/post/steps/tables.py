@@ -1,6 +1,7 @@
 """Step 3: the region adjacency graph to look-up tables (LUTs) from fragments to segments, one for each threshold."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ from yacs.config import CfgNode
 from lsdseg.data_utils.layout import FRAGMENTS, edits_path, lut_path
 from lsdseg.data_utils.records import Record
 from lsdseg.engine.blocks.lock import working_on
+from lsdseg.engine.blocks.rates import rate_name
+from lsdseg.engine.blocks.stopwatch import Stopwatch
 from lsdseg.engine.post.methods import method_of
 from lsdseg.engine.post.steps.block_tables import find_segments_in_blocks
 from lsdseg.engine.post.steps.edges import edges_name, require_edges
@@ -57,8 +60,8 @@ def find_segments(cfg: CfgNode, merge_function: str | None, threshold: float | N
             log = EditLog(edits_path(sample.output), fragments)
             edits = active(log.read())
             inputs = _inputs(sample, merge_function, fragments, edits)
-            store = open_store(cfg, sample.output, "r", fragments)
-            made = partial(_record, merge_function, inputs)
+            store = open_store(sample.cfg, sample.output, "r", fragments)
+            made, watch = partial(_record, merge_function, inputs), Stopwatch(sample.cfg)
             if store.count_nodes() <= cfg.INS_SEGMENT.FRAGMENTS_IN_MEMORY:
                 paths += _find_at_once(sample, store, merge_function, thresholds, made, (log, edits))
             elif edits:
@@ -67,7 +70,9 @@ def find_segments(cfg: CfgNode, merge_function: str | None, threshold: float | N
                     "INS_SEGMENT.FRAGMENTS_IN_MEMORY on a machine that has it, or move the file away"
                 )
             else:
-                paths += find_segments_in_blocks(sample, tables_name(merge_function), merge_function, thresholds, made)
+                name = tables_name(merge_function)
+                paths += find_segments_in_blocks(sample, name, merge_function, thresholds, made, watch)
+            watch.keep(tables_rate(sample.cfg), len(thresholds), math.prod(sample.affinities.shape[-3:]))
     listed = ", ".join(f"{value:g}" for value in sorted(thresholds))
     print(f"for 05_extract_segmentation_from_lut.py: -mf {merge_function}, and -th one of {listed}")
     return paths
@@ -160,6 +165,11 @@ def _edited(
         return apply_edits(lut, edges, edits, threshold) if edits else lut
     except ValueError as error:
         raise UserError(f"{log.path}: {error}: move the file away, or restore the fragments") from error
+
+
+def tables_rate(cfg: CfgNode) -> str:
+    """Name under which it is kept what a look-up table takes, see `rates.py`."""
+    return rate_name(cfg, "look-up tables")
 
 
 def tables_name(merge_function: str) -> str:
