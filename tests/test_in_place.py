@@ -11,8 +11,8 @@ from test_formats import MARKED, OFFSET, SHAPE, VOXEL_SIZE, VOXELS, WRITERS, wri
 
 from lsdseg.config.loader import load_config
 from lsdseg.data_utils.formats import PLACE
-from lsdseg.data_utils.in_place import read_place
 from lsdseg.data_utils.layout import RAW, data_folder, output_path, volumes_in
+from lsdseg.data_utils.place_files import read_place
 from lsdseg.data_utils.volumes import has_array, list_arrays, open_array, read, write_array
 from lsdseg.engine.blocks.markers import record_files, records_in
 from lsdseg.engine.predict.blockwise import predict_blockwise
@@ -191,7 +191,8 @@ def test_volumes_of_any_format_are_predicted_from_the_test_folder(cfg):
     assert [path.name for path in volumes_in(cfg, "test")] == ["fly.zarr"]
     WRITERS["imagej.tif"](folder / "stack.tif", VOXELS)
     write_precomputed(folder / "pre", VOXELS)
-    (folder / "named.volume").write_text("pre")
+    write_precomputed(folder / "part", VOXELS)
+    (folder / "named.volume").write_text("part")
     assert [path.name for path in volumes_in(cfg, "test")] == ["fly.zarr", "named.volume", "pre", "stack.tif"]
     predict(cfg)
     for name in ("named", "pre", "stack"):

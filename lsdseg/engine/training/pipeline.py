@@ -22,6 +22,7 @@ from yacs.config import CfgNode
 from lsdseg.config.implementations import resolve
 from lsdseg.config.model_types import LABELS, TASKS, affinity_offsets, label_keys
 from lsdseg.data_utils.gray import gray_percentiles, own_window
+from lsdseg.data_utils.labels import open_labels, open_labels_mask
 from lsdseg.data_utils.volumes import open_array, source_defaults
 from lsdseg.engine.intensity import network_scale_shift, raw_window
 from lsdseg.engine.sections import along_zyx
@@ -34,10 +35,12 @@ from lsdseg.engine.training.nodes import (
     GrowBoundary,
     LabeledLocation,
     PadLabels,
+    PreCache,
     SeedPatches,
     ShareMemory,
     ToUnit,
     lsd_context,
+    mistake_behind,
 )
 from lsdseg.engine.training.targets import Target
 
@@ -75,10 +78,13 @@ def training_batches(
 
     Args:
         cfg: the config.
-        volumes: zarrs with raw data, labels and labels mask.
+        volumes: volumes with raw data and labels, and perhaps a labels mask.
         tasks: the tasks to make targets for.
         first_patch: the number of the first patch, see `SeedPatches`.
         stride: the difference between the numbers of two patches in a row.
+
+    Raises:
+        UserError: a volume cannot be read; also when a batch is taken.
     """
     voxel_size = open_array(volumes[0], cfg.DATA.RAW, **source_defaults(cfg)).voxel_size
     targets = {task: _target(cfg, task) for task in tasks}
@@ -96,9 +102,14 @@ def training_batches(
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         pipeline += ShareMemory(cfg.SYSTEM.NUM_WORKERS)
-        pipeline += gp.PreCache(cache_size=cfg.SYSTEM.CACHE_SIZE, num_workers=cfg.SYSTEM.NUM_WORKERS)
-    with gp.build(pipeline) as provider:
-        yield _batches(provider, request, targets, sections=cfg.DATA.DIM_2D)
+        pipeline += PreCache(cache_size=cfg.SYSTEM.CACHE_SIZE, num_workers=cfg.SYSTEM.NUM_WORKERS)
+    try:
+        with gp.build(pipeline) as provider:
+            yield _batches(provider, request, targets, sections=cfg.DATA.DIM_2D)
+    except (gp.PipelineSetupError, gp.PipelineRequestError) as error:
+        if mistake := mistake_behind(error):
+            raise mistake from None
+        raise
 
 
 def _target(cfg: CfgNode, name: str) -> Target:
@@ -175,11 +186,12 @@ def _source(cfg: CfgNode, path: Path, request: gp.BatchRequest) -> gp.Pipeline:
     In the margins, raw data is mirrored and labels are 0. Labels of other kinds may cover less of the volume than those
     of neurons.
     """
-    names = {RAW: cfg.DATA.RAW}
+    defaults = source_defaults(cfg)
+    data = {RAW: open_array(path, cfg.DATA.RAW, **defaults)}
     for key in label_keys(cfg):
         labels, mask = LABEL_ARRAYS[key]
-        names |= {labels: cfg.DATA[key], mask: cfg.DATA[f"{key}_MASK"]}
-    data = {key: open_array(path, name, **source_defaults(cfg)) for key, name in names.items()}
+        data[labels] = open_labels(path, cfg.DATA[key], **defaults)
+        data[mask] = open_labels_mask(path, cfg.DATA[f"{key}_MASK"], data[labels], **defaults)
     arrays = tuple(gp.ArraySource(key, array, interpolatable=key == RAW) for key, array in data.items())
     voxel_size = data[RAW].voxel_size
 
