@@ -14,7 +14,9 @@ def main() -> None:
         "python data_utils/report.py train/*.zarr\n  python data_utils/report.py -c config/config_cremi.py",
         "\nlsdseg/config/defaults.py explains every key.",
     )
-    parser.add_argument("words", nargs="*", metavar="VOLUME.zarr | KEY VALUE", help="volumes; or settings, with -c")
+    parser.add_argument(
+        "words", nargs="*", metavar="VOLUME | KEY VALUE", help="volumes in any format; or settings, with -c"
+    )
     parser.add_argument("-c", "--config", metavar="FILE", help="show all training volumes of a config")
     parser.add_argument(
         "--to", metavar="FILE", type=Path, help="the page (default: volumes_report.html in this folder)"

@@ -71,6 +71,7 @@ def test_every_format_is_read_where_it_is(name, tmp_path):
     np.testing.assert_array_equal(read(array), VOXELS)
     inside = np.s_[2:8:2, 3:9, 5:18]
     np.testing.assert_array_equal(read(array, inside), VOXELS[inside])
+    np.testing.assert_array_equal(read(array, np.s_[-1, 3:9]), VOXELS[-1, 3:9])
     np.testing.assert_array_equal(array[array.roi], VOXELS)
     assert has_array(tmp_path / name, list_arrays(tmp_path / name)[0])
     assert not has_array(tmp_path / name, "volumes/labels/neuron_ids")

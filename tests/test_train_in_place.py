@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tifffile
 from test_formats import write_n5, write_ome_zarr, write_precomputed
+from test_in_place import served  # noqa: F401
 from test_training import config
 
 from lsdseg.config.model_types import task_channels
@@ -62,12 +63,23 @@ def signed_hdf(folder, raw, labels):
     write_cremi(folder / "fly.h5", raw, labels, np.int64)
 
 
+def write_container(folder, raw, labels, *names):
+    """Write an N5 container with raw and labels under two names."""
+    for name, data, placed in zip(names, (raw, labels), (PLACED, LABELS_PLACED), strict=True):
+        write_n5(folder / "new", data, **placed, chunks=(16, 16, 16))
+        (folder / "fly.n5" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "new/em").rename(folder / "fly.n5" / name)
+    (folder / "new/attributes.json").rename(folder / "fly.n5/attributes.json")
+    (folder / "new").rmdir()
+
+
 def n5(folder, raw, labels):
-    """A container; its labels have the name of those of a zarr."""
-    write_n5(folder / "fly.n5" / "raw", raw, **PLACED, chunks=(16, 16, 16))
-    write_n5(folder / "fly.n5" / LABELS, labels, **LABELS_PLACED, chunks=(16, 16, 16))
-    (folder / "fly.n5/attributes.json").write_text("{}")
-    write_place(folder / "place.volume", location="fly.n5", dataset="raw/em", neuron_labels=f"{{dataset: {LABELS}/em}}")
+    write_container(folder, raw, labels, RAW, LABELS)
+
+
+def n5_with_other_names(folder, raw, labels):
+    write_container(folder, raw, labels, "em/raw", "ids")
+    write_place(folder / "place.volume", location="fly.n5", dataset="em/raw", neuron_labels="{dataset: ids}")
 
 
 def precomputed(folder, raw, labels):
@@ -107,7 +119,7 @@ def tiff(folder, raw, labels):
     )
 
 
-FORMATS = [hdf, signed_hdf, n5, precomputed, ome_zarr, tiff]
+FORMATS = [hdf, signed_hdf, n5, n5_with_other_names, precomputed, ome_zarr, tiff]
 
 
 def batches_of(cfg, count):
@@ -169,6 +181,18 @@ def test_workers_read_in_processes_of_their_own(write, tissue, expected, tmp_pat
     there = [batch.raw.tobytes() for batch in batches_of(cfg, 2)]
     assert len(set(there)) == 2
     assert here.issuperset(there)
+
+
+def test_a_pair_behind_a_url(tissue, expected, tmp_path, served):  # noqa: F811
+    n5(tmp_path, *tissue)
+    home = tmp_path / "home"
+    write_place(train_folder(home) / "whole.volume", location=f"{served.url}/fly.n5")
+    cfg = config(home, SYSTEM__NUM_WORKERS=1, SYSTEM__CACHE_SIZE=1)
+    assert_same(batches_of(cfg, 1)[0], expected[np.uint8][0])
+    write_precomputed(tmp_path / "ids", tissue[1], **LABELS_PLACED)
+    key = {"location": f"{served.url}/fly.n5", "neuron_labels": f"{served.url}/ids"}
+    write_place(train_folder(home) / "whole.volume", **key)
+    assert_same(batches_of(config(home), 1)[0], expected[np.uint8][0])
 
 
 def test_a_run_keeps_statistics_and_warns_of_the_same_raw_in_another_format(tissue, tmp_path, capsys):
@@ -305,10 +329,10 @@ def test_what_is_damaged_during_training_is_named(workers, tissue, tmp_path):
 
     def train_on_damaged_chunks():
         with training_batches(cfg, volumes_in(cfg, "train"), ("affs",)) as batches:
-            for file in (folder / "fly.n5/raw/em/s0").glob("*/*/*"):
+            for file in (folder / "fly.n5/volumes/raw/s0").glob("*/*/*"):
                 file.write_bytes(b"no chunk")
             for _ in range(3):
                 next(batches)
 
-    with pytest.raises(UserError, match=r"raw/em in \S*fly.n5 cannot be read at the voxels .*: use another copy"):
+    with pytest.raises(UserError, match=r"volumes/raw in \S*fly.n5 cannot be read at the voxels .*: use another copy"):
         train_on_damaged_chunks()

@@ -157,10 +157,11 @@ class Box:
         self.chunks = tuple(min(chunk, size) for chunk, size in zip(volume.chunks, self.shape, strict=True))
 
     def __getitem__(self, where: Any) -> NDArray[Any]:
-        """Read what slices and `...` choose."""
-        slices = tuple(self._slices(where if isinstance(where, tuple) else (where,)))
+        """Read what slices, numbers and `...` choose."""
+        parts = self._parts(where if isinstance(where, tuple) else (where,))
+        slices = tuple(self._slices(parts))
         try:
-            return np.asarray(self.volume.data[slices]).astype(self.dtype, copy=False)
+            values = np.asarray(self.volume.data[slices]).astype(self.dtype, copy=False)
         except UserError:
             raise
         except Exception as error:  # every format's library raises what it likes
@@ -170,12 +171,19 @@ class Box:
                 f"{self.where} cannot be read at the voxels {box} ({' '.join(str(error).split())[:150]}): "
                 f"{again or 'use another copy'}"
             ) from error
+        return values[tuple(slice(None) if isinstance(part, slice) else 0 for part in parts)]
 
-    def _slices(self, where: tuple[Any, ...]) -> Iterator[slice]:
+    def _parts(self, where: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return a slice or a number for each axis."""
         missing = (slice(None),) * (self.ndim - sum(part is not Ellipsis for part in where))
         parts = [part for given in where for part in (missing if given is Ellipsis else (given,))]
-        for part, first, size in zip((*parts, *missing)[: self.ndim], self.begin, self.shape, strict=True):
-            start, stop, step = part.indices(size)
+        return (*parts, *missing)[: self.ndim]
+
+    def _slices(self, parts: tuple[Any, ...]) -> Iterator[slice]:
+        """Yield the slices of the volume for those of the box, which are one voxel wide for numbers."""
+        for part, first, size in zip(parts, self.begin, self.shape, strict=True):
+            along = part if isinstance(part, slice) else slice(part, part + 1 or None)
+            start, stop, step = along.indices(size)
             yield slice(first + start, first + max(start, stop), step)
 
 

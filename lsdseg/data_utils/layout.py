@@ -46,7 +46,7 @@ def data_folder(cfg: CfgNode, split: str) -> Path:
 
 
 def volumes_in(cfg: CfgNode, split: str) -> list[Path]:
-    """Return the volumes in `data_folder(cfg, split)`, sorted by name: zarrs, and volumes in any of the formats.
+    """Return the volumes in `data_folder(cfg, split)`, sorted by name: zarrs, and volumes in any other format.
 
     A volume in another format is left out where a zarr has its name, which may be a copy of it. So is a volume that a
     file NAME.volume there names. In 2D, volumes in data_3d are used if data_2d has none. Sections are then taken from
@@ -56,7 +56,7 @@ def volumes_in(cfg: CfgNode, split: str) -> list[Path]:
         UserError: DATA.HOME or the folder is missing, the folder holds no volume, or a file NAME.volume is damaged.
     """
     folder = _folder_in_use(cfg, split)
-    volumes = _volumes_at(folder)
+    volumes = volumes_at(folder)
     if not volumes:
         raise UserError(
             f"no *.zarr in {folder}, and no volume in another format{_named(others_in(cfg, split))}: put a volume "
@@ -78,7 +78,7 @@ def _folder_in_use(cfg: CfgNode, split: str) -> Path:
         raise UserError(f"DATA.HOME is {str(home)!r}, which is not a folder: set it to the folder with your data")
     folder = data_folder(cfg, split)
     volumes_3d = folder.parents[1] / "data_3d" / split
-    if not _volumes_at(folder) and volumes_3d.is_dir():
+    if not volumes_at(folder) and volumes_3d.is_dir():
         folder = volumes_3d
     if not folder.is_dir():
         raise UserError(
@@ -88,7 +88,8 @@ def _folder_in_use(cfg: CfgNode, split: str) -> Path:
     return folder
 
 
-def _volumes_at(folder: Path) -> list[Path]:
+def volumes_at(folder: Path) -> list[Path]:
+    """Return the volumes in a folder as `volumes_in` does, none if it does not exist."""
     paths = sorted(path for path in folder.glob("[!.]*") if _is_zarr_folder(path) or is_volume(path))
     named = {place for path in paths if is_place(path) for place in paths_in(path)}
     # A location may be a folder in a container, which is then a part, too.

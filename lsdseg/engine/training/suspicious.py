@@ -162,5 +162,5 @@ def shift_warning(where: str, alignment: Alignment) -> str:
     here, best = alignment.correlation[alignment.middle], np.abs(alignment.correlation).max()
     return (
         f"{where} fit raw better if moved by {alignment.best} voxels (z, y, x; correlation of their boundaries with "
-        f"raw {best:.2f} instead of {abs(here):.2f}): look at them, and correct their attribute offset"
+        f"raw {best:.2f} instead of {abs(here):.2f}): look at them, and correct their offset"
     )
