@@ -108,6 +108,7 @@ def test_a_place_of_a_zarr_is_that_zarr(tmp_path):
         open_array(path, RAW)._source_data.__class__ is open_array(tmp_path / "fly.zarr", "em")._source_data.__class__
     )
     assert has_array(path, "ids")
+    assert not has_array(path, "others")
     with pytest.raises(UserError, match=r"box begins at .* correct begin and shape in the file NAME.volume"):
         open_array(place(tmp_path, "location: fly.zarr\ndataset: em\nbegin: [0, 0, 9]\nshape: [1, 1, 10]\n"), RAW)
 

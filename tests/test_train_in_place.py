@@ -16,6 +16,7 @@ from lsdseg.data_utils.labels import FIRST_UNLABELED, create_labels_mask
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW, data_folder, volumes_in
 from lsdseg.data_utils.phantom import make_phantom
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
+from lsdseg.engine.sample import Sample
 from lsdseg.engine.training.pipeline import training_batches
 from lsdseg.engine.training.train import train
 from lsdseg.engine.training.volumes_report import report_volumes
@@ -206,11 +207,13 @@ def test_a_run_keeps_statistics_and_warns_of_the_same_raw_in_another_format(tiss
     write_cremi(elsewhere / "shifted.hdf", raw, np.roll(labels, 3, axis=2))
     write_place(folder / "other.volume", location="../elsewhere/fly.n5", neuron_labels="../elsewhere/shifted.hdf")
     (folder / "notes.txt").touch()
-    cfg = config(tmp_path, TRAIN__EPOCHS=1, DATA__RAW_WINDOW=(0, 51000))
+    validation = {"TRAIN__VALIDATE_EVERY": 1, "TRAIN__VALIDATION_VOLUME": folder / "fly.hdf"}
+    cfg = config(tmp_path, TRAIN__EPOCHS=1, DATA__RAW_WINDOW=(0, 51000), **validation)
     train(cfg)
     said = capsys.readouterr().out
     assert "fly.hdf has the same volumes/raw as" in said or "other.volume has the same volumes/raw as" in said
     assert re.search(r"neuron_ids in \S*other.volume fit raw better if moved by \(-?\d, 0, -3\)", said)
+    assert "iteration 1: VOI sum" in said
     assert "because they are in none of the formats: notes.txt" in said
     checkpoint = read_checkpoint(latest_checkpoint(cfg.MODEL.CKPT_FOLDER))
     assert len(checkpoint["training_data"]) == 2
@@ -293,6 +296,9 @@ def test_ids_that_would_change_are_refused(tissue, tmp_path):
     raw, labels = tissue
     write_cremi(path, raw, np.minimum(labels, 99), np.float32)
     check(tmp_path)
+    truth = read(Sample(config(tmp_path), path, tmp_path / "output.zarr").ground_truth)
+    assert truth.dtype == np.uint64
+    np.testing.assert_array_equal(truth, np.minimum(labels, 99))
     with h5py.File(path, "r+") as file:
         file[LABELS][39, 39, 39] = 0.5
     with pytest.raises(

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from lsdseg.config.implementations import resolve
 from lsdseg.data_utils.formats import PLACE, Source, Volume, choose_volume, is_volume, open_source
-from lsdseg.data_utils.place_files import BESIDE, RAW, REMOTE, Place, read_place
+from lsdseg.data_utils.layout import RAW
+from lsdseg.data_utils.place_files import BESIDE, REMOTE, Place, read_place
 from lsdseg.data_utils.placement import Placement, multiscales_of, place_array, read_placement
 from lsdseg.data_utils.stored import ZARR_VERSION
 from lsdseg.errors import DamagedError, UserError
@@ -47,8 +48,7 @@ def names_in_place(path: Path, dataset: str = RAW) -> list[str]:
     Raises:
         UserError: it cannot be read.
     """
-    place = read_place(path).of(dataset)
-    return sorted(volume.name for volume in _source(place, place.dataset or dataset)[1].volumes)
+    return sorted(volume.name for volume in _source(read_place(path), dataset)[1].volumes)
 
 
 def open_in_place(path: Path, dataset: str, fallback: Placement | None, or_set: str) -> Array:
@@ -65,7 +65,7 @@ def open_in_place(path: Path, dataset: str, fallback: Placement | None, or_set: 
     """
     all_of_it = read_place(path)
     place = all_of_it.of(dataset)
-    files, source = _source(place, dataset)
+    files, source = _source(all_of_it, dataset)
     named = all_of_it.name_of(dataset, {volume.name for volume in source.volumes}.__contains__)
     key = f"dataset of {BESIDE[dataset].key}" if dataset in BESIDE else "dataset"
     remedy = f"{'' if dataset in BESIDE else 'with DATA.RAW, or '}as {key} in a file NAME{PLACE}"
@@ -106,7 +106,7 @@ def cut(array: Array, roi: Roi, where: str, to: str) -> Array:
     """Return the part of an array that lies in a ROI. It can only be read.
 
     Args:
-        array: spatial axes only.
+        array: (z, y, x).
         roi: in nm.
         where: names the array, for messages.
         to: names what has this ROI.
@@ -117,7 +117,7 @@ def cut(array: Array, roi: Roi, where: str, to: str) -> Array:
     size, inside = array.voxel_size, array.roi.intersect(roi)
     begin = -((array.offset - inside.begin) // size)  # rounded up
     shape = (inside.end - array.offset) // size - begin
-    if array.dims != 3 or inside.empty or min(shape) <= 0:
+    if inside.empty or min(shape) <= 0:
         raise UserError(
             f"{where} has shape {array.shape} at {tuple(array.offset)} nm, which does not overlap {to}, "
             f"{tuple(roi.shape)} nm at {tuple(roi.begin)} nm: correct begin, shape or offset in the file NAME{PLACE}"
@@ -188,11 +188,14 @@ class Box:
 
 
 def _source(place: Place, dataset: str) -> tuple[ExitStack, Source]:
-    """Open what is at a place, or take what is open already."""
-    if REMOTE.match(place.location):
-        return _opened(place.location, 0, tuple(sorted({place.dataset or dataset, dataset})))
-    path = Path(place.location)
-    return _opened(place.location, path.stat().st_mtime_ns if path.exists() else 0, ())
+    """Open what is where a dataset is, or take what is open already."""
+    location = place.of(dataset).location
+    if REMOTE.match(location):
+        # Raw is looked for, too: if only the dataset is missing, the volume is there.
+        names = {dataset, place.of(dataset).dataset, *((place.dataset, RAW) if location == place.location else ())}
+        return _opened(location, 0, tuple(sorted(filter(None, names))))
+    path = Path(location)
+    return _opened(location, path.stat().st_mtime_ns if path.exists() else 0, ())
 
 
 @lru_cache(maxsize=32)

@@ -22,8 +22,8 @@ from yacs.config import CfgNode
 
 from lsdseg.data_utils.formats import Volume
 from lsdseg.data_utils.in_place import cut, is_in_place, is_zarr, names_in_place, open_box, open_in_place
-from lsdseg.data_utils.layout import LABELS, LABELS_MASK
-from lsdseg.data_utils.place_files import RAW, REMOTE, Place, is_place, read_place
+from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW
+from lsdseg.data_utils.place_files import BESIDE, REMOTE, Place, is_place, read_place
 from lsdseg.data_utils.placement import Placement, place_array, read_ome_placement, read_placement, whole_nanometers
 from lsdseg.data_utils.replace import (
     array_folder,
@@ -97,10 +97,11 @@ def open_array(
     defaults = SourceDefaults(
         default_voxel_size=default_voxel_size, default_offset=default_offset, default_key=default_key
     )
-    if is_place(Path(path)) and (within := read_place(Path(path)).cut_to(dataset)):
-        whole = _open_whole(path, dataset, mode, **defaults)
-        return cut(whole, open_array(path, within, **defaults).roi, f"{dataset} in {path}", within)
-    return _open_whole(path, dataset, mode, **defaults)
+    array = _open_whole(path, dataset, mode, **defaults)
+    within = read_place(Path(path)).cut_to(dataset) if is_place(Path(path)) and array.dims == 3 else None
+    if within:
+        return cut(array, open_array(path, within, **defaults).roi, f"{dataset} in {path}", within)
+    return array
 
 
 def _open_whole(
@@ -146,6 +147,8 @@ def has_array(path: Path | str, dataset: str) -> bool:
     if is_place(Path(path)) and dataset in read_place(Path(path)).beside:
         return True
     there, name, _ = _followed(path, dataset)
+    if name != dataset and dataset not in (RAW, *BESIDE):
+        return False  # raw, which may have any name
     folder = array_folder(there, name)
     if _is_elsewhere(there, name):
         return name in names_in_place(there, name)
