@@ -15,6 +15,7 @@ from lsdseg.data_utils.checks import check_training_volumes
 from lsdseg.data_utils.labels import FIRST_UNLABELED, create_labels_mask
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW, data_folder, volumes_in
 from lsdseg.data_utils.phantom import make_phantom
+from lsdseg.data_utils.reader import Reader
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
 from lsdseg.engine.sample import Sample
 from lsdseg.engine.training.pipeline import training_batches
@@ -184,6 +185,18 @@ def test_workers_read_in_processes_of_their_own(write, tissue, expected, tmp_pat
     assert here.issuperset(there)
 
 
+def test_a_reader_says_what_it_cannot_read_and_ends_with_its_connection(tissue, tmp_path):
+    write_n5(tmp_path / "fly.n5", tissue[0], **PLACED)
+    spec = {"driver": "n5", "kvstore": {"driver": "file", "path": f"{tmp_path}/fly.n5/em/s0/"}}
+    process = Reader()
+    box = np.s_[3:9, 2:4, 30:]
+    np.testing.assert_array_equal(process.read(spec, box), tissue[0].T[box])
+    with pytest.raises(OSError, match="none"):
+        process.read({"driver": "n5", "kvstore": {"driver": "file", "path": f"{tmp_path}/none/"}}, box)
+    process.connection.close()
+    assert process.process.wait(60) == 0
+
+
 def test_a_pair_behind_a_url(tissue, expected, tmp_path, served):  # noqa: F811
     n5(tmp_path, *tissue)
     home = tmp_path / "home"
@@ -249,6 +262,7 @@ PLACE_ERRORS = {
         {"location": "raw.n5"},
         r"no dataset volumes/labels/neuron_ids in .*; it holds em: .*a file NAME.vol",
     ),
+    "itself": ({"location": "place.volume"}, r"place.volume is no HDF5 file or damaged"),
     "a missing file": ({"neuron_labels": "none.tif"}, r"none.tif does not exist"),
     "no such dataset": (
         {"neuron_labels": "{dataset: ids}"},
@@ -271,6 +285,7 @@ PLACE_ERRORS = {
         {"neuron_labels": "{location: a, box: 3}"},
         r"neuron_labels in .* has the key box: use location",
     ),
+    "no name": ({"neuron_labels": "{dataset: ''}"}, r"neuron_labels in .* has dataset '': give a name"),
     "no place": ({"neuron_labels": "[1, 2]"}, r"has neuron_labels \[1, 2\]: give a location"),
 }
 
@@ -296,6 +311,8 @@ def test_ids_that_would_change_are_refused(tissue, tmp_path):
     raw, labels = tissue
     write_cremi(path, raw, np.minimum(labels, 99), np.float32)
     check(tmp_path)
+    with pytest.raises(UserError, match=r"fly.hdf is only read, and training makes the mask of its labels itself"):
+        create_labels_mask(path)
     truth = read(Sample(config(tmp_path), path, tmp_path / "output.zarr").ground_truth)
     assert truth.dtype == np.uint64
     np.testing.assert_array_equal(truth, np.minimum(labels, 99))

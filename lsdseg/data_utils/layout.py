@@ -91,12 +91,17 @@ def _folder_in_use(cfg: CfgNode, split: str) -> Path:
 def volumes_at(folder: Path) -> list[Path]:
     """Return the volumes in a folder as `volumes_in` does, none if it does not exist."""
     paths = sorted(path for path in folder.glob("[!.]*") if _is_zarr_folder(path) or is_volume(path))
-    named = {place for path in paths if is_place(path) for place in paths_in(path)}
-    # A location may be a folder in a container, which is then a part, too.
-    parts = {path for place in named for path in (place, *place.parents)}
-    whole = [path for path in paths if Path(os.path.abspath(path)) not in parts]
+    parts: set[Path] = set()
+    for path in filter(is_place, paths):
+        # A location may be a folder in a container, which is then a part, too.
+        parts |= {part for place in paths_in(path) - {_absolute(path)} for part in (place, *place.parents)}
+    whole = [path for path in paths if _absolute(path) not in parts]
     copied = {path.stem for path in whole if path.suffix == ".zarr"}
     return [path for path in whole if path.suffix == ".zarr" or path.stem not in copied]
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))
 
 
 def _is_zarr_folder(path: Path) -> bool:

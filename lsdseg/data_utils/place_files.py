@@ -17,20 +17,24 @@ size and the offset in this file unless they say their own. If raw is a box, lab
 unless they are boxes of their own.
 """
 
+from __future__ import annotations
+
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
 from lsdseg.config.defaults import get_cfg_defaults
 from lsdseg.config.model_types import LABELS
 from lsdseg.data_utils.formats import PLACE
-from lsdseg.data_utils.placement import Placement
 from lsdseg.errors import UserError
 from lsdseg.files import write_whole
+
+if TYPE_CHECKING:  # it imports scipy, for which `--help` would wait
+    from lsdseg.data_utils.placement import Placement
 
 REMOTE = re.compile(r"(https?|gs|s3)://")
 MAX_BYTES = 10_000  # of a file NAME.volume
@@ -79,7 +83,7 @@ class Place(NamedTuple):
     offset: Sequence[float] | None = None
     begin: Sequence[int] | None = None
     shape: Sequence[int] | None = None
-    beside: Mapping[str, "Place"] = {}
+    beside: Mapping[str, Place] = {}
     default_voxel_size: Sequence[float] | None = None
     default_offset: Sequence[float] | None = None
 
@@ -88,7 +92,7 @@ class Place(NamedTuple):
         """Whether only a box is taken."""
         return self.begin is not None or self.shape is not None
 
-    def of(self, dataset: str) -> "Place":
+    def of(self, dataset: str) -> Place:
         """Return the place of one dataset, without those beside it."""
         if dataset not in BESIDE:
             return self._replace(beside={})
@@ -178,8 +182,10 @@ def _checked(given: dict[Any, Any], path: Path, where: str, known: Sequence[str]
     if unknown := sorted(map(str, set(given) - set(KEYS))):
         raise UserError(f"{where} has the key {unknown[0]}: use {', '.join(known)}")
     for key in ("location", "dataset"):
-        if key in given and not isinstance(given[key], str):
-            raise UserError(f"{where} has {key} {str(given[key])[:80]}: give a text")
+        if not (isinstance(given.get(key, "-"), str) and given.get(key, "-").strip()):
+            raise UserError(
+                f"{where} has {key} {str(given[key])[:80]!r}: give a {'path or a URL' if key == 'location' else 'name'}"
+            )
     for key, kinds in TRIPLES.items():
         values: Any = given.get(key, [0, 0, 0])
         if not isinstance(values, list) or len(values) != 3 or any(type(n) not in kinds for n in values):

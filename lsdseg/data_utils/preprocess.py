@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from yacs.config import CfgNode
 
 from lsdseg.data_utils.gray import LARGEST_RAW
-from lsdseg.data_utils.labels import labels_mask
+from lsdseg.data_utils.labels import labels_mask, open_labels
 from lsdseg.data_utils.layout import SPLITS, data_folder, volumes_at, volumes_in
 from lsdseg.data_utils.replace import write_zarr
 from lsdseg.data_utils.volumes import create_array, list_arrays, open_array, read, slabs, source_defaults
@@ -189,8 +189,9 @@ def _labels_and_masks(cfg: CfgNode) -> dict[str, str]:
 
 
 def _open_volume(path: Path, dataset: str, cfg: CfgNode) -> Array:
-    """Open a dataset, or raise UserError if its axes are not z, y, x."""
-    array = open_array(path, dataset, **source_defaults(cfg))
+    """Open a dataset, labels as unsigned integers, or raise UserError if its axes are not z, y, x."""
+    opened = open_labels if dataset in _labels_and_masks(cfg) else open_array
+    array = opened(path, dataset, **source_defaults(cfg))
     if not len(array.shape) == array.voxel_size.dims == 3:
         raise UserError(f"{dataset} in {path} has shape {array.shape}: store it with the axes z, y, x")
     return array

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -39,7 +40,7 @@ class Reader:
         try:
             self.connection.send((json.dumps(spec), where))
             answer: NDArray[Any] | OSError = self.connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise OSError("the process that reads has ended") from None
         if isinstance(answer, OSError):
             raise answer
@@ -68,12 +69,9 @@ def serve(end: int) -> None:
     def store(spec: str) -> LazyStore:
         return LazyStore(open_spec(json.loads(spec)))
 
-    with Connection(end) as connection:
+    with Connection(end) as connection, suppress(EOFError, ConnectionError):
         while True:
-            try:
-                spec, where = connection.recv()
-            except (EOFError, ConnectionError):
-                return
+            spec, where = connection.recv()
             try:
                 answer: Any = store(spec)[where]
             except Exception as error:  # whatever it is, the other process says it in one line
