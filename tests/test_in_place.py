@@ -3,6 +3,7 @@
 import functools
 import http.server
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from test_formats import MARKED, OFFSET, SHAPE, VOXEL_SIZE, VOXELS, WRITERS, wri
 
 from lsdseg.config.loader import load_config
 from lsdseg.data_utils.formats import PLACE
-from lsdseg.data_utils.layout import RAW, data_folder, output_path, volumes_in
+from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW, data_folder, output_path, volumes_in
 from lsdseg.data_utils.place_files import read_place
 from lsdseg.data_utils.volumes import has_array, list_arrays, open_array, read, write_array
 from lsdseg.engine.blocks.markers import record_files, records_in
@@ -220,7 +221,12 @@ def test_a_served_volume_is_predicted_in_blocks_and_goes_on_when_its_server_is_b
     np.testing.assert_array_equal(found, predicted(cfg, "copy"))
 
 
-def test_a_place_is_read_as_it_was_written(tmp_path):
+def test_a_place_is_read_as_it_was_written(tmp_path, monkeypatch):
     path = place(tmp_path, "location: file:///data/em\nbegin: [0, 1, 2]\n")
     assert read_place(path).location == "/data/em"
+    monkeypatch.chdir(tmp_path)
+    path.write_text("location: ../em\nneuron_labels: {dataset: ids}\nneuron_labels_mask: mask.tif\n")
+    beside = read_place(Path("..", tmp_path.name, path.name)).beside
+    assert beside[LABELS][:2] == (f"../{tmp_path.name}/../em", "ids")
+    assert beside[LABELS_MASK][:2] == (f"../{tmp_path.name}/mask.tif", None)
     assert read_place(tmp_path / "other.tif").location == str(tmp_path / "other.tif")

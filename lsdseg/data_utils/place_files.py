@@ -173,7 +173,9 @@ def read_place(path: Path) -> Place:
         content = {"location": given[key]} if isinstance(given[key], str) else given[key]
         if not isinstance(content, dict):
             raise UserError(f"{path} has {key} {str(content)[:80]}: give a location, or {', '.join(KEYS)}")
-        beside[datasets[key]] = _checked({"location": place.location, **content}, path, f"{key} in {path}", KEYS)
+        if "location" not in content:
+            content = {"location": given["location"], "dataset": datasets[key], **content}
+        beside[datasets[key]] = _checked(content, path, f"{key} in {path}", KEYS)
     return place._replace(beside=beside)
 
 

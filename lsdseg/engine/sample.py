@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
 from funlib.persistence import Array
 from yacs.config import CfgNode
 
-from lsdseg.data_utils.labels import open_labels
 from lsdseg.data_utils.layout import (
     FRAGMENTS,
     block_markers,
@@ -75,13 +73,13 @@ class Sample:
 
     @cached_property
     def ground_truth(self) -> Array | None:
-        """Neuron labels, (z, y, x), None if the volume has none. Those of signed types are converted."""
-        return self._optional(self.truth_dataset, open_labels)
+        """Neuron labels, (z, y, x), None if the volume has none."""
+        return self._optional(self.truth_dataset)
 
     @cached_property
     def ground_truth_mask(self) -> Array | None:
         """Mask of the neuron labels, (z, y, x), None if the volume has none."""
-        return self._optional(self.cfg.DATA.NEURON_LABELS_MASK, open_array)
+        return self._optional(self.cfg.DATA.NEURON_LABELS_MASK)
 
     @cached_property
     def mask(self) -> Array | None:
@@ -128,10 +126,10 @@ class Sample:
         """Offset (z, y, x) in voxels of each channel of the affinities."""
         return offsets_of(self.affinities)
 
-    def _optional(self, dataset: str, opened: Callable[..., Array]) -> Array | None:
+    def _optional(self, dataset: str) -> Array | None:
         if not has_array(self.truth_file, dataset):
             return None
-        return opened(self.truth_file, dataset, **source_defaults(self.cfg))
+        return open_array(self.truth_file, dataset, **source_defaults(self.cfg))
 
 
 def best_segmentation(output: Path) -> str | None:
