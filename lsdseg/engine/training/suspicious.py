@@ -25,7 +25,7 @@ from lsdseg.engine.statistics import LEAST_LINES, Statistics, boundaries, read_b
 
 BOX = (16, 128, 128)  # voxels along z, y, x
 FEW_BOXES = 8  # enough to see a shift of two voxels in a second
-SAMPLE = (4, 32, 32)  # voxels of a box to recognize raw by
+SAMPLES, SAMPLE = 32, (4, 32, 32)  # boxes to recognize raw by, and their voxels along z, y, x
 REACH = (3, 8, 8)  # the largest shift that is looked for, in voxels along z, y, x
 WIDE = 6.0  # standard deviation in voxels of the brightness around a membrane
 # FIB-25 and phantoms stay well below these with their own labels, and well above with labels shifted by two voxels.
@@ -151,8 +151,8 @@ def set_warnings(paths: Sequence[Path], statistics: Sequence[Statistics], cfg: C
 
 
 def _sample(raw: Array) -> bytes:
-    """Return a hash of the shape and of the voxels of a few boxes, the same in every format, place and chunking."""
-    places = (place_box(number, raw.shape, raw.shape, SAMPLE) for number in range(FEW_BOXES))
+    """Return a hash of the shape and of the voxels of some boxes, the same in every format, place and chunking."""
+    places = (place_box(number, raw.shape, raw.shape, SAMPLE) for number in range(SAMPLES))
     boxes = [read(raw, tuple(slice(b, b + s) for b, s in zip(*place, strict=True))) for place in places]
     return hashlib.blake2b(b"".join([str(raw.shape).encode(), *(box.tobytes() for box in boxes)])).digest()
 
