@@ -17,8 +17,8 @@ def main() -> None:
     parser.add_argument(
         "words",
         nargs="*",
-        metavar="VOLUME.zarr | KEY VALUE",
-        help="volumes; or, with -c, settings that override the config",
+        metavar="VOLUME | KEY VALUE",
+        help="volumes in any format; or, with -c, settings that override the config",
     )
     parser.add_argument("-c", "--config", metavar="FILE", help="show all training volumes of a config")
     parser.add_argument(

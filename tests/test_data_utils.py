@@ -389,6 +389,7 @@ def float_raw(value):
 def test_good_volumes_pass(cfg, tmp_path):
     check_training_volume(write_volume(tmp_path / "a.zarr"), cfg)
     check_training_volume(write_volume(tmp_path / "b.zarr", mask=np.ones((10, 12, 14), np.uint8)), cfg)
+    check_training_volume(write_volume(tmp_path / "signed.zarr", labels=LABELS_DATA.astype(np.int16)), cfg)
     check_raw(write_volume(tmp_path / "c.zarr", raw=RAW_DATA[:4] / np.float32(255), labels=None), cfg)
     check_raw(write_volume(tmp_path / "d.zarr", raw=RAW_DATA.astype(np.uint16), labels=None), cfg)
     cfg.DATA.RAW_WINDOW = (0.0, 200.0)
@@ -411,8 +412,12 @@ def test_good_volumes_pass(cfg, tmp_path):
         ({"raw": float_raw(137)}, RAW, r"137\.0 at voxel .* become 0 and 1 \(DATA\.RAW_WINDOW\)"),
         ({"raw": RAW_DATA[:15]}, RAW, r"smaller than the network's input \(16, 20, 20\): lower MODEL_ANISO"),
         ({"labels": None}, LABELS, "it holds volumes/raw"),
-        ({"labels": LABELS_DATA.astype(np.float32)}, LABELS, "is float32: store labels as unsigned"),
-        ({"labels": LABELS_DATA.astype(np.int64)}, LABELS, "is int64: store labels as unsigned"),
+        ({"labels": LABELS_DATA % 9 / 2}, LABELS, r"is float64 and holds \d*\.5, .*: store labels as unsigned"),
+        (
+            {"labels": (LABELS_DATA % 9).astype(np.int64) - 9},
+            LABELS,
+            r"is int64 and holds -\d, .*: store labels as unsigned",
+        ),
         ({"labels": LABELS_DATA[None]}, LABELS, "has shape .*: store labels with the axes z, y, x"),
         ({"labels_grid": ((40, 8, 8), (200, 24, 28))}, LABELS, r"voxel size \(40, 8, 8\) nm, .*resample"),
         ({"labels_grid": ((40, 4, 4), (440, 24, 28))}, LABELS, r"not inside volumes/raw .* attribute offset"),

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from test_formats import MARKED, OFFSET, SHAPE, VOXEL_SIZE, VOXELS, WRITERS, wri
 
 from lsdseg.config.loader import load_config
 from lsdseg.data_utils.formats import PLACE
-from lsdseg.data_utils.in_place import read_place
-from lsdseg.data_utils.layout import RAW, data_folder, output_path, volumes_in
+from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW, data_folder, output_path, volumes_in
+from lsdseg.data_utils.place_files import read_place
 from lsdseg.data_utils.volumes import has_array, list_arrays, open_array, read, write_array
 from lsdseg.engine.blocks.markers import record_files, records_in
 from lsdseg.engine.predict.blockwise import predict_blockwise
@@ -71,6 +72,7 @@ def test_every_format_is_read_where_it_is(name, tmp_path):
     np.testing.assert_array_equal(read(array), VOXELS)
     inside = np.s_[2:8:2, 3:9, 5:18]
     np.testing.assert_array_equal(read(array, inside), VOXELS[inside])
+    np.testing.assert_array_equal(read(array, np.s_[-1, 3:9]), VOXELS[-1, 3:9])
     np.testing.assert_array_equal(array[array.roi], VOXELS)
     assert has_array(tmp_path / name, list_arrays(tmp_path / name)[0])
     assert not has_array(tmp_path / name, "volumes/labels/neuron_ids")
@@ -107,6 +109,7 @@ def test_a_place_of_a_zarr_is_that_zarr(tmp_path):
         open_array(path, RAW)._source_data.__class__ is open_array(tmp_path / "fly.zarr", "em")._source_data.__class__
     )
     assert has_array(path, "ids")
+    assert not has_array(path, "others")
     with pytest.raises(UserError, match=r"box begins at .* correct begin and shape in the file NAME.volume"):
         open_array(place(tmp_path, "location: fly.zarr\ndataset: em\nbegin: [0, 0, 9]\nshape: [1, 1, 10]\n"), RAW)
 
@@ -191,7 +194,8 @@ def test_volumes_of_any_format_are_predicted_from_the_test_folder(cfg):
     assert [path.name for path in volumes_in(cfg, "test")] == ["fly.zarr"]
     WRITERS["imagej.tif"](folder / "stack.tif", VOXELS)
     write_precomputed(folder / "pre", VOXELS)
-    (folder / "named.volume").write_text("pre")
+    write_precomputed(folder / "part", VOXELS)
+    (folder / "named.volume").write_text("part")
     assert [path.name for path in volumes_in(cfg, "test")] == ["fly.zarr", "named.volume", "pre", "stack.tif"]
     predict(cfg)
     for name in ("named", "pre", "stack"):
@@ -217,7 +221,12 @@ def test_a_served_volume_is_predicted_in_blocks_and_goes_on_when_its_server_is_b
     np.testing.assert_array_equal(found, predicted(cfg, "copy"))
 
 
-def test_a_place_is_read_as_it_was_written(tmp_path):
+def test_a_place_is_read_as_it_was_written(tmp_path, monkeypatch):
     path = place(tmp_path, "location: file:///data/em\nbegin: [0, 1, 2]\n")
     assert read_place(path).location == "/data/em"
+    monkeypatch.chdir(tmp_path)
+    path.write_text("location: ../em\nneuron_labels: {dataset: ids}\nneuron_labels_mask: mask.tif\n")
+    beside = read_place(Path("..", tmp_path.name, path.name)).beside
+    assert beside[LABELS][:2] == (f"../{tmp_path.name}/../em", "ids")
+    assert beside[LABELS_MASK][:2] == (f"../{tmp_path.name}/mask.tif", None)
     assert read_place(tmp_path / "other.tif").location == str(tmp_path / "other.tif")

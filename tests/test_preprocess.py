@@ -2,6 +2,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from skimage.exposure import match_histograms as scikit_match_histograms
@@ -87,6 +88,22 @@ def test_masks_mitochondria_and_further_datasets_go_along(home):
     copied, resolution, offset = section(exported, "volumes/skeletons")
     np.testing.assert_array_equal(copied, LABELS_DATA[0])
     assert (resolution, offset) == ((4, 4), (8, 0))
+
+
+def test_a_volume_of_another_format_becomes_sections_of_a_zarr(home):
+    train = folder(home, "FLY", "3d", "train")
+    with h5py.File(train / "c.hdf", "w") as file:
+        for name, data in ((RAW, RAW_DATA), (LABELS, LABELS_DATA.view(np.int64))):
+            file[name] = data[:4, :20, :30]
+            file[name].attrs["resolution"] = (40, 4, 8)
+    preprocess(config(home, "PREPROCESS.EXPORT_2D_FROM_3D", True))
+    exported = folder(home, "FLY", "2d", "train") / "c.zarr"
+    np.testing.assert_array_equal(read(open_array(exported, f"{RAW}/3")), RAW_DATA[3, :20, :30])
+    np.testing.assert_array_equal(read(open_array(exported, LABELS)), LABELS_DATA)
+    np.testing.assert_array_equal(read(open_array(exported, LABELS_MASK)), LABELS_DATA < 2**64 - 3)
+    (train / "c.volume").write_text("c.n5")
+    with pytest.raises(UserError, match=r"train/c.hdf and c.volume would become the same zarr: rename one"):
+        preprocess(config(home, "PREPROCESS.EXPORT_2D_FROM_3D", True))
 
 
 @pytest.fixture

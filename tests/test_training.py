@@ -630,8 +630,8 @@ LABELS = np.ones((48, 48, 48), np.uint64)
         (lambda home: write_labels(home, None), r"volumes/labels/neuron_ids in .*phantom.zarr"),
         (lambda home: write_labels(home, LABELS.repeat(2, 0)), r"neuron_ids in .*phantom.zarr has shape \(96"),
         (lambda home: write_labels(home, LABELS, voxel_size=(8, 8, 4)), r"neuron_ids in .* voxel size \(8, 8, 4\)"),
-        (lambda home: write_labels(home, LABELS.astype(np.float32)), r"neuron_ids in .* is float32"),
-        (lambda home: write_labels(home, LABELS.astype(np.int64)), r"neuron_ids in .* is int64"),
+        (lambda home: write_labels(home, LABELS / 2), r"neuron_ids in .* is float64 and holds 0.5"),
+        (lambda home: write_labels(home, -9 * LABELS.astype(np.int64)), r"neuron_ids in .* is int64 and holds -9"),
         (
             lambda home: write_array(
                 write_labels(home, LABELS),

@@ -114,7 +114,10 @@ def test_labels_may_cover_a_part_of_raw(tmp_path, tissue):
         (lambda raw, labels: (np.stack([raw] * 3), labels), r"raw in .* has shape \(3, 48, 96, 96\)"),
         (lambda raw, labels: (raw.astype(np.float32), labels), r"outside 0..1"),
         (lambda raw, labels: (np.where(raw > 200, np.nan, 0.5), labels), r"holds NaN"),
-        (lambda raw, labels: (raw, labels.astype(np.int64)), r"is int64: store labels as unsigned"),
+        (
+            lambda raw, labels: (raw, labels.astype(np.int64) - 9),
+            r"is int64 and holds -\d, .*: store labels as unsigned",
+        ),
         (lambda raw, labels: (raw[:20], labels), r"which is not inside volumes/raw"),
     ],
 )

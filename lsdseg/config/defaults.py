@@ -37,7 +37,7 @@ _C.SYSTEM.VERBOSE = True
 _C.DATA = CfgNode()
 # Root folder of the data and, by default, of all results. Relative paths start at the current directory.
 _C.DATA.HOME = "~/lsd"
-# Volumes are read from HOME/DATA_DIR_PATH/BRAIN_VOL/data_{2d,3d}/{train,test}/*.zarr.
+# Volumes are read from HOME/DATA_DIR_PATH/BRAIN_VOL/data_{2d,3d}/{train,test}: zarrs, and volumes in any other format.
 _C.DATA.DATA_DIR_PATH = "connexion/data"
 # Folder of the data set. It is also part of the default folders for logs and checkpoints.
 _C.DATA.BRAIN_VOL = "HEMI"
@@ -47,8 +47,9 @@ _C.DATA.TRAIN_TEST_SPLIT = 1.0
 _C.DATA.FIB = 1
 # Train and predict on single sections (volumes/raw/0 ... n) instead of volumes.
 _C.DATA.DIM_2D = False
-# Names of the datasets in each zarr: raw, then NEURON_LABELS, MITO_LABELS, NEURON_LABELS_MASK and MITO_LABELS_MASK.
-# Masks are 1 where labels are known; a missing mask is created when it is needed.
+# Names of the datasets in each volume: raw, then NEURON_LABELS, MITO_LABELS, NEURON_LABELS_MASK and MITO_LABELS_MASK.
+# Masks are 1 where labels are known; a missing mask is created when it is needed, in memory if the volume is no zarr.
+# In a file NAME.volume, the keys neuron_labels, neuron_labels_mask ... stand for the names that are default here.
 _C.DATA.RAW = "volumes/raw"
 # Gray values that become 0 (black) and 1 (white) for the network, such as (1200, 40000); what lies beyond is clipped.
 # None: 0 and 255 for uint8, 0 and 1 for floating point. For other integers, a sample of the volume decides, and what

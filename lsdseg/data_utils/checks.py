@@ -13,8 +13,11 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from lsdseg.config.model_types import label_keys
+from lsdseg.data_utils.formats import PLACE
 from lsdseg.data_utils.gray import LARGEST_RAW
-from lsdseg.data_utils.labels import is_labeled
+from lsdseg.data_utils.in_place import is_in_place
+from lsdseg.data_utils.labels import check_ids, is_labeled, open_labels
+from lsdseg.data_utils.place_files import BESIDE
 from lsdseg.data_utils.placement import in_picometers, offset_nm, voxel_size_nm
 from lsdseg.data_utils.volumes import has_array, name_arrays, open_array, read, slabs, source_defaults
 from lsdseg.errors import UserError
@@ -53,8 +56,7 @@ def check_training_volume(path: Path | str, cfg: CfgNode) -> None:
 
     Raises:
         UserError: as for `check_raw`; or raw is smaller than MODEL.RAW_SHAPE; or labels that the model type needs are
-            missing, are not (z, y, x) of unsigned integers, do not lie inside raw on the voxels of raw, or label
-            nothing.
+            missing, are not (z, y, x) of exact ids, do not lie inside raw on the voxels of raw, or label nothing.
     """
     raw = _open_raw(path, cfg)
     needed = cfg.MODEL.RAW_SHAPE
@@ -67,9 +69,11 @@ def check_training_volume(path: Path | str, cfg: CfgNode) -> None:
         if not has_array(path, dataset):
             raise UserError(
                 f"no dataset {dataset} in {path}, but {cfg.TRAIN.MODEL_TYPE} is trained on it; it holds "
-                f"{name_arrays(path)}: name the labels in DATA, or choose another TRAIN.MODEL_TYPE"
+                f"{name_arrays(path)}: name the labels in DATA or in a file NAME{PLACE}, or choose another "
+                "TRAIN.MODEL_TYPE"
             )
         labels = _open_labels(path, dataset, cfg, raw)
+        check_ids(labels)
         _check_mask(path, dataset, mask, cfg, labels)
     _check_values(raw, f"{cfg.DATA.RAW} in {path}", cfg)
 
@@ -115,23 +119,24 @@ def _open_raw(path: Path | str, cfg: CfgNode) -> Array:
 def _open_labels(path: Path | str, dataset: str, cfg: CfgNode, raw: Array) -> Array:
     """Open labels and check their header."""
     where = f"{dataset} in {path}"
-    labels = open_array(path, dataset, **source_defaults(cfg))
+    labels = open_labels(path, dataset, **source_defaults(cfg))
     check_labels(labels, where)
     if voxel_size_nm(labels) != voxel_size_nm(raw):
         raise UserError(
             f"{where} has voxel size {voxel_size_nm(labels)} nm, {cfg.DATA.RAW} has "
-            f"{voxel_size_nm(raw)}: correct its attribute resolution or resample the labels"
+            f"{voxel_size_nm(raw)}: correct its {_place_key(path, dataset, 'resolution')}, or resample the labels"
         )
     roi, shift = in_picometers(labels).roi, in_picometers(labels).offset - in_picometers(raw).offset
     if not in_picometers(raw).roi.contains(roi):
         raise UserError(
             f"{where} has shape {labels.shape} at {offset_nm(labels)} nm, which is not inside {cfg.DATA.RAW} with "
-            f"{raw.shape} at {offset_nm(raw)}: crop the labels or correct their attribute offset"
+            f"{raw.shape} at {offset_nm(raw)}: crop the labels, or correct their "
+            f"{_place_key(path, dataset, 'offset')}"
         )
     if any(shift % in_picometers(raw).voxel_size):
         raise UserError(
             f"{where} has offset {offset_nm(labels)} nm, which is between the voxels of {cfg.DATA.RAW} at "
-            f"{offset_nm(raw)}: correct its attribute offset"
+            f"{offset_nm(raw)}: correct its {_place_key(path, dataset, 'offset')}"
         )
     return labels
 
@@ -171,6 +176,14 @@ def _check_values(raw: Array, where: str, cfg: CfgNode) -> None:
                 "gray values become 0 and 1 (DATA.RAW_WINDOW)"
             )
         raise UserError(f"{where} holds NaN or infinite values, the first at voxel {voxel}: replace them, e.g. by 0")
+
+
+def _place_key(path: Path | str, dataset: str, attribute: str) -> str:
+    """Say where the placement of labels is corrected: in their attributes, or beside a volume that is only read."""
+    if not is_in_place(Path(path)):
+        return f"attribute {attribute}"
+    key = {"resolution": "voxel_size"}.get(attribute, attribute)
+    return f"{key}{f' of {BESIDE[dataset].key}' if dataset in BESIDE else ''} in a file NAME{PLACE}"
 
 
 def _model_section(cfg: CfgNode) -> str:

@@ -21,6 +21,7 @@ LARGEST_RAW = 4  # bytes of an integer: those of eight are labels
 PERCENTILES = (0.1, 99.9)
 BOXES = 64
 BOX = (4, 96, 96)  # voxels along z, y, x
+GRID = (64, 64, 64)  # that boxes lie in along z, whatever the chunks are: every copy of a volume gives the same sample
 # The n-th box lies at the fractional parts of n times these, which fill a cube more evenly than random places do.
 SPREAD = (0.8191725134, 0.6710436067, 0.5497004779)
 
@@ -40,8 +41,7 @@ def gray_percentiles(raw: Array) -> Window:
     Args:
         raw: (z, y, x).
     """
-    shape, chunks = raw.shape[-3:], raw.chunk_shape[-3:]
-    places = {place_box(number, shape, chunks) for number in range(BOXES)}
+    places = {place_box(number, raw.shape[-3:], GRID) for number in range(BOXES)}
     boxes = [read(raw, tuple(slice(b, b + s) for b, s in zip(*place, strict=True))) for place in sorted(places)]
     values = np.concatenate([box.ravel() for box in boxes if box.min() < box.max()] or [box.ravel() for box in boxes])
     low, high = np.percentile(values, PERCENTILES)

@@ -9,6 +9,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from lsdseg.data_utils.formats import Source, Volume
 from lsdseg.data_utils.replace import array_folder
@@ -19,9 +20,27 @@ from lsdseg.errors import UserError
 LARGE_BYTES, LEAST_SHARE = 2**36, 0.01
 
 
+class Voxels:
+    """A dataset of a file that reads what is sliced.
+
+    The file is opened for each read anew, so processes that are forked in between do not share it.
+
+    Args:
+        dataset: of a file that may be closed later.
+    """
+
+    def __init__(self, dataset: h5py.Dataset) -> None:
+        self.file, self.name = dataset.file.filename, dataset.name
+        self.shape, self.dtype = dataset.shape, dataset.dtype
+
+    def __getitem__(self, where: Any) -> NDArray[Any]:
+        with h5py.File(self.file, "r") as file:
+            return np.asarray(file[self.name][where])
+
+
 @contextmanager
 def open_hdf(path: Path) -> Iterator[Source]:
-    """Open an HDF5 file for reading; its numeric datasets with three or four axes are volumes.
+    """List what an HDF5 file holds; its numeric datasets with three or four axes are volumes.
 
     Raises:
         UserError: the file is damaged, or is not HDF5; or a volume lies in other files, is hardly stored or has a name
@@ -32,7 +51,8 @@ def open_hdf(path: Path) -> Iterator[Source]:
     except Exception as error:
         raise _damaged(path, error) from error
     with file:
-        yield _source(file, path)
+        source = _source(file, path)
+    yield source
 
 
 def _source(file: h5py.File, path: Path) -> Source:
@@ -79,8 +99,8 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 def _volume(dataset: h5py.Dataset) -> Volume:
     attributes = json.loads(json.dumps(dict(dataset.attrs), default=_to_json))
-    chunks = dataset.chunks or dataset.shape
-    return Volume(_name(dataset), dataset, attributes, dataset.id.get_storage_size, chunks)
+    stored_bytes = dataset.id.get_storage_size()
+    return Volume(_name(dataset), Voxels(dataset), attributes, lambda: stored_bytes, dataset.chunks or dataset.shape)
 
 
 def _name(dataset: h5py.Dataset) -> str:

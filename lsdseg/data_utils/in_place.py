@@ -1,60 +1,38 @@
 """Volumes that are read where they are, in any of the formats, on disk or behind a URL.
 
-Any file or folder of a format stands for a zarr wherever one is only read. So does a small text file NAME.volume, which
-holds a location, or in YAML:
-
-    location: https://example.org/em    # or a path, from the folder of this file
-    dataset: em/s0                      # which one is raw, if the location holds several
-    voxel_size: [8, 8, 8]               # z, y, x in nm, if the volume does not say or is wrong
-    offset: [0, 0, 0]                   # in nm
-    begin: [100, 0, 0]                  # a box of the volume, in voxels
-    shape: [512, 512, 512]
+Any file or folder of a format stands for a zarr wherever one is only read. So does a file NAME.volume, see
+`place_files`.
 """
 
 import atexit
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import yaml
 from funlib.persistence import Array
 from numpy.typing import NDArray
 
 from lsdseg.config.implementations import resolve
 from lsdseg.data_utils.formats import PLACE, Source, Volume, choose_volume, is_volume, open_source
 from lsdseg.data_utils.layout import RAW
-from lsdseg.data_utils.placement import Placement, multiscales_of, place_array, read_placement
+from lsdseg.data_utils.place_files import BESIDE, REMOTE, Place, read_place
+from lsdseg.data_utils.placement import (
+    Placement,
+    in_picometers,
+    multiscales_of,
+    nanometers,
+    offset_nm,
+    place_array,
+    place_like,
+    read_placement,
+)
 from lsdseg.data_utils.stored import ZARR_VERSION
 from lsdseg.errors import DamagedError, UserError
-from lsdseg.files import write_whole
 
-REMOTE = re.compile(r"(https?|gs|s3)://")
 OPEN_REMOTE = "lsdseg.data_utils.remote:open_remote"
-MAX_BYTES = 10_000  # of a file NAME.volume
-
-
-class Place(NamedTuple):
-    """Where a volume is, and what of it is taken; the keys of a file NAME.volume.
-
-    Attributes:
-        location: a URL, or a path.
-        dataset: which one is raw. None: the only one.
-        voxel_size: z, y, x in nm. None: what the volume says.
-        offset: z, y, x in nm. None: what the volume says.
-        begin: first voxel of a box, z, y, x. None: the first of all.
-        shape: voxels of the box. None: up to the end.
-    """
-
-    location: str
-    dataset: str | None = None
-    voxel_size: Sequence[float] | None = None
-    offset: Sequence[float] | None = None
-    begin: Sequence[int] | None = None
-    shape: Sequence[int] | None = None
 
 
 def is_in_place(path: Path) -> bool:
@@ -68,56 +46,17 @@ def is_zarr(path: Path) -> bool:
     return any((path / name).is_file() for name in headers)
 
 
-def write_place(path: Path, place: Place) -> None:
-    """Write a file NAME.volume."""
-    given = {key: value for key, value in place._asdict().items() if value is not None}
-    with write_whole(path) as partial:
-        partial.write_text(yaml.safe_dump(given, sort_keys=False), encoding="utf-8")
+def names_in_place(path: Path, dataset: str = RAW) -> list[str]:
+    """Return the names of the volumes that there are where a dataset is.
 
-
-def place_of(path: Path, dataset: str) -> Place:
-    """Return where a volume is, for another file NAME.volume; volumes/raw also stands for its only dataset."""
-    place = read_place(path)
-    named = place.dataset or (None if dataset == RAW else dataset)
-    location = place.location if REMOTE.match(place.location) else str(Path(place.location).absolute())
-    return place._replace(location=location, dataset=named)
-
-
-def read_place(path: Path) -> Place:
-    """Return what a file NAME.volume holds; of any other path, the place of that volume.
-
-    Raises:
-        UserError: the file is damaged, or has a key or a value that it cannot have.
-    """
-    if path.suffix.lower() != PLACE:
-        return Place(str(path))
-    try:
-        content = yaml.safe_load(path.read_bytes()[:MAX_BYTES])
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read ({str(error)[:150]}): write a location in it, or YAML") from error
-    place = {"location": content} if isinstance(content, str) else content
-    if not isinstance(place, dict) or not isinstance(place.get("location"), str):
-        raise UserError(f"{path} names no volume: write its location in it, a path or a URL")
-    if unknown := sorted(map(str, set(place) - set(Place._fields))):
-        raise UserError(f"{path} has the key {unknown[0]}: use {', '.join(Place._fields)}")
-    for key, kinds in {"voxel_size": (int, float), "offset": (int, float), "begin": (int,), "shape": (int,)}.items():
-        values: Any = place.get(key, [0, 0, 0])
-        if not isinstance(values, list) or len(values) != 3 or any(type(n) not in kinds for n in values):
-            raise UserError(f"{path} has {key} {str(values)[:80]}: give three numbers, z, y, x")
-    location = place["location"].strip().removeprefix("file://")
-    if not REMOTE.match(location):
-        location = str(path.parent / Path(location).expanduser())
-    return Place(**place | {"location": location})
-
-
-def names_in_place(path: Path) -> list[str]:
-    """Return the names of the volumes that there are at a place.
+    Args:
+        path: as for `open_in_place`.
+        dataset: what is looked for. Behind a URL, little else is found.
 
     Raises:
         UserError: it cannot be read.
     """
-    place = read_place(path)
-    return sorted(volume.name for volume in _source(place, place.dataset or RAW)[1].volumes)
+    return sorted(volume.name for volume in _source(read_place(path), dataset)[1].volumes)
 
 
 def open_in_place(path: Path, dataset: str, fallback: Placement | None, or_set: str) -> Array:
@@ -132,13 +71,15 @@ def open_in_place(path: Path, dataset: str, fallback: Placement | None, or_set: 
     Raises:
         UserError: it cannot be read; has several volumes and none is chosen; or has no voxel size.
     """
-    place = read_place(path)
-    files, source = _source(place, dataset)
-    named = dataset if dataset in {volume.name for volume in source.volumes} else place.dataset
-    remedy = f"with DATA.RAW, or as dataset in a file NAME{PLACE}"
-    volume = choose_volume(source, RAW, named or (None if dataset == RAW else dataset), place.location, remedy)
+    all_of_it = read_place(path)
+    place = all_of_it.of(dataset)
+    files, source = _source(all_of_it, dataset)
+    named = all_of_it.name_of(dataset, {volume.name for volume in source.volumes}.__contains__)
+    key = f"dataset of {BESIDE[dataset].key}" if dataset in BESIDE else "dataset"
+    remedy = f"{'' if dataset in BESIDE else 'with DATA.RAW, or '}as {key} in a file NAME{PLACE}"
+    volume = choose_volume(source, dataset, named, place.location, remedy)
     or_set = or_set or f"voxel_size in a file NAME{PLACE}"
-    return open_box(volume, place, files, fallback=fallback, or_set=or_set)
+    return open_box(volume, place, files, fallback=place.fallback(fallback), or_set=or_set)
 
 
 def open_box(
@@ -150,22 +91,51 @@ def open_box(
         volume: the volume.
         place: says which box, and where it lies if the volume does not.
         files: what has to stay open.
-        fallback: see `open_in_place`.
+        fallback: voxel size and offset in nm if neither the volume nor the place says.
         or_set: see `open_in_place`.
 
     Raises:
         UserError: the box reaches out of the volume, or there is no voxel size.
     """
     where = f"{volume.name} in {place.location}"
-    attributes = volume.attributes
+    attributes, given = volume.attributes, place.offset
+    if given is None and "offset" not in attributes and {"resolution", "voxel_size"} & attributes.keys():
+        given = place.default_offset
     if place.voxel_size is not None:
-        attributes = {"resolution": place.voxel_size, "offset": place.offset or attributes.get("offset", [0, 0, 0])}
-    elif place.offset is not None:
-        attributes = {**attributes, "offset": place.offset}
+        attributes = {"resolution": place.voxel_size, "offset": attributes.get("offset", [0, 0, 0])}
     voxel_size, offset = (values[-3:] for values in read_placement(attributes, where, fallback, or_set))
+    if given is not None:
+        _, offset = read_placement({"resolution": voxel_size, "offset": given}, where)
     box = Box(volume, place, where, files)
     begin = [o + first * size for o, first, size in zip(offset, box.begin[-3:], voxel_size, strict=True)]
     return place_array(box, voxel_size, begin)
+
+
+def cut(array: Array, other: Array, where: str, to: str) -> Array:
+    """Return the part of an array that lies inside another one. It can only be read.
+
+    Args:
+        array: (z, y, x).
+        other: (z, y, x).
+        where: names the array, for messages.
+        to: names the other one.
+
+    Raises:
+        UserError: they have no voxel in common.
+    """
+    placed, roi = in_picometers(array), in_picometers(other).roi
+    inside = placed.roi.intersect(roi)
+    begin = -((placed.offset - inside.begin) // placed.voxel_size)  # rounded up
+    shape = (inside.end - placed.offset) // placed.voxel_size - begin
+    if inside.empty or min(shape) <= 0:
+        raise UserError(
+            f"{where} has shape {array.shape} at {offset_nm(array)} nm, which does not overlap {to}, "
+            f"{nanometers(other.roi.shape, other)} nm at {offset_nm(other)} nm: correct begin, shape or offset in the "
+            f"file NAME{PLACE}"
+        )
+    volume = Volume(where, array._source_data, {}, lambda: 0, array.chunk_shape)
+    box = Box(volume, Place("", begin=begin, shape=shape), where, None)
+    return place_like(array, box, array.offset + begin * array.voxel_size)
 
 
 class Box:
@@ -198,10 +168,13 @@ class Box:
         self.chunks = tuple(min(chunk, size) for chunk, size in zip(volume.chunks, self.shape, strict=True))
 
     def __getitem__(self, where: Any) -> NDArray[Any]:
-        """Read what slices and `...` choose."""
-        slices = tuple(self._slices(where if isinstance(where, tuple) else (where,)))
+        """Read what slices, numbers and `...` choose."""
+        parts = self._parts(where if isinstance(where, tuple) else (where,))
+        slices = tuple(self._slices(parts))
         try:
-            return np.asarray(self.volume.data[slices]).astype(self.dtype, copy=False)
+            values = np.asarray(self.volume.data[slices]).astype(self.dtype, copy=False)
+        except UserError:
+            raise
         except Exception as error:  # every format's library raises what it likes
             box = ", ".join(f"{s.start}:{s.stop}" for s in slices)
             again = "when it can be reached again, give the same command" if REMOTE.search(self.where) else ""
@@ -209,21 +182,31 @@ class Box:
                 f"{self.where} cannot be read at the voxels {box} ({' '.join(str(error).split())[:150]}): "
                 f"{again or 'use another copy'}"
             ) from error
+        return values[tuple(slice(None) if isinstance(part, slice) else 0 for part in parts)]
 
-    def _slices(self, where: tuple[Any, ...]) -> Iterator[slice]:
+    def _parts(self, where: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return a slice or a number for each axis."""
         missing = (slice(None),) * (self.ndim - sum(part is not Ellipsis for part in where))
         parts = [part for given in where for part in (missing if given is Ellipsis else (given,))]
-        for part, first, size in zip((*parts, *missing)[: self.ndim], self.begin, self.shape, strict=True):
-            start, stop, step = part.indices(size)
+        return (*parts, *missing)[: self.ndim]
+
+    def _slices(self, parts: tuple[Any, ...]) -> Iterator[slice]:
+        """Yield the slices of the volume for those of the box, which are one voxel wide for numbers."""
+        for part, first, size in zip(parts, self.begin, self.shape, strict=True):
+            along = part if isinstance(part, slice) else slice(part, part + 1 or None)
+            start, stop, step = along.indices(size)
             yield slice(first + start, first + max(start, stop), step)
 
 
 def _source(place: Place, dataset: str) -> tuple[ExitStack, Source]:
-    """Open what is at a place, or take what is open already."""
-    if REMOTE.match(place.location):
-        return _opened(place.location, 0, tuple(sorted({place.dataset or dataset, dataset})))
-    path = Path(place.location)
-    return _opened(place.location, path.stat().st_mtime_ns if path.exists() else 0, ())
+    """Open what is where a dataset is, or take what is open already."""
+    location = place.of(dataset).location
+    if REMOTE.match(location):
+        # Raw is looked for, too: if only the dataset is missing, the volume is there.
+        names = {dataset, place.of(dataset).dataset, *((place.dataset, RAW) if location == place.location else ())}
+        return _opened(location, 0, tuple(sorted(filter(None, names))))
+    path = Path(location)
+    return _opened(location, path.stat().st_mtime_ns if path.exists() else 0, ())
 
 
 @lru_cache(maxsize=32)

@@ -14,6 +14,7 @@ import numpy as np
 from funlib.persistence import Array
 from numpy.typing import NDArray
 
+from lsdseg.data_utils.in_place import is_in_place
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK
 from lsdseg.data_utils.placement import offset_nm, place_like, voxel_size_nm
 from lsdseg.data_utils.volumes import SourceDefaults, create_array, has_array, open_array, read, rename_array, slabs
@@ -68,6 +69,74 @@ def as_ids(values: NDArray[Any], where: str) -> NDArray[np.uint64]:
         remedy = "store labels as unsigned integers, e.g. uint64"
         raise UserError(f"{where} is {values.dtype} and holds {values[bad][0]}, which is no exact id: {remedy}")
     return values.astype(np.int64).astype(np.uint64)
+
+
+class ConvertedIds:
+    """Labels that become uint64 when they are sliced, see `as_ids`.
+
+    Args:
+        source: integers, booleans or floats; anything with shape, dtype and ndim whose slices are numpy arrays.
+        chunks: shape of what is stored in one piece.
+        where: their name, for messages.
+    """
+
+    dtype = np.dtype(np.uint64)
+
+    def __init__(self, source: Any, chunks: Sequence[int], where: str) -> None:
+        self.source, self.chunks, self.where = source, tuple(chunks), where
+        self.shape, self.ndim = source.shape, source.ndim
+
+    def __getitem__(self, where: Any) -> NDArray[np.uint64]:
+        return as_ids(np.asarray(self.source[where]), self.where)
+
+
+def open_labels(path: Path | str, dataset: str, **defaults: Unpack[SourceDefaults]) -> Array:
+    """Open labels to read them as unsigned integers. Those of another type are converted box by box.
+
+    Args:
+        path: as for `open_array`.
+        dataset: as for `open_array`.
+        defaults: as for `open_array`.
+
+    Raises:
+        UserError: as for `open_array`. Reading raises it where a number is no exact id, see `as_ids`.
+    """
+    labels = open_array(path, dataset, **defaults)
+    if labels.dtype.kind not in "bif":
+        return labels
+    converted = ConvertedIds(labels._source_data, labels.chunk_shape, f"{dataset} in {path}")
+    return place_like(labels, converted)
+
+
+def check_ids(labels: Array) -> None:
+    """Read labels of `open_labels` once, if they are converted.
+
+    Raises:
+        UserError: a number is no exact id, see `as_ids`.
+    """
+    if isinstance(labels._source_data, ConvertedIds):
+        for slab in slabs(labels).with_progress("checking ids"):
+            read(labels, slab)
+
+
+def open_labels_mask(path: Path | str, mask_dataset: str, labels: Array, **defaults: Unpack[SourceDefaults]) -> Array:
+    """Open the mask of labels, or make one in memory if there is none: a byte for each voxel.
+
+    Args:
+        path: as for `open_array`.
+        mask_dataset: dataset of the mask.
+        labels: as `open_labels` returns them.
+        defaults: as for `open_array`.
+
+    Raises:
+        UserError: as for `open_array`.
+    """
+    if has_array(path, mask_dataset):
+        return open_array(path, mask_dataset, **defaults)
+    mask = np.empty(labels.shape, np.uint8)
+    for slab in slabs(labels).with_progress("labels mask"):
+        mask[slab] = labels_mask(read(labels, slab))
+    return place_like(labels, mask)
 
 
 def grow_boundary(
@@ -165,11 +234,16 @@ def create_labels_mask(
         Whether a mask was written.
 
     Raises:
-        UserError: there are no labels, or there is no room on disk.
+        UserError: there are no labels, the volume is read in place, or there is no room on disk.
     """
     if has_array(path, mask_dataset):
         return False
-    labels = open_array(path, labels_dataset, **defaults)
+    labels = open_labels(path, labels_dataset, **defaults)
+    if is_in_place(Path(path)):
+        raise UserError(
+            f"{path} is only read, and training makes the mask of its labels itself: to store one, convert the volume "
+            "to a zarr (data_utils/to_zarr.py)"
+        )
     partial = f"{mask_dataset}{PARTIAL}"
     with room_on_disk(path):
         mask = create_array(

@@ -12,6 +12,7 @@ OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE_quality.json       its doubtful
 OUTFILE/measured.json                                               what steps take per voxel, for estimates
 """
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from yacs.config import CfgNode
 
 from lsdseg.config.defaults import get_cfg_defaults
 from lsdseg.data_utils.formats import is_volume
+from lsdseg.data_utils.place_files import is_place, paths_in
 from lsdseg.errors import UserError
 from lsdseg.files import explain_os_errors
 
@@ -45,34 +47,70 @@ def data_folder(cfg: CfgNode, split: str) -> Path:
 
 
 def volumes_in(cfg: CfgNode, split: str) -> list[Path]:
-    """Return the volumes in `data_folder(cfg, split)`, sorted by name: `*.zarr`, to predict in any of the formats.
+    """Return the volumes in `data_folder(cfg, split)`, sorted by name: zarrs, and volumes in any other format.
 
-    A volume in another format is left out where a zarr has its name: that may be a copy of it. In 2D, volumes in
-    data_3d are used if data_2d has none. Sections are then taken from them.
+    A volume in another format is left out where a zarr has its name, which may be a copy of it. So is a volume that a
+    file NAME.volume there names. In 2D, volumes in data_3d are used if data_2d has none. Sections are then taken from
+    them.
 
     Raises:
-        UserError: DATA.HOME or the folder is missing, or the folder holds no volume.
+        UserError: DATA.HOME or the folder is missing, the folder holds no volume, or a file NAME.volume is damaged.
     """
+    folder = _folder_in_use(cfg, split)
+    volumes = volumes_at(folder)
+    if not volumes:
+        raise UserError(
+            f"no *.zarr in {folder}, and no volume in another format{_named(others_in(cfg, split))}: put a volume "
+            "there, for example with data_utils/to_zarr.py"
+        )
+    return volumes
+
+
+def others_in(cfg: CfgNode, split: str) -> list[Path]:
+    """Return the files and folders where `volumes_in` looks that are no volumes, sorted; hidden ones do not count."""
+    folder = _folder_in_use(cfg, split)
+    return sorted(path for path in folder.glob("[!.]*") if not (_is_zarr_folder(path) or is_volume(path)))
+
+
+def _folder_in_use(cfg: CfgNode, split: str) -> Path:
+    """Return the folder with the volumes of "train" or "test"."""
     home = cfg.DATA.HOME
     if not home or not Path(home).is_dir():
         raise UserError(f"DATA.HOME is {str(home)!r}, which is not a folder: set it to the folder with your data")
     folder = data_folder(cfg, split)
     volumes_3d = folder.parents[1] / "data_3d" / split
-    if not any(folder.glob("*.zarr")) and volumes_3d.is_dir():
+    if not volumes_at(folder) and volumes_3d.is_dir():
         folder = volumes_3d
     if not folder.is_dir():
         raise UserError(
             f"{folder} does not exist: create it with data_utils/create_dir_organisation.py, "
             "or set DATA.DATA_DIR_PATH and DATA.BRAIN_VOL"
         )
-    volumes = sorted(volume for volume in folder.glob("*.zarr") if volume.is_dir())
-    if split == "test":
-        copied = {volume.stem for volume in volumes}
-        others = (path for path in folder.glob("[!.]*") if path.suffix != ".zarr" and path.stem not in copied)
-        volumes = sorted([*volumes, *filter(is_volume, others)])
-    if not volumes:
-        raise UserError(f"no *.zarr in {folder}: put a volume there, for example with data_utils/to_zarr.py")
-    return volumes
+    return folder
+
+
+def volumes_at(folder: Path) -> list[Path]:
+    """Return the volumes in a folder as `volumes_in` does, none if it does not exist."""
+    paths = sorted(path for path in folder.glob("[!.]*") if _is_zarr_folder(path) or is_volume(path))
+    parts: set[Path] = set()
+    for path in filter(is_place, paths):
+        # A location may be a folder in a container, which is then a part, too.
+        parts |= {part for place in paths_in(path) - {_absolute(path)} for part in (place, *place.parents)}
+    whole = [path for path in paths if _absolute(path) not in parts]
+    copied = {path.stem for path in whole if path.suffix == ".zarr"}
+    return [path for path in whole if path.suffix == ".zarr" or path.stem not in copied]
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))
+
+
+def _is_zarr_folder(path: Path) -> bool:
+    return path.suffix == ".zarr" and path.is_dir()
+
+
+def _named(paths: Sequence[Path]) -> str:
+    return f" ({', '.join(path.name for path in paths[:5])} is in none)" if paths else ""
 
 
 def run_name(checkpoint: Path | str) -> str:

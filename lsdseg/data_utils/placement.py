@@ -102,7 +102,7 @@ def place_array(data: Any, voxel_size: Sequence[float], offset: Sequence[float])
     """
     scale = 1 if all(float(value).is_integer() for value in (*voxel_size, *offset)) else PICOMETERS
     size, begin = (Coordinate(round(value * scale) for value in values) for values in (voxel_size, offset))
-    return _array(data, size, begin, scale)
+    return _array(data, size, begin, scale, data.chunks)
 
 
 def place_like(array: Array, data: Any, begin: Coordinate | None = None) -> Array:
@@ -110,13 +110,14 @@ def place_like(array: Array, data: Any, begin: Coordinate | None = None) -> Arra
 
     Args:
         array: says how large the voxels are.
-        data: as for `place_array`.
+        data: anything with shape, dtype and ndim whose slices are numpy arrays.
         begin: where they begin, in the array's unit. None: where the array does.
     """
-    return _array(data, array.voxel_size, array.offset if begin is None else begin, units_per_nanometer(array))
+    begin, chunks = array.offset if begin is None else begin, getattr(data, "chunks", array.chunk_shape)
+    return _array(data, array.voxel_size, begin, units_per_nanometer(array), chunks)
 
 
-def _array(data: Any, voxel_size: Coordinate, offset: Coordinate, scale: int) -> Array:
+def _array(data: Any, voxel_size: Coordinate, offset: Coordinate, scale: int, chunks: Any) -> Array:
     """Return an array whose voxel size and offset are in units of 1 / scale nm."""
     dims = voxel_size.dims
     channels = data.ndim - dims
@@ -127,7 +128,7 @@ def _array(data: Any, voxel_size: Coordinate, offset: Coordinate, scale: int) ->
         axis_names=["c^"] * channels + ["z", "y", "x"][-dims:],
         units=["nm" if scale == 1 else "pm"] * dims,
         types=["channel"] * channels + ["space"] * dims,
-        chunks=data.chunks,
+        chunks=chunks,
     )
 
 
@@ -170,7 +171,7 @@ def begun_at(array: Array, begin: Coordinate) -> Array:
 def in_picometers(array: Array) -> Array:
     """Return an array whose ROI is in pm, to be compared with that of another one."""
     scale = PICOMETERS // units_per_nanometer(array)
-    return _array(array._source_data, array.voxel_size * scale, array.offset * scale, PICOMETERS)
+    return _array(array._source_data, array.voxel_size * scale, array.offset * scale, PICOMETERS, array.chunk_shape)
 
 
 def _from_attributes(attributes: Mapping[str, Any], where: str) -> Placement | None:

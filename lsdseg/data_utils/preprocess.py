@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from yacs.config import CfgNode
 
 from lsdseg.data_utils.gray import LARGEST_RAW
-from lsdseg.data_utils.labels import labels_mask
-from lsdseg.data_utils.layout import SPLITS, data_folder, volumes_in
+from lsdseg.data_utils.labels import labels_mask, open_labels
+from lsdseg.data_utils.layout import SPLITS, data_folder, volumes_at, volumes_in
 from lsdseg.data_utils.placement import in_picometers, offset_nm, voxel_size_nm
 from lsdseg.data_utils.regions import region_text
 from lsdseg.data_utils.replace import write_zarr
@@ -76,7 +76,7 @@ def export_sections(cfg: CfgNode, unlabeled: int | None = None) -> None:
         if unlabeled is not None and (masks := arrays.keys() & set(_labels_and_masks(cfg).values())):
             raise UserError(f"{path} holds {min(masks)}: leave out --background_value, or delete that mask")
     for split, path in sources:
-        target = data_folder(_with_data(cfg, DIM_2D=True), split) / path.name
+        target = data_folder(_with_data(cfg, DIM_2D=True), split) / f"{path.stem}.zarr"
         raw = sections[path][cfg.DATA.RAW]
         with room_on_disk(target), write_zarr(target, [path]) as zarr:
             ids = partial(_without, unlabeled=unlabeled)
@@ -111,7 +111,7 @@ def match_histograms(cfg: CfgNode, source: str, target: str) -> None:
         raise UserError(f"volumes of {target} are {' and '.join(sorted(map(str, dtypes)))}: store them as one type")
     wanted = merged_counts([gray_value_counts(array) for array in reference.values()])
     for split, path in sources:
-        matched = data_folder(_with_data(cfg, DIM_2D=False, BRAIN_VOL=f"{source}_matched"), split) / path.name
+        matched = data_folder(_with_data(cfg, DIM_2D=False, BRAIN_VOL=f"{source}_matched"), split) / f"{path.stem}.zarr"
         convert = matching(gray_value_counts(raw[path]), wanted, *dtypes)
         with room_on_disk(matched), write_zarr(matched, [path]) as zarr:
             write_volume(zarr, cfg.DATA.RAW, raw[path], convert)
@@ -175,8 +175,13 @@ def _with_data(cfg: CfgNode, **values: Any) -> CfgNode:
 def _volumes(cfg: CfgNode, data_set: str) -> list[tuple[str, Path]]:
     """Return (split, path) of the 3D volumes of a data set, or raise UserError if there are none."""
     cfg = _with_data(cfg, DIM_2D=False, BRAIN_VOL=data_set)
-    splits = [split for split in SPLITS if any(data_folder(cfg, split).glob("*.zarr"))]
-    return [(split, path) for split in splits or SPLITS for path in volumes_in(cfg, split)]
+    splits = [split for split in SPLITS if volumes_at(data_folder(cfg, split))]
+    found = [(split, path) for split in splits or SPLITS for path in volumes_in(cfg, split)]
+    named = {(split, path.stem): path for split, path in found}
+    for split, path in found:
+        if (other := named[split, path.stem]) != path:
+            raise UserError(f"{path} and {other.name} would become the same zarr: rename one")
+    return found
 
 
 def _labels_and_masks(cfg: CfgNode) -> dict[str, str]:
@@ -186,8 +191,9 @@ def _labels_and_masks(cfg: CfgNode) -> dict[str, str]:
 
 
 def _open_volume(path: Path, dataset: str, cfg: CfgNode) -> Array:
-    """Open a dataset, or raise UserError if its axes are not z, y, x."""
-    array = open_array(path, dataset, **source_defaults(cfg))
+    """Open a dataset, labels as unsigned integers, or raise UserError if its axes are not z, y, x."""
+    opened = open_labels if dataset in _labels_and_masks(cfg) else open_array
+    array = opened(path, dataset, **source_defaults(cfg))
     if not len(array.shape) == array.voxel_size.dims == 3:
         raise UserError(f"{dataset} in {path} has shape {array.shape}: store it with the axes z, y, x")
     return array

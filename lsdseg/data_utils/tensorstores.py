@@ -4,7 +4,7 @@ The first two store x, y, z; everything here is z, y, x.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lsdseg.data_utils.formats import Source, Volume, total_bytes
 from lsdseg.data_utils.layout import LABELS, RAW
 from lsdseg.data_utils.placement import multiscales_of, read_ome_placement, stored_attributes
+from lsdseg.data_utils.reader import reader
 from lsdseg.data_utils.replace import is_array
 from lsdseg.data_utils.stored import open_checked
 from lsdseg.errors import UserError
@@ -34,11 +35,13 @@ Store = Callable[[Path], Any]
 
 def on_disk(path: Path) -> dict[str, str]:
     """Return the kvstore of a folder on disk."""
-    return {"driver": "file", "path": f"{path.absolute()}/"}
+    return {"driver": "file", "path": f"{path.resolve()}/"}  # which refuses a path with ..
 
 
 class LazyStore:
     """An array of tensorstore that reads what is sliced, counted from 0.
+
+    It may be sliced in a process that was forked later, too, see `reader`.
 
     Args:
         store: with the axes z, y, x.
@@ -48,10 +51,34 @@ class LazyStore:
         self.store = store[tensorstore.d[:].translate_to[0]]
         self.shape = tuple(self.store.shape)
         self.dtype = np.dtype(store.dtype.numpy_dtype)
+        self.chunks = tuple(store.chunk_layout.read_chunk.shape)
+        self.spec, self.process = self.store.spec().to_json(), os.getpid()
 
     def __getitem__(self, where: tuple[slice, ...]) -> NDArray[Any]:
+        if os.getpid() != self.process:
+            return reader().read(self.spec, where)
         values: NDArray[Any] = self.store[where].read().result(SECONDS)
         return values
+
+
+class InOrder:
+    """An array of zarr that reads what is sliced along z, y, x.
+
+    Args:
+        array: with these axes in any order, and others of length 1.
+        axes: which of its axes are z, y, x.
+    """
+
+    def __init__(self, array: Any, axes: Sequence[int]) -> None:
+        self.array, self.axes, self.dtype = array, axes, array.dtype
+        self.shape, self.chunks = (tuple(sizes[axis] for axis in axes) for sizes in (array.shape, array.chunks))
+
+    def __getitem__(self, where: tuple[slice, ...]) -> NDArray[Any]:
+        index: list[int | slice] = [0] * self.array.ndim
+        for axis, along in zip(self.axes, where, strict=True):
+            index[axis] = along
+        values: NDArray[Any] = self.array[tuple(index)]
+        return values.transpose([sorted(self.axes).index(axis) for axis in self.axes])
 
 
 @contextmanager
@@ -73,7 +100,7 @@ def open_precomputed(path: Path, store: Store = on_disk) -> Iterator[Source]:
     if channels != 1:
         raise UserError(f"{path} has {channels} channels: convert it to gray values first")
     array = open_store(path, store, "neuroglancer_precomputed")
-    yield Source([_volume(path, name, array[..., 0].T, attributes)], [])
+    yield Source([_volume(path, name, LazyStore(array[..., 0].T), attributes)], [])
 
 
 @contextmanager
@@ -91,7 +118,8 @@ def open_n5(path: Path, store: Store = on_disk) -> Iterator[Source]:
         if len(attributes["dimensions"]) == 3 and not (folder.name[1:].isdigit() and folder.name != "s0"):
             # A level s0 is what its folder is called.
             name = name.removesuffix("/s0") if name not in (".", "s0") else RAW
-            volumes.append(_volume(folder, name, open_store(folder, store, "n5").T, _n5_placement(attributes)))
+            data = LazyStore(open_store(folder, store, "n5").T)
+            volumes.append(_volume(folder, name, data, _n5_placement(attributes)))
         else:
             others.append(name)
     if not volumes:
@@ -131,14 +159,14 @@ def open_zarr(path: Path, store: Store = on_disk) -> Iterator[Source]:
             continue
         is_format_2 = (folder / ".zarray").is_file()
         array = _open_zarr_2(folder, store) if is_format_2 else open_store(folder, store, "zarr3")
-        if array.rank < 3:
+        if len(array.shape) < 3:
             others.append(name)
             continue
         if finest is not None:
             name = str(folder.parent.relative_to(path))
-        axes = axes or ["?"] * (array.rank - 3) + ["z", "y", "x"]
-        spatial, attributes = _spatial(array, axes, where), _zarr_placement(folder, axes, where)
-        volumes.append(_volume(folder, RAW if name == "." else name, spatial, attributes))
+        axes = axes or ["?"] * (len(array.shape) - 3) + ["z", "y", "x"]
+        data, attributes = _spatial(array, axes, where), _zarr_placement(folder, axes, where)
+        volumes.append(_volume(folder, RAW if name == "." else name, data, attributes))
     if not volumes:
         raise UserError(f"{path} holds no zarr array with the axes z, y, x: give the folder that ends in .zarr")
     yield Source(volumes, others)
@@ -165,33 +193,30 @@ def _zarr_placement(folder: Path, axes: list[str], where: str) -> dict[str, Any]
     return {"resolution": voxel_size, "offset": offset}
 
 
-def _spatial(store: Any, axes: list[str], where: str) -> Any:
-    """Return a store with the axes z, y, x.
+def _spatial(array: Any, axes: list[str], where: str) -> LazyStore | InOrder:
+    """Return the voxels of an array of tensorstore or zarr along z, y, x.
 
     Raises:
-        UserError: these are not among them, or another one is longer than 1.
+        UserError: these are not among its axes, or another one is longer than 1.
     """
-    if len(axes) != store.rank or not {"z", "y", "x"} <= set(axes):
-        raise UserError(f"{where} has the axes {', '.join(axes)} and shape {store.shape}: z, y and x are needed")
-    if long := [f"{n} along {name}" for name, n in zip(axes, store.shape, strict=True) if name not in "zyx" and n > 1]:
+    shape = tuple(array.shape)
+    if len(axes) != len(shape) or not {"z", "y", "x"} <= set(axes):
+        raise UserError(f"{where} has the axes {', '.join(axes)} and shape {shape}: z, y and x are needed")
+    if long := [f"{n} along {name}" for name, n in zip(axes, shape, strict=True) if name not in "zyx" and n > 1]:
         raise UserError(f"{where} has {' and '.join(long)}: write a copy with one image of each voxel")
+    if not isinstance(array, tensorstore.TensorStore):
+        return InOrder(array, [axes.index(name) for name in "zyx"])
     single = [number for number, name in enumerate(axes) if name not in "zyx"]
     left = [name for name in axes if name in "zyx"]
-    return store[tensorstore.d[single][0]][tensorstore.d[[left.index(name) for name in "zyx"]].transpose[:]]
+    return LazyStore(array[tensorstore.d[single][0]][tensorstore.d[[left.index(name) for name in "zyx"]].transpose[:]])
 
 
 def _open_zarr_2(folder: Path, store: Store) -> Any:
     """Open an array of format 2. zarr itself reads those of zstd with checksums, a setting that tensorstore refuses."""
     compressor = read_json(folder / ".zarray", ANOTHER).get("compressor")
-    if store is not on_disk or not (isinstance(compressor, dict) and "checksum" in compressor):
-        return open_store(folder, store, "zarr")
-    array = open_checked(folder.parent, folder.name, "r")
-
-    def fill(domain: Any, chunk: NDArray[Any], _: Any) -> None:
-        chunk[...] = array[domain.index_exp]
-
-    layout = tensorstore.ChunkLayout(read_chunk_shape=array.chunks)
-    return tensorstore.virtual_chunked(fill, dtype=array.dtype, shape=array.shape, chunk_layout=layout)
+    if store is on_disk and isinstance(compressor, dict) and "checksum" in compressor:
+        return open_checked(folder.parent, folder.name, "r")
+    return open_store(folder, store, "zarr")
 
 
 def open_store(path: Path, store: Store, driver: str) -> Any:
@@ -206,11 +231,15 @@ def open_store(path: Path, store: Store, driver: str) -> Any:
         UserError: it is damaged, or compressed in a way that tensorstore does not know.
     """
     try:
-        spec = {"driver": driver, "kvstore": store(path)}
-        return tensorstore.open(spec, read=True, open=True, context=tensorstore.Context(CONTEXT)).result(SECONDS)
+        return open_spec({"driver": driver, "kvstore": store(path)})
     except Exception as error:  # ValueError or RuntimeError, whatever is wrong; its last words say what
         reason = str(error).partition(" [tensorstore_spec")[0][-150:]
         raise UserError(f"{path} cannot be read ({reason}): {ANOTHER}") from error
+
+
+def open_spec(spec: dict[str, Any]) -> Any:
+    """Open what a spec of tensorstore describes."""
+    return tensorstore.open(spec, read=True, open=True, context=tensorstore.Context(CONTEXT)).result(SECONDS)
 
 
 def _folders(path: Path, is_array: Callable[[Path], bool]) -> list[Path]:
@@ -223,6 +252,5 @@ def _folders(path: Path, is_array: Callable[[Path], bool]) -> list[Path]:
     return sorted(found)
 
 
-def _volume(path: Path, name: str, store: Any, attributes: dict[str, Any]) -> Volume:
-    chunks = store.chunk_layout.read_chunk.shape
-    return Volume(name, LazyStore(store), attributes, lambda: total_bytes(path.rglob("*")), chunks)
+def _volume(path: Path, name: str, data: LazyStore | InOrder, attributes: dict[str, Any]) -> Volume:
+    return Volume(name, data, attributes, lambda: total_bytes(path.rglob("*")), data.chunks)

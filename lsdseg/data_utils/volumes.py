@@ -20,18 +20,10 @@ from numpy.typing import DTypeLike, NDArray
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from lsdseg.data_utils.formats import PLACE, Volume
-from lsdseg.data_utils.in_place import (
-    REMOTE,
-    Place,
-    is_in_place,
-    is_zarr,
-    names_in_place,
-    open_box,
-    open_in_place,
-    read_place,
-)
-from lsdseg.data_utils.layout import LABELS, LABELS_MASK
+from lsdseg.data_utils.formats import Volume
+from lsdseg.data_utils.in_place import cut, is_in_place, is_zarr, names_in_place, open_box, open_in_place
+from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW
+from lsdseg.data_utils.place_files import BESIDE, REMOTE, Place, is_place, read_place
 from lsdseg.data_utils.placement import (
     Placement,
     checked_placement,
@@ -87,7 +79,8 @@ def open_array(
 ) -> Array:
     """Open an existing array of a zarr. `array[slices]` and `array[roi]` give and take numpy arrays.
 
-    Arrays in other formats are opened to read, see `in_place`.
+    Arrays in other formats are opened to read, see `in_place`, and so is what a file NAME.volume names, see
+    `place_files`.
 
     The voxel size comes from the array's attribute `resolution` (CREMI) or `voxel_size` (funlib), together with
     `offset`; otherwise from the OME-NGFF scale in the group above; otherwise from the defaults. At most the last three
@@ -109,6 +102,26 @@ def open_array(
         UserError: there is no such array; its voxel size is unknown; a section in between is missing, or differs from
             the first one.
     """
+    defaults = SourceDefaults(
+        default_voxel_size=default_voxel_size, default_offset=default_offset, default_key=default_key
+    )
+    array = _open_whole(path, dataset, mode, **defaults)
+    within = read_place(Path(path)).cut_to(dataset) if is_place(Path(path)) and array.dims == 3 else None
+    if within:
+        return cut(array, open_array(path, within, **defaults), f"{dataset} in {path}", within)
+    return array
+
+
+def _open_whole(
+    path: Path | str,
+    dataset: str,
+    mode: str,
+    *,
+    default_voxel_size: Sequence[float] | None,
+    default_offset: Sequence[float] | None,
+    default_key: str,
+) -> Array:
+    """Open an array that is not cut to another one, as `open_array` does."""
     path, dataset, place = _followed(path, dataset)
     where = f"{dataset} in {path}"
     if sections := _section_names(array_folder(path, dataset)):
@@ -122,10 +135,11 @@ def open_array(
     if _is_elsewhere(path, dataset):
         return open_in_place(path, dataset, given, default_key)
     source = _open_zarr(path, dataset, mode)
-    fallback = read_ome_placement(path / dataset, where) or given
+    fallback = read_ome_placement(path / dataset, where)
     if place is not None:
         volume = Volume(dataset, source, dict(source.attrs), lambda: 0, source.chunks)
-        return open_box(volume, place, fallback=fallback, or_set=default_key)
+        return open_box(volume, place, fallback=fallback or place.fallback(given), or_set=default_key)
+    fallback = fallback or given
     voxel_size, offset = read_placement(source.attrs, where, fallback, default_key)
     dims = min(len(voxel_size), source.ndim, 3)
     if dims < 2:
@@ -134,11 +148,18 @@ def open_array(
 
 
 def has_array(path: Path | str, dataset: str) -> bool:
-    """Return whether a zarr holds what `open_array` can open: an array or sections of that name."""
-    path, dataset, _ = _followed(path, dataset)
-    folder = array_folder(path, dataset)
-    if _is_elsewhere(path, dataset):
-        return dataset in names_in_place(path)
+    """Return whether a zarr holds what `open_array` can open: an array or sections of that name.
+
+    What a file NAME.volume names is taken to be there.
+    """
+    if is_place(Path(path)) and dataset in read_place(Path(path)).beside:
+        return True
+    there, name, _ = _followed(path, dataset)
+    if name != dataset and dataset not in (RAW, *BESIDE):
+        return False  # raw, which may have any name
+    folder = array_folder(there, name)
+    if _is_elsewhere(there, name):
+        return name in names_in_place(there, name)
     return is_array(folder) or bool(_section_names(folder))
 
 
@@ -343,9 +364,13 @@ def list_arrays(path: Path | str) -> list[str]:
     Raises:
         UserError: a folder cannot be read, or there are more folders than a zarr can have groups.
     """
-    if not is_zarr(Path(path)) and is_in_place(Path(path)):
-        return names_in_place(Path(path))
-    names, folders, seen = [], [Path(path)], set()
+    path = Path(path)
+    if is_place(path):
+        place, (there, _, _) = read_place(path), _followed(path, RAW)
+        return sorted({*(names_in_place(path) if there == path else list_arrays(there)), *place.beside})
+    if not is_zarr(path) and is_in_place(path):
+        return names_in_place(path)
+    names, folders, seen = [], [path], set()
     while folders:
         folder = folders.pop()
         if is_array(folder):
@@ -433,14 +458,16 @@ def slabs(array: Array, max_bytes: int = 2**28) -> Slabs:
 def _followed(path: Path | str, dataset: str) -> tuple[Path, str, Place | None]:
     """Return the zarr and dataset that a file NAME.volume names, and what else it says; any other path as it is."""
     path = Path(path)
-    if path.suffix.lower() != PLACE or not path.is_file():
+    if not is_place(path):
         return path, _stored_name(path, dataset), None
-    place = read_place(path)
+    all_of_it = read_place(path)
+    place = all_of_it.of(dataset)
     there = Path(place.location)
     if REMOTE.match(place.location) or not there.is_dir() or is_in_place(there):
         return path, dataset, None
-    named = dataset if is_array(array_folder(there, dataset)) else place.dataset or dataset
-    return there, named, None if place == Place(place.location, place.dataset) else place
+    named = all_of_it.name_of(dataset, lambda name: is_array(array_folder(there, name)))
+    says_more = place != Place(place.location, place.dataset)
+    return there, _stored_name(there, named or dataset), place if says_more else None
 
 
 def _is_elsewhere(path: Path, dataset: str) -> bool:

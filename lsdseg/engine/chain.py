@@ -18,8 +18,8 @@ from yacs.config import CfgNode
 
 from lsdseg.config.model_types import task_channels
 from lsdseg.data_utils.formats import PLACE
-from lsdseg.data_utils.in_place import place_of, write_place
 from lsdseg.data_utils.layout import data_folder, final_segmentation_name
+from lsdseg.data_utils.place_files import place_of, write_place
 from lsdseg.data_utils.placement import voxel_size_nm
 from lsdseg.data_utils.records import Record, is_made
 from lsdseg.data_utils.rescale import rescale_record

@@ -12,8 +12,9 @@ from tempfile import TemporaryDirectory
 
 from lsdseg.config.loader import dump_config, find_config, load_config
 from lsdseg.data_utils.formats import PLACE
-from lsdseg.data_utils.in_place import REMOTE, Place, is_in_place, place_of, write_place
+from lsdseg.data_utils.in_place import is_in_place
 from lsdseg.data_utils.layout import RAW
+from lsdseg.data_utils.place_files import REMOTE, Place, place_of, write_place
 from lsdseg.engine.blocks.lock import run_lock
 from lsdseg.engine.chain import Chain, fits_in_memory
 from lsdseg.engine.estimate import require_memory, show_estimates

@@ -20,7 +20,7 @@ from scipy.ndimage import correlate1d, gaussian_filter
 from yacs.config import CfgNode
 
 from lsdseg.data_utils.gray import BOX, PERCENTILES, Window, own_window, place_box, to_unit
-from lsdseg.data_utils.labels import grow_boundary, is_labeled
+from lsdseg.data_utils.labels import grow_boundary, is_labeled, open_labels
 from lsdseg.data_utils.placement import voxel_size_nm
 from lsdseg.data_utils.volumes import has_array, open_array, read, source_defaults
 from lsdseg.engine.intensity import raw_window
@@ -150,7 +150,7 @@ def training_statistics(paths: Sequence[Path], cfg: CfgNode) -> list[dict[str, A
     """Compute the statistics of the volumes to train on, to store them as TRAINING_DATA in a checkpoint.
 
     Args:
-        paths: the zarrs. Of many, MOST_STATISTICS are taken.
+        paths: the volumes. Of many, MOST_STATISTICS are taken.
         cfg: the config.
 
     Returns:
@@ -165,7 +165,7 @@ def training_statistics(paths: Sequence[Path], cfg: CfgNode) -> list[dict[str, A
         raw = open_array(path, cfg.DATA.RAW, **source_defaults(cfg))
         labels = None
         if has_array(path, cfg.DATA.NEURON_LABELS):
-            labels = open_array(path, cfg.DATA.NEURON_LABELS, **source_defaults(cfg))
+            labels = open_labels(path, cfg.DATA.NEURON_LABELS, **source_defaults(cfg))
         found.append(sample_statistics(raw, cfg, labels, boxes=max(1, min(BOXES, 4 * BOXES // len(taken)))))
     return [asdict(statistics) for statistics in found if statistics]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import shutil
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from lsdseg.data_utils.gray import Window, to_unit
 from lsdseg.data_utils.labels import grow_boundary, is_labeled
 from lsdseg.engine.training.lsd import local_shape_descriptors
+from lsdseg.errors import UserError
 
 
 class SeedPatches(gp.BatchFilter):
@@ -469,6 +471,27 @@ class ShareMemory(gp.BatchFilter):
             for array in batch.arrays.values():
                 # PyTorch sends tensors through shared memory.
                 array.data = torch.from_numpy(np.ascontiguousarray(array.data))
+
+
+class PreCache(gp.PreCache):
+    """gunpowder's node, with workers that can say why they failed.
+
+    The errors of gunpowder itself hold the whole pipeline and none of its causes on the way to the main process, which
+    would wait forever for what cannot be sent.
+    """
+
+    def _run_worker(self) -> gp.Batch:
+        try:
+            return super()._run_worker()
+        except Exception as error:
+            raise mistake_behind(error) or RuntimeError("".join(traceback.format_exception(error))) from None
+
+
+def mistake_behind(error: BaseException | None) -> UserError | None:
+    """Return the mistake of the user that an error came from, None if there is none."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 class DefectAugment(gp.DefectAugment):

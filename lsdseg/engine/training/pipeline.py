@@ -23,6 +23,7 @@ from yacs.config import CfgNode
 from lsdseg.config.implementations import resolve
 from lsdseg.config.model_types import LABELS, TASKS, affinity_offsets, label_keys
 from lsdseg.data_utils.gray import gray_percentiles, own_window
+from lsdseg.data_utils.labels import open_labels, open_labels_mask
 from lsdseg.data_utils.placement import begun_at, in_picometers, nanometers, units_per_nanometer, voxel_size_nm
 from lsdseg.data_utils.volumes import open_array, source_defaults
 from lsdseg.engine.intensity import network_scale_shift, raw_window
@@ -36,10 +37,12 @@ from lsdseg.engine.training.nodes import (
     GrowBoundary,
     LabeledLocation,
     PadLabels,
+    PreCache,
     SeedPatches,
     ShareMemory,
     ToUnit,
     lsd_context,
+    mistake_behind,
 )
 from lsdseg.engine.training.targets import Target
 
@@ -77,10 +80,13 @@ def training_batches(
 
     Args:
         cfg: the config.
-        volumes: zarrs with raw data, labels and labels mask.
+        volumes: volumes with raw data and labels, and perhaps a labels mask.
         tasks: the tasks to make targets for.
         first_patch: the number of the first patch, see `SeedPatches`.
         stride: the difference between the numbers of two patches in a row.
+
+    Raises:
+        UserError: a volume cannot be read; also when a batch is taken.
     """
     raws = [open_array(path, cfg.DATA.RAW, **source_defaults(cfg)) for path in volumes]
     if any(units_per_nanometer(raw) > 1 for raw in raws):  # all ROIs need one unit
@@ -101,9 +107,14 @@ def training_batches(
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         pipeline += ShareMemory(cfg.SYSTEM.NUM_WORKERS)
-        pipeline += gp.PreCache(cache_size=cfg.SYSTEM.CACHE_SIZE, num_workers=cfg.SYSTEM.NUM_WORKERS)
-    with gp.build(pipeline) as provider:
-        yield _batches(provider, request, targets, sections=cfg.DATA.DIM_2D)
+        pipeline += PreCache(cache_size=cfg.SYSTEM.CACHE_SIZE, num_workers=cfg.SYSTEM.NUM_WORKERS)
+    try:
+        with gp.build(pipeline) as provider:
+            yield _batches(provider, request, targets, sections=cfg.DATA.DIM_2D)
+    except (gp.PipelineSetupError, gp.PipelineRequestError) as error:
+        if mistake := mistake_behind(error):
+            raise mistake from None
+        raise
 
 
 def _target(cfg: CfgNode, name: str) -> Target:
@@ -182,11 +193,14 @@ def _source(cfg: CfgNode, path: Path, raw: Array, request: gp.BatchRequest) -> g
     In the margins, raw data is mirrored and labels are 0. Labels of other kinds may cover less of the volume than those
     of neurons.
     """
+    defaults = source_defaults(cfg)
     data = {RAW: raw}
     for key in label_keys(cfg):
-        for name, array_key in zip((key, f"{key}_MASK"), LABEL_ARRAYS[key], strict=True):
-            array = open_array(path, cfg.DATA[name], **source_defaults(cfg))
-            data[array_key] = in_picometers(array) if units_per_nanometer(raw) > 1 else array
+        labels, mask = LABEL_ARRAYS[key]
+        data[labels] = open_labels(path, cfg.DATA[key], **defaults)
+        data[mask] = open_labels_mask(path, cfg.DATA[f"{key}_MASK"], data[labels], **defaults)
+    if units_per_nanometer(raw) > 1:
+        data = {key: in_picometers(array) for key, array in data.items()}
     # gunpowder takes only offsets of whole voxels, so all is counted from where raw begins.
     data = {key: begun_at(array, array.offset - raw.offset) for key, array in data.items()}
     arrays = tuple(gp.ArraySource(key, array, interpolatable=key == RAW) for key, array in data.items())

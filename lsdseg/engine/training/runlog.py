@@ -22,6 +22,7 @@ from lsdseg.config.rules import NETWORK, TRAINING, settings_of
 from lsdseg.data_utils.placement import voxel_size_nm
 from lsdseg.data_utils.volumes import open_array, source_defaults
 from lsdseg.engine.device import Precision
+from lsdseg.engine.intensity import raw_window
 from lsdseg.errors import UserError, without_secrets
 from lsdseg.files import explain_os_errors
 
@@ -100,4 +101,6 @@ def log_start(cfg: CfgNode, volumes: Sequence[Path], precision: Precision) -> No
     )
     for path in volumes:
         raw = open_array(path, cfg.DATA.RAW, **source_defaults(cfg))
-        log.debug("volume: %s, %s voxels of %s nm, %s", path, raw.shape, voxel_size_nm(raw), raw.dtype)
+        low, high = raw_window(raw, cfg)
+        window = f"{low:g} becomes 0, and {high:g} becomes 1"
+        log.debug("volume: %s, %s voxels of %s nm, %s, %s", path, raw.shape, voxel_size_nm(raw), raw.dtype, window)

@@ -6,6 +6,7 @@ boxes of each volume are read, so that a run can say so at its start.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +18,14 @@ from scipy.fft import irfftn, rfftn
 from scipy.ndimage import gaussian_filter
 from yacs.config import CfgNode
 
-from lsdseg.data_utils.gray import gray_percentiles, own_window
-from lsdseg.data_utils.records import fingerprint
-from lsdseg.data_utils.volumes import open_array, source_defaults
+from lsdseg.data_utils.gray import gray_percentiles, own_window, place_box
+from lsdseg.data_utils.labels import open_labels
+from lsdseg.data_utils.volumes import open_array, read, source_defaults
 from lsdseg.engine.statistics import LEAST_LINES, Statistics, boundaries, read_boxes
 
 BOX = (16, 128, 128)  # voxels along z, y, x
 FEW_BOXES = 8  # enough to see a shift of two voxels in a second
+SAMPLES, SAMPLE = 32, (4, 32, 32)  # boxes to recognize raw by, and their voxels along z, y, x
 REACH = (3, 8, 8)  # the largest shift that is looked for, in voxels along z, y, x
 WIDE = 6.0  # standard deviation in voxels of the brightness around a membrane
 # FIB-25 and phantoms stay well below these with their own labels, and well above with labels shifted by two voxels.
@@ -112,7 +114,7 @@ def training_warnings(paths: Sequence[Path], statistics: Sequence[Statistics], c
     """Return what is suspicious about volumes to train on, each in one line.
 
     Args:
-        paths: the zarrs.
+        paths: the volumes.
         statistics: those of the volumes, in any order.
         cfg: the config.
 
@@ -122,7 +124,7 @@ def training_warnings(paths: Sequence[Path], statistics: Sequence[Statistics], c
     boxes = max(1, min(FEW_BOXES, 8 * FEW_BOXES // max(1, len(paths))))
     defaults, found = source_defaults(cfg), set_warnings(paths, statistics, cfg)
     for path in paths:
-        raw, labels = (open_array(path, name, **defaults) for name in (cfg.DATA.RAW, cfg.DATA.NEURON_LABELS))
+        raw, labels = open_array(path, cfg.DATA.RAW, **defaults), open_labels(path, cfg.DATA.NEURON_LABELS, **defaults)
         alignment = alignment_of(raw, labels, boxes)
         if alignment and alignment.is_shifted:
             found.append(shift_warning(f"{cfg.DATA.NEURON_LABELS} in {path}", alignment))
@@ -135,9 +137,9 @@ def set_warnings(paths: Sequence[Path], statistics: Sequence[Statistics], cfg: C
     Args and errors are those of `training_warnings`.
     """
     found: list[str] = []
-    seen: dict[str, Path] = {}
+    seen: dict[bytes, Path] = {}
     for path in paths:
-        other = seen.setdefault(fingerprint(open_array(path, cfg.DATA.RAW, **source_defaults(cfg))), path)
+        other = seen.setdefault(_sample(open_array(path, cfg.DATA.RAW, **source_defaults(cfg))), path)
         if other != path:
             found.append(f"{path} has the same {cfg.DATA.RAW} as {other}: leave one of them out")
     dark, bright = (sum(sign * one.lines > LEAST_LINES for one in statistics) for sign in (-1, 1))
@@ -148,10 +150,17 @@ def set_warnings(paths: Sequence[Path], statistics: Sequence[Statistics], cfg: C
     return found
 
 
+def _sample(raw: Array) -> bytes:
+    """Return a hash of the shape and of the voxels of some boxes, the same in every format, place and chunking."""
+    places = (place_box(number, raw.shape, raw.shape, SAMPLE) for number in range(SAMPLES))
+    boxes = [read(raw, tuple(slice(b, b + s) for b, s in zip(*place, strict=True))) for place in places]
+    return hashlib.blake2b(b"".join([str(raw.shape).encode(), *(box.tobytes() for box in boxes)])).digest()
+
+
 def shift_warning(where: str, alignment: Alignment) -> str:
     """Say in one line that labels are shifted, and what to do."""
     here, best = alignment.correlation[alignment.middle], np.abs(alignment.correlation).max()
     return (
         f"{where} fit raw better if moved by {alignment.best} voxels (z, y, x; correlation of their boundaries with "
-        f"raw {best:.2f} instead of {abs(here):.2f}): look at them, and correct their attribute offset"
+        f"raw {best:.2f} instead of {abs(here):.2f}): look at them, and correct their offset"
     )

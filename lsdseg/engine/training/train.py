@@ -26,8 +26,9 @@ from yacs.config import CfgNode
 from lsdseg.config.loader import derived_config, dump_config
 from lsdseg.config.model_types import MODEL_TYPES
 from lsdseg.data_utils.checks import check_training_volumes, label_datasets
+from lsdseg.data_utils.in_place import is_in_place
 from lsdseg.data_utils.labels import create_labels_mask
-from lsdseg.data_utils.layout import PREDICT_CONFIG, volumes_in
+from lsdseg.data_utils.layout import PREDICT_CONFIG, others_in, volumes_in
 from lsdseg.data_utils.volumes import source_defaults
 from lsdseg.engine.device import resolve_device
 from lsdseg.engine.network import first_network_config
@@ -47,7 +48,7 @@ from lsdseg.models.checkpoint import checkpoint_path, checkpoints_in, latest_che
 
 
 def train(cfg: CfgNode) -> None:
-    """Train the configured model type on the first zarrs in the train folder, a share DATA.TRAIN_TEST_SPLIT of them.
+    """Train the configured model type on the first volumes in the train folder, a share DATA.TRAIN_TEST_SPLIT.
 
     Writes checkpoints `model_checkpoint_N`, a config for `predicter.py` and `train.log` beside them, TensorBoard logs
     and snapshots.
@@ -121,10 +122,15 @@ def _train_network(
         log.info(f"{begin}{f' with the weights {initial}' if initial else ''}: {len(volumes)} volume(s), {device}")
         if ranks.is_first:
             log_start(cfg, volumes, trainer.precision)
-            for path in volumes:
+            for path in (path for path in volumes if not is_in_place(path)):
                 for labels, mask in label_datasets(cfg):
                     create_labels_mask(path, labels, mask, **source_defaults(cfg))
             trainer.training_data = training_statistics(volumes, cfg)
+            if others := others_in(cfg, "train"):
+                names = ", ".join(path.name for path in others)
+                log.warning(
+                    f"warning: left out of {others[0].parent}, because they are in none of the formats: {names}"
+                )
             for warning in training_warnings(volumes, [Statistics(**found) for found in trainer.training_data], cfg):
                 log.warning(f"warning: {warning}; data_utils/report.py shows all volumes")
         return _run(cfg, trainer, volumes, start, validation)

@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 
 from lsdseg.config.model_types import affinity_offsets, placement_offsets, task_channels
 from lsdseg.data_utils.checks import check_training_volume
-from lsdseg.data_utils.labels import is_labeled
+from lsdseg.data_utils.labels import is_labeled, open_labels
 from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.data_utils.volumes import has_array, open_array, read, source_defaults
 from lsdseg.engine.evaluate.metrics import count_overlaps, scores
@@ -113,7 +113,7 @@ class Validation:
         """
         cfg, defaults = self.cfg, source_defaults(self.cfg)
         raw = open_array(self.path, cfg.DATA.RAW, **defaults)
-        labels = open_array(self.path, cfg.DATA.NEURON_LABELS, **defaults)
+        labels = open_labels(self.path, cfg.DATA.NEURON_LABELS, **defaults)
         shape = tuple(map(min, zip(labels.shape, cfg.TRAIN.VALIDATION_SHAPE, strict=True)))
         inside = tuple((size - s) // 2 for size, s in zip(labels.shape, shape, strict=True))
         where = tuple(slice(b, b + s) for b, s in zip(inside, shape, strict=True))

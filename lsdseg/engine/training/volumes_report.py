@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 
 from lsdseg.config.loader import load_config
 from lsdseg.data_utils.checks import check_training_volume
-from lsdseg.data_utils.labels import is_labeled
+from lsdseg.data_utils.labels import is_labeled, open_labels
 from lsdseg.data_utils.layout import volumes_in
 from lsdseg.data_utils.placement import offset_nm, voxel_size_nm
 from lsdseg.data_utils.volumes import has_array, open_array, read, source_defaults
@@ -64,7 +64,7 @@ class Volume:
     """What the page says about a volume. What could not be read is None.
 
     Attributes:
-        path: the zarr.
+        path: the file or folder.
         raw: its raw data.
         labels: its labels.
         mask: of the labels, on the same voxels.
@@ -88,7 +88,7 @@ def report_volumes(words: Sequence[str], config: str | None, to: Path | None) ->
     """Write a page about volumes, or about the training volumes of a config, and print where it is.
 
     Args:
-        words: zarrs; or, with a config, KEY VALUE ... that override it.
+        words: volumes in any format; or, with a config, KEY VALUE ... that override it.
         config: the config file.
         to: the file to write. None: volumes_report.html in the current folder.
 
@@ -97,8 +97,7 @@ def report_volumes(words: Sequence[str], config: str | None, to: Path | None) ->
     """
     if config is None and not words:
         raise UserError(
-            "name volumes or a config: python data_utils/report.py VOLUME.zarr ..., or python data_utils/report.py "
-            "-c CONFIG"
+            "name volumes or a config: python data_utils/report.py VOLUME ..., or python data_utils/report.py -c CONFIG"
         )
     cfg = load_config(config, words) if config else load_config()
     paths = volumes_in(cfg, "train") if config else [Path(word) for word in words]
@@ -172,8 +171,8 @@ def _inspect(path: Path, cfg: CfgNode) -> Volume:
     except UserError as error:
         problem = str(error)
     labels, mask = (
-        open_array(path, name, **defaults) if has_array(path, name) else None
-        for name in (cfg.DATA.NEURON_LABELS, cfg.DATA.NEURON_LABELS_MASK)
+        opened(path, name, **defaults) if has_array(path, name) else None
+        for opened, name in ((open_labels, cfg.DATA.NEURON_LABELS), (open_array, cfg.DATA.NEURON_LABELS_MASK))
     )
     readable = labels is not None and not problem
     return Volume(
