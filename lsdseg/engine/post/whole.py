@@ -14,6 +14,7 @@ from lsdseg.config.rules import SEGMENTATION, settings_of
 from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.data_utils.masks import open_mask, read_mask
 from lsdseg.data_utils.records import Record, is_made, record_of
+from lsdseg.data_utils.segment_tables import write_tables
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, rename_array, write_array
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.offsets import Offset, spans_sections
@@ -22,6 +23,7 @@ from lsdseg.engine.post.inputs import IN_MEMORY, inputs_of
 from lsdseg.engine.post.link import link_sections
 from lsdseg.engine.post.methods import Segmentation, method_of
 from lsdseg.engine.post.placement import open_placement, read_placement
+from lsdseg.engine.post.segments import segments_of_volume
 from lsdseg.engine.sample import AFFINITIES, Sample, samples_of
 from lsdseg.errors import UserError
 from lsdseg.files import PARTIAL
@@ -73,17 +75,21 @@ def _segment_sample(sample: Sample) -> list[str]:
         raise UserError(f"{AFFINITIES} in {sample.output}: {error}; run predicter.py again") from error
 
     record = _record(sample)
-    names = []
+    names: list[str] = []
+    fragments = None
     total = len(method_of(settings).segmentation_names(settings))
     with tqdm(total=total, desc=settings.METHOD, unit="segmentation") as bar:
         for name, labels, attributes in segmentations(affinities, sample.offsets, settings, mask, placement):
             # Fragments that were made block by block stay: the region adjacency graph speaks of them.
             if name != FRAGMENTS or not _in_blocks(sample):
                 place = {"voxel_size": array.voxel_size, "offset": array.offset}
-                write_array(
+                written = write_array(
                     sample.output, f"{name}{PARTIAL}", labels, **place, attributes=attributes | record.attributes
                 )
+                if name != FRAGMENTS:
+                    write_tables(sample.output, name, written, IN_MEMORY, segments_of_volume(labels, fragments))
                 rename_array(sample.output, f"{name}{PARTIAL}", name)
+            fragments = labels if name == FRAGMENTS else fragments
             names.append(name)
             bar.set_description(name)
             bar.update(name != FRAGMENTS)

@@ -1,0 +1,187 @@
+"""What a segmentation holds: how large its segments are, where they lie, and which touch.
+
+Each block counts what it sees. What all blocks know is put together in a tree of blocks, since a segment may lie in any
+number of them, and all segments together may not fit into memory.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import fastremap
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from lsdseg.data_utils.segment_tables import AXES, NEIGHBORS, PARTS, SEGMENTS
+from lsdseg.data_utils.sorted_rows import Columns, merged, read_rows, reduced, write_rows
+from lsdseg.engine.post.block_tree import Position, TreeFiles
+from lsdseg.engine.post.graph import Edges
+
+SLAB = 2**24  # voxels of a volume in memory that are looked at at a time
+REMEDY = "run 05_extract_segmentation_from_lut.py with DATA.DROP_DS_MONGOTABLE True"
+
+Ids = NDArray[np.uint64]
+
+
+def segments_in(labels: Ids, begin: Sequence[int], fragments: Ids, edges: Edges | None = None) -> dict[str, Columns]:
+    """Count what a box holds of each segment.
+
+    A face between two voxels belongs to the box of the voxel that comes after it.
+
+    Args:
+        labels: uint64 (z + 1, y + 1, x + 1), segments; 0 is background. Those with index 0 along an axis lie before the
+            box, and are 0 where the volume begins.
+        begin: of the box in the volume, in voxels, z, y, x.
+        fragments: uint64 (n,), for each fragment that belongs to the box its segment.
+        edges: pairs of segments and scores, uint64, uint64 and float32 (m,), in any order.
+
+    Returns:
+        For each of `PARTS` its rows, sorted.
+    """
+    ids = fastremap.unique(labels[1:, 1:, 1:])
+    ids = ids[ids > 0]
+    voxels = np.zeros(len(ids), np.int64)
+    first, last, sums = (np.zeros((3, len(ids)), np.int64) for _ in range(3))
+    first[:] = np.iinfo(np.int64).max
+    a, b, faces = _scan(labels, ids, voxels, first, last, sums)
+    found: Columns = {"id": ids, "voxels": voxels, "fragments": np.zeros(len(ids), np.int64)}
+    for axis, low, high, total, start in zip(AXES, first, last, sums, begin, strict=True):
+        found |= {f"begin_{axis}": low + start, f"end_{axis}": high + start, f"sum_{axis}": total + start * voxels}
+    found["fragments"] += np.bincount(ids.searchsorted(fragments), minlength=len(ids))
+    touching: Columns = {"segment_a": a, "segment_b": b, "faces": faces, "score": np.full(len(a), np.nan, np.float32)}
+    return {SEGMENTS: found, NEIGHBORS: reduced(PARTS[NEIGHBORS], [touching, *_scored(edges)])}
+
+
+def segments_of_volume(labels: Ids, fragments: Ids | None = None) -> dict[str, list[Columns]]:
+    """Count what a volume in memory holds of each segment.
+
+    Args:
+        labels: uint64 (z, y, x), segments; 0 is background.
+        fragments: uint64 (z, y, x), ids 0..n, each of them within one segment. None: they are not counted.
+
+    Returns:
+        For each of `PARTS` its rows in batches, sorted, as `write_tables` takes them.
+    """
+    depth = max(1, SLAB // max(labels[0].size, 1))
+    segment_of = np.zeros(0 if fragments is None else int(fragments.max(initial=0)) + 1, np.uint64)
+    parts: list[dict[str, Columns]] = []
+    for start in range(0, len(labels), depth):
+        box = np.pad(labels[max(0, start - 1) : start + depth], [(int(start == 0), 0), (1, 0), (1, 0)])
+        parts.append(segments_in(box, (start, 0, 0), np.empty(0, np.uint64)))
+        if fragments is not None:
+            segment_of[fragments[start : start + depth]] = labels[start : start + depth]
+    found = {kind: reduced(PARTS[kind], [part[kind] for part in parts]) for kind in PARTS}
+    ids, counts = np.unique(segment_of[1:], return_counts=True)
+    segments = found[SEGMENTS]
+    segments["fragments"][segments["id"].searchsorted(ids[ids > 0])] = counts[ids > 0]
+    return {kind: [rows] for kind, rows in found.items()}
+
+
+@dataclass(frozen=True)
+class SegmentTree(TreeFiles):
+    """The files of a tree over a grid of blocks, which puts together what the blocks know of segments."""
+
+    suffix: ClassVar[str] = ".parquet"
+    shows: ClassVar[str] = SEGMENTS
+
+    def write_block(self, position: Position, found: Mapping[str, Columns]) -> None:
+        """Keep what a block holds, see `segments_in`."""
+        self._write(0, position, {kind: [rows] for kind, rows in found.items()})
+
+    def merge_node(self, level: int, position: Position) -> None:
+        """Put together what the nodes below a node know. Without any, it has nothing to do.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        if below := list(self.below(level, position)):
+            self._write(level, position, {kind: self._merged(kind, level - 1, below) for kind in PARTS})
+
+    def merge_level(self, level: int) -> dict[str, Iterator[Columns]]:
+        """Put together what all nodes of a level know.
+
+        Returns:
+            For each of `PARTS` its rows in batches, sorted, as `write_tables` takes them.
+
+        Raises:
+            UserError: while they are read, if a file is damaged.
+        """
+        places = self.all_nodes(level)
+        return {kind: self._merged(kind, level, places) for kind in PARTS}
+
+    def _merged(self, kind: str, level: int, places: Sequence[Position]) -> Iterator[Columns]:
+        return merged(PARTS[kind], [read_rows(self.file(level, kind, place), REMEDY) for place in places])
+
+    def _write(self, level: int, position: Position, rows: Mapping[str, Iterable[Columns]]) -> None:
+        """Write the files of a node; that with its segments comes last and says that the node is done."""
+        for kind in (NEIGHBORS, SEGMENTS):
+            write_rows(self.file(level, kind, position), PARTS[kind].schema, rows[kind])
+
+
+def _scored(edges: Edges | None) -> Iterator[Columns]:
+    """Rows of neighbors that say the scores of edges between segments, but count no faces."""
+    if edges is not None:
+        u, v, scores = edges
+        between = (u != v) & ~np.isnan(scores)
+        a, b = np.minimum(u, v)[between], np.maximum(u, v)[between]
+        yield {"segment_a": a, "segment_b": b, "faces": np.zeros(len(a), np.int64), "score": scores[between]}
+
+
+@numba.njit(cache=True)
+def _scan(
+    labels: Ids,
+    ids: Ids,
+    voxels: NDArray[np.int64],
+    first: NDArray[np.int64],
+    last: NDArray[np.int64],
+    sums: NDArray[np.int64],
+) -> tuple[Ids, Ids, NDArray[np.int64]]:
+    """Go through the runs of equal labels along x, and count them in the arrays that are passed, (n,) and (3, n).
+
+    Returns the smaller and the larger id of pairs that touch, and across how many faces; a pair may come again.
+    """
+    a, b, faces = np.empty(1024, np.uint64), np.empty(1024, np.uint64), np.empty(1024, np.int64)
+    count = 0
+    depth, height, width = labels.shape
+    for z in range(1, depth):
+        for y in range(1, height):
+            row, before = labels[z, y], (labels[z - 1, y], labels[z, y - 1])
+            x = 1
+            while x < width:
+                label, end = row[x], x + 1
+                while end < width and row[end] == label:
+                    end += 1
+                if label == 0:
+                    x = end
+                    continue
+                n = np.searchsorted(ids, label)
+                length = end - x
+                voxels[n] += length
+                sums[0, n] += (z - 1) * length
+                sums[1, n] += (y - 1) * length
+                sums[2, n] += (x + end - 3) * length // 2
+                first[0, n], last[0, n] = min(first[0, n], z - 1), max(last[0, n], z)
+                first[1, n], last[1, n] = min(first[1, n], y - 1), max(last[1, n], y)
+                first[2, n], last[2, n] = min(first[2, n], x - 1), max(last[2, n], end - 1)
+                if count + 2 * length + 1 > a.size:
+                    more = a.size + 2 * length
+                    a = np.concatenate((a, np.empty(more, np.uint64)))
+                    b = np.concatenate((b, np.empty(more, np.uint64)))
+                    faces = np.concatenate((faces, np.empty(more, np.int64)))
+                previous = row[x - 1]
+                if previous != 0 and previous != label:  # at the face of the box, the run may go on
+                    a[count], b[count], faces[count] = min(label, previous), max(label, previous), 1
+                    count += 1
+                for other_row in before:
+                    at = x
+                    while at < end:
+                        other, until = other_row[at], at + 1
+                        while until < end and other_row[until] == other:
+                            until += 1
+                        if other != 0 and other != label:
+                            a[count], b[count], faces[count] = min(label, other), max(label, other), until - at
+                            count += 1
+                        at = until
+                x = end
+    return a[:count], b[:count], faces[:count]
