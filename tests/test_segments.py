@@ -6,14 +6,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lsdseg.data_utils import segment_tables, sorted_rows
+from lsdseg.data_utils.records import Record
 from lsdseg.data_utils.segment_tables import (
     NEIGHBORS,
     SEGMENTS,
+    read_table,
+    remove_tables,
     require_tables,
     write_tables,
 )
 from lsdseg.data_utils.volumes import open_array, read, write_array
+from lsdseg.engine.post import segments
 from lsdseg.engine.post.segments import SegmentTree, segments_in, segments_of_volume
+from lsdseg.errors import UserError
 
 VOXEL_SIZE, OFFSET = (40, 8, 4), (400, -80, 4000)
 DATASET = "volumes/segmentation_050"
@@ -31,7 +37,7 @@ def expected_tables(labels, voxel_size, offset, fragments=None, edges=None):
         nm = [*(begin + low * size), *(begin + high * size), *(begin + (at.mean(axis=0) + 0.5) * size)]
         rows.append([segment, len(at), *nm, inside, outer])
     names = [f"{what}_{axis}" for what in ("begin", "end", "center") for axis in "zyx"]
-    segments = pandas.DataFrame(rows, columns=["id", "voxels", *names, "fragments", "touches_face"])
+    table = pandas.DataFrame(rows, columns=["id", "voxels", *names, "fragments", "touches_face"])
     faces, scores = {}, {}
     for axis in range(3):
         here, before = np.moveaxis(labels, axis, 0)[1:], np.moveaxis(labels, axis, 0)[:-1]
@@ -46,7 +52,7 @@ def expected_tables(labels, voxel_size, offset, fragments=None, edges=None):
     pairs = sorted(faces)
     columns = ["segment_a", "segment_b", "faces", "score"]
     touching = pandas.DataFrame([[*pair, faces[pair], scores.get(pair, np.nan)] for pair in pairs], columns=columns)
-    return {SEGMENTS: segments, NEIGHBORS: touching}
+    return {SEGMENTS: table, NEIGHBORS: touching}
 
 
 def assert_tables(output, dataset, fragments=None, edges=None):
@@ -93,27 +99,76 @@ def in_blocks(tree, labels, fragments, edges, block=4):
             tree.write_block(position, segments_in(wide, begin, segment_of[ids], scored))
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=8)
 @given(
-    shape=st.tuples(*[st.integers(1, 11)] * 3), seed=st.integers(0, 2**32 - 1), top=st.integers(0, 2), data=st.data()
+    shape=st.tuples(*[st.integers(1, 11)] * 3),
+    seed=st.integers(0, 2**32 - 1),
+    top=st.integers(0, 2),
+    group=st.integers(1, 9),
+    slab=st.sampled_from([1, 200, 2**24]),
 )
-def test_blocks_and_memory_give_what_a_count_of_all_voxels_finds(tmp_path_factory, shape, seed, top, data):
-    home = tmp_path_factory.mktemp("segments")
+def test_blocks_and_memory_give_what_a_count_of_all_voxels_finds(tmp_path_factory, shape, seed, top, group, slab):
+    path = tmp_path_factory.mktemp("segments") / "a.zarr"
     labels, fragments, edges = random_labels(shape, seed)
-    array = write_array(home / "a.zarr", DATASET, labels, voxel_size=VOXEL_SIZE, offset=OFFSET)
-    tree = SegmentTree(home / "tree", tuple(-(-size // 4) for size in shape))
-    in_blocks(tree, labels, fragments, edges)
-    for level in range(1, top + 1):
-        for position in np.ndindex(tree.level_grid(level)):
-            tree.merge_node(level, position)
-    write_tables(home / "a.zarr", DATASET, array, "a test", tree.merge_level(top))
-    assert_tables(home / "a.zarr", DATASET, fragments, edges)
-
-    slab = data.draw(st.sampled_from([1, 200, 2**24]))
+    array = write_array(path, DATASET, labels, voxel_size=VOXEL_SIZE, offset=OFFSET)
+    tree = SegmentTree(path.with_name("tree"), tuple(-(-size // 4) for size in shape))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lsdseg.engine.post.segments.SLAB", slab)
-        found = segments_of_volume(labels, fragments)
-    write_tables(home / "a.zarr", DATASET, array, "a test", found)
-    assert_tables(home / "a.zarr", DATASET, fragments)
-    write_tables(home / "a.zarr", DATASET, array, "a test", segments_of_volume(labels))
-    assert_tables(home / "a.zarr", DATASET)
+        patch.setattr(sorted_rows, "GROUP", group)
+        patch.setattr(segment_tables, "ROWS_IN_FILE", 2 * group)
+        patch.setattr(segment_tables, "FILES_IN_FOLDER", 2)
+        patch.setattr(segments, "SLAB", slab)
+        in_blocks(tree, labels, fragments, edges)
+        for level in range(1, top + 1):
+            for position in np.ndindex(tree.level_grid(level)):
+                tree.merge_node(level, position)
+        write_tables(path, DATASET, array, "a test", tree.merge_level(top))
+        assert_tables(path, DATASET, fragments, edges)
+        write_tables(path, DATASET, array, "a test", segments_of_volume(labels, fragments))
+        assert_tables(path, DATASET, fragments)
+
+
+def test_a_row_for_every_voxel_of_noise(tmp_path):
+    labels = np.random.default_rng(0).permutation(np.arange(1, 16**3 + 1, dtype=np.uint64)).reshape(16, 16, 16)
+    array = write_array(tmp_path / "a.zarr", DATASET, labels, voxel_size=VOXEL_SIZE, offset=OFFSET)
+    write_tables(tmp_path / "a.zarr", DATASET, array, "a test", segments_of_volume(labels))
+    assert len(assert_tables(tmp_path / "a.zarr", DATASET)[NEIGHBORS]) == 3 * 15 * 16 * 16
+
+
+def test_a_volume_without_segments_has_empty_tables(tmp_path):
+    labels = np.zeros((3, 4, 5), np.uint64)
+    array = write_array(tmp_path / "a.zarr", DATASET, labels, voxel_size=VOXEL_SIZE, offset=OFFSET)
+    parts = SegmentTree(tmp_path / "tree", (1, 1, 2)).merge_level(0)
+    for found in (segments_of_volume(labels), parts):
+        assert write_tables(tmp_path / "a.zarr", DATASET, array, "a test", found) == {SEGMENTS: 0, NEIGHBORS: 0}
+        folder = require_tables(tmp_path / "a.zarr", DATASET)
+        assert pandas.read_parquet(folder / SEGMENTS).shape == (0, 13)
+        assert not list(read_table(folder, NEIGHBORS))
+
+
+def test_tables_that_are_not_of_the_segmentation_are_refused(tmp_path):
+    path = tmp_path / "a.zarr"
+    labels = random_labels((6, 6, 6), 0)[0]
+
+    def write():
+        made = Record("a test", {}, {}).attributes
+        return write_array(path, DATASET, labels, voxel_size=VOXEL_SIZE, offset=OFFSET, attributes=made)
+
+    write_tables(path, DATASET, write(), "a test", segments_of_volume(labels))
+    folder = require_tables(path, DATASET)
+    write()  # the same voxels, made anew
+    with pytest.raises(UserError, match=f"{folder} is of another {DATASET} than the one in .*: make the segmentation"):
+        require_tables(path, DATASET)
+
+    write_tables(path, DATASET, open_array(path, DATASET), "a test", segments_of_volume(labels))
+    (file,) = (folder / NEIGHBORS).glob("*/*.parquet")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9])
+    with pytest.raises(UserError, match=f"{file} cannot be read"):
+        require_tables(path, DATASET)
+    file.unlink()
+    with pytest.raises(UserError, match="neighbors has 0 rows, and others were written"):
+        require_tables(path, DATASET)
+    remove_tables(path, DATASET)
+    remove_tables(path, DATASET)
+    with pytest.raises(UserError, match=f"there are no tables of the segments of {DATASET} in {folder}"):
+        require_tables(path, DATASET)

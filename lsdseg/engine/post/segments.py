@@ -44,11 +44,12 @@ def segments_in(labels: Ids, begin: Sequence[int], fragments: Ids, edges: Edges 
     voxels = np.zeros(len(ids), np.int64)
     first, last, sums = (np.zeros((3, len(ids)), np.int64) for _ in range(3))
     first[:] = np.iinfo(np.int64).max
-    a, b, faces = _scan(labels, ids, voxels, first, last, sums)
+    pairs, faces = _scan(labels, ids, voxels, first, last, sums)
     found: Columns = {"id": ids, "voxels": voxels, "fragments": np.zeros(len(ids), np.int64)}
     for axis, low, high, total, start in zip(AXES, first, last, sums, begin, strict=True):
         found |= {f"begin_{axis}": low + start, f"end_{axis}": high + start, f"sum_{axis}": total + start * voxels}
     found["fragments"] += np.bincount(ids.searchsorted(fragments), minlength=len(ids))
+    (a, b), faces = pairs[faces > 0].T, faces[faces > 0]
     touching: Columns = {"segment_a": a, "segment_b": b, "faces": faces, "score": np.full(len(a), np.nan, np.float32)}
     return {SEGMENTS: found, NEIGHBORS: reduced(PARTS[NEIGHBORS], [touching, *_scored(edges)])}
 
@@ -136,13 +137,12 @@ def _scan(
     first: NDArray[np.int64],
     last: NDArray[np.int64],
     sums: NDArray[np.int64],
-) -> tuple[Ids, Ids, NDArray[np.int64]]:
+) -> tuple[Ids, NDArray[np.int64]]:
     """Go through the runs of equal labels along x, and count them in the arrays that are passed, (n,) and (3, n).
 
-    Returns the smaller and the larger id of pairs that touch, and across how many faces; a pair may come again.
+    Returns a hash table: pairs of ids that touch, (m, 2), and across how many faces, 0 where it is empty.
     """
-    a, b, faces = np.empty(1024, np.uint64), np.empty(1024, np.uint64), np.empty(1024, np.int64)
-    count = 0
+    pairs, faces, count = np.empty((2**12, 2), np.uint64), np.zeros(2**12, np.int64), 0
     depth, height, width = labels.shape
     for z in range(1, depth):
         for y in range(1, height):
@@ -164,24 +164,45 @@ def _scan(
                 first[0, n], last[0, n] = min(first[0, n], z - 1), max(last[0, n], z)
                 first[1, n], last[1, n] = min(first[1, n], y - 1), max(last[1, n], y)
                 first[2, n], last[2, n] = min(first[2, n], x - 1), max(last[2, n], end - 1)
-                if count + 2 * length + 1 > a.size:
-                    more = a.size + 2 * length
-                    a = np.concatenate((a, np.empty(more, np.uint64)))
-                    b = np.concatenate((b, np.empty(more, np.uint64)))
-                    faces = np.concatenate((faces, np.empty(more, np.int64)))
-                previous = row[x - 1]
-                if previous != 0 and previous != label:  # at the face of the box, the run may go on
-                    a[count], b[count], faces[count] = min(label, previous), max(label, previous), 1
-                    count += 1
-                for other_row in before:
+                if len(faces) < 2 * (count + 2 * length + 1):
+                    pairs, faces = _with_room(pairs, faces, 2 * (count + 2 * length + 1))
+                count += _touch(pairs, faces, label, row[x - 1], 1)
+                for other in before:
                     at = x
                     while at < end:
-                        other, until = other_row[at], at + 1
-                        while until < end and other_row[until] == other:
+                        until = at + 1
+                        while until < end and other[until] == other[at]:
                             until += 1
-                        if other != 0 and other != label:
-                            a[count], b[count], faces[count] = min(label, other), max(label, other), until - at
-                            count += 1
+                        count += _touch(pairs, faces, label, other[at], until - at)
                         at = until
                 x = end
-    return a[:count], b[:count], faces[:count]
+    return pairs, faces
+
+
+@numba.njit(cache=True)
+def _touch(pairs: Ids, faces: NDArray[np.int64], label: np.uint64, other: np.uint64, count: int) -> int:
+    """Add faces between two labels to a hash table, whose size is a power of 2; returns how many pairs are new."""
+    if other == 0 or other == label:
+        return 0
+    a, b = min(label, other), max(label, other)
+    mixed = ((a * np.uint64(0x9E3779B97F4A7C15)) ^ b) * np.uint64(0xBF58476D1CE4E5B9)
+    last = np.uint64(len(faces) - 1)
+    at = (mixed >> np.uint64(32)) & last
+    while faces[at] and (pairs[at, 0] != a or pairs[at, 1] != b):
+        at = (at + np.uint64(1)) & last
+    new = int(faces[at] == 0)
+    pairs[at, 0], pairs[at, 1] = a, b
+    faces[at] += count
+    return new
+
+
+@numba.njit(cache=True)
+def _with_room(pairs: Ids, faces: NDArray[np.int64], least: int) -> tuple[Ids, NDArray[np.int64]]:
+    """Copy a hash table to a larger one."""
+    size = len(faces)
+    while size < least:
+        size *= 2
+    more_pairs, more_faces = np.empty((size, 2), np.uint64), np.zeros(size, np.int64)
+    for n in np.flatnonzero(faces):
+        _touch(more_pairs, more_faces, pairs[n, 0], pairs[n, 1], faces[n])
+    return more_pairs, more_faces

@@ -33,7 +33,7 @@ from lsdseg.engine.post.steps.levels import UP, level_step
 from lsdseg.engine.post.steps.tables import EDGES
 from lsdseg.engine.post.tables import Lut, look_up, lut_record, relabel
 from lsdseg.engine.sample import Sample
-from lsdseg.errors import UserError
+from lsdseg.errors import DamagedError, UserError
 from lsdseg.rag import open_store
 
 # In the folder of markers, until the tables are written: what was counted, and the markers of the levels of the tree.
@@ -91,6 +91,17 @@ def open_counter(sample: Sample, arguments: dict[str, Any], lut: Lut) -> Count |
     fragments = open_array(sample.output, sample.fragments_dataset)
     store = open_store(sample.cfg, sample.output, "r", identity(fragments)) if scores else None
 
+    def segments_before(position: Position, where: tuple[slice, ...], axis: int) -> Ids | int:
+        """The layer of voxels before a block; 0 where it cannot be read and the run goes on without it."""
+        before = tuple(slice(s.start - 1, s.start) if n == axis else s for n, s in enumerate(where))
+        neighbor = tuple(at - (n == axis) for n, at in enumerate(position))
+        try:
+            return relabel(read(fragments, before), lut.of_blocks(neighbor))
+        except DamagedError:
+            if not sample.cfg.CLUSTER.SKIP_FAILED:
+                raise
+            return 0
+
     def count(position: Position, where: tuple[slice, ...], here: Ids, labels: Ids) -> None:
         ids = fastremap.unique(here)
         ids = ids[ids > 0]
@@ -101,10 +112,8 @@ def open_counter(sample: Sample, arguments: dict[str, Any], lut: Lut) -> Count |
         wide[1:, 1:, 1:] = labels
         for axis in range(3):
             if position[axis]:
-                before = tuple(slice(s.start - 1, s.start) if n == axis else s for n, s in enumerate(where))
                 layer = tuple(slice(0, 1) if n == axis else slice(1, None) for n in range(3))
-                neighbor = tuple(at - (n == axis) for n, at in enumerate(position))
-                wide[layer] = relabel(read(fragments, before), lut.of_blocks(neighbor))
+                wide[layer] = segments_before(position, where, axis)
         edges = None
         if store is not None:
             u, v, values = store.read_edges(scores, *store.id_range(block_number(position, tree.grid)))
