@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from lsdseg.config.implementations import resolve
 from lsdseg.data_utils.export_formats import FORMATS
 from lsdseg.data_utils.labels import renumber
-from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS
+from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, segments_folder
 from lsdseg.data_utils.records import Record, identity
 from lsdseg.data_utils.regions import check_region, crop, parse_region
 from lsdseg.data_utils.replace import check_apart, write_folder
+from lsdseg.data_utils.segment_tables import require_tables
 from lsdseg.data_utils.volumes import list_arrays, name_arrays, open_array, read, require_whole
 from lsdseg.errors import UserError
 from lsdseg.files import cannot_write, room_on_disk, write_whole
@@ -40,6 +41,7 @@ class Export(NamedTuple):
         labels: whether it holds ids, not gray values or affinities.
         record: what is written along: what the export was made from.
         mesh: write meshes of the segments, too.
+        segments: folder with the tables of the segments, see `require_tables`. None: there are none.
     """
 
     dataset: str
@@ -47,6 +49,7 @@ class Export(NamedTuple):
     labels: bool
     record: Record
     mesh: bool
+    segments: Path | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -160,13 +163,25 @@ def export_dataset(
     check()
     settings = {"dataset": name, "format": to, "region": region, "renumbered": renumbered}
     record = Record(STEP, {"the dataset": identity(array)}, settings)
+    segments = _segments(source, name) if to == "precomputed" and region is None and not renumbered else None
     array = _part(array, f"{name} in {source}", region, renumbered)
     with ExitStack() as opened:
         opened.enter_context(room_on_disk(target))
         path = opened.enter_context(write_folder(target, check) if written_as.folder else write_whole(target))
         opened.enter_context(_explain_library_errors(target))
-        resolve(written_as.write)(Export(name, array, labels, record, mesh), path)
+        resolve(written_as.write)(Export(name, array, labels, record, mesh, segments), path)
     print(f"{target}: {written_as.title} of {name}, {array.shape}, {tuple(array.voxel_size)} nm")
+
+
+def _segments(source: Path, dataset: str) -> Path | None:
+    """Return the folder with the tables of a segmentation, if it has any. If they are of no use, say so."""
+    if not segments_folder(source, dataset).is_dir():
+        return None
+    try:
+        return require_tables(source, dataset)
+    except UserError as error:
+        print(f"exported without the sizes of segments: {error}")
+        return None
 
 
 def _part(array: Array, where: str, region: str | None, renumbered: bool) -> Array:
