@@ -211,14 +211,16 @@ def test_blocks_give_what_one_process_gives(home, undisturbed, labels):
 
 
 def test_four_workers_and_a_second_run_give_the_same(home, undisturbed, capsys, monkeypatch):
-    monkeypatch.setattr(counts, "MOST_NODES", 1)
+    monkeypatch.setattr(counts, "MOST_NODES", 8)
+    monkeypatch.setattr(counts, "BLOCKS_IN_RANGE", 8)
     cfg = config(home, SYSTEM__NUM_WORKERS=4, INS_SEGMENT__CONTACTS_IN_MEMORY=900)
     assert_as_undisturbed(cfg, whole_way(cfg), undisturbed)
     array = open_array(output(home), FINAL)
     assert (tuple(array.offset), array.attrs["threshold"]) == (OFFSET, THRESHOLD)
     shown = capsys.readouterr().out
     assert "agglomerate_hist_quant_75_up_1 of" in shown
-    assert "segmentation_hist_quant_75_050_up_2 of" in shown
+    assert "segmentation_hist_quant_75_050_up_1 of" in shown
+    assert "segmentation_hist_quant_75_050_ranges of" in shown
     whole_way(cfg)
     assert capsys.readouterr().out.count("nothing to do") == 3
 
@@ -226,7 +228,7 @@ def test_four_workers_and_a_second_run_give_the_same(home, undisturbed, capsys, 
 def test_tables_of_segments_are_those_of_the_segmentation_that_is_there(home, undisturbed, capsys, monkeypatch):
     cfg, path, fragments, edges = config(home, SYSTEM__NUM_WORKERS=1), output(home), *undisturbed[1:]
     with monkeypatch.context() as patch:
-        patch.setattr(counts, "write_tables", interrupted)
+        patch.setattr(counts, "finish_tables", interrupted)
         with pytest.raises(KeyboardInterrupt):
             whole_way(cfg)
     (sample,) = samples_of(cfg)

@@ -11,9 +11,11 @@ from lsdseg.data_utils.records import Record
 from lsdseg.data_utils.segment_tables import (
     NEIGHBORS,
     SEGMENTS,
+    finish_tables,
     read_table,
     remove_tables,
     require_tables,
+    write_range,
     write_tables,
 )
 from lsdseg.data_utils.volumes import open_array, read, write_array
@@ -99,29 +101,34 @@ def in_blocks(tree, labels, fragments, edges, block=4):
             tree.write_block(position, segments_in(wide, begin, segment_of[ids], scored))
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=6)
 @given(
     shape=st.tuples(*[st.integers(1, 11)] * 3),
     seed=st.integers(0, 2**32 - 1),
     top=st.integers(0, 2),
-    group=st.integers(1, 9),
+    group=st.integers(2, 9),
+    width=st.sampled_from([2**40, 2**42, 2**60]),
     slab=st.sampled_from([1, 200, 2**24]),
 )
-def test_blocks_and_memory_give_what_a_count_of_all_voxels_finds(tmp_path_factory, shape, seed, top, group, slab):
+def test_blocks_and_memory_give_what_a_count_of_all_voxels_finds(
+    tmp_path_factory, shape, seed, top, group, width, slab
+):
     path = tmp_path_factory.mktemp("segments") / "a.zarr"
     labels, fragments, edges = random_labels(shape, seed)
     array = write_array(path, DATASET, labels, voxel_size=VOXEL_SIZE, offset=OFFSET)
-    tree = SegmentTree(path.with_name("tree"), tuple(-(-size // 4) for size in shape))
+    tree = SegmentTree(path.with_name("tree"), tuple(-(-size // 4) for size in shape), width)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sorted_rows, "GROUP", group)
         patch.setattr(segment_tables, "ROWS_IN_FILE", 2 * group)
-        patch.setattr(segment_tables, "FILES_IN_FOLDER", 2)
+        patch.setattr(segment_tables, "RANGES_IN_FOLDER", 2)
         patch.setattr(segments, "SLAB", slab)
         in_blocks(tree, labels, fragments, edges)
         for level in range(1, top + 1):
             for position in np.ndindex(tree.level_grid(level)):
                 tree.merge_node(level, position)
-        write_tables(path, DATASET, array, "a test", tree.merge_level(top))
+        for number, found in enumerate(tree.ranges(top) or [0]):
+            write_range(path, DATASET, array, number, tree.merge_range(top, found))
+        finish_tables(path, DATASET, array, "a test")
         assert_tables(path, DATASET, fragments, edges)
         write_tables(path, DATASET, array, "a test", segments_of_volume(labels, fragments))
         assert_tables(path, DATASET, fragments)
@@ -137,7 +144,7 @@ def test_a_row_for_every_voxel_of_noise(tmp_path):
 def test_a_volume_without_segments_has_empty_tables(tmp_path):
     labels = np.zeros((3, 4, 5), np.uint64)
     array = write_array(tmp_path / "a.zarr", DATASET, labels, voxel_size=VOXEL_SIZE, offset=OFFSET)
-    parts = SegmentTree(tmp_path / "tree", (1, 1, 2)).merge_level(0)
+    parts = SegmentTree(tmp_path / "tree", (1, 1, 2), 9).merge_range(0, 0)
     for found in (segments_of_volume(labels), parts):
         assert write_tables(tmp_path / "a.zarr", DATASET, array, "a test", found) == {SEGMENTS: 0, NEIGHBORS: 0}
         folder = require_tables(tmp_path / "a.zarr", DATASET)
@@ -160,7 +167,7 @@ def test_tables_that_are_not_of_the_segmentation_are_refused(tmp_path):
         require_tables(path, DATASET)
 
     write_tables(path, DATASET, open_array(path, DATASET), "a test", segments_of_volume(labels))
-    (file,) = (folder / NEIGHBORS).glob("*/*.parquet")
+    (file,) = (folder / NEIGHBORS).glob("*/*/*.parquet")
     whole = file.read_bytes()
     file.write_bytes(whole[:-9])
     with pytest.raises(UserError, match=f"{file} cannot be read"):

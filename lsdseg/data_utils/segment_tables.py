@@ -1,17 +1,17 @@
 """Tables of the segments of a segmentation, in Parquet files beside its zarr.
 
-SAMPLE.segments/SEGMENTATION/segments/000000/000000000.parquet      one row for each segment, sorted by id
-SAMPLE.segments/SEGMENTATION/neighbors/000000/000000000.parquet     one row for each pair that touches, sorted
-SAMPLE.segments/SEGMENTATION/record.json                            which segmentation they are of; written last
+SAMPLE.segments/SEGMENTATION/segments/000000/000000000/000000.parquet     one row for each segment, sorted by id
+SAMPLE.segments/SEGMENTATION/neighbors/000000/000000000/000000.parquet    one row for each pair that touches, sorted
+SAMPLE.segments/SEGMENTATION/record.json                                  of which segmentation they are; written last
 
-A file has at most a million rows, and a folder a thousand files. Tables of a segmentation that was made anew since are
-refused: `require_tables`.
+The folders are the thousands and the number of a range of ids. In a small volume, one range has all ids. The rows of
+all files are sorted if these are read in the order of their names. A file has at most a quarter of a million rows.
+Tables of a segmentation that was made anew since are refused: `require_tables`.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +30,8 @@ from lsdseg.files import explain_os_errors, read_json, write_whole
 
 SEGMENTS, NEIGHBORS = "segments", "neighbors"
 RECORD = "record.json"
-ROWS_IN_FILE = 2**20
-FILES_IN_FOLDER = 1000
+ROWS_IN_FILE = 2**18
+RANGES_IN_FOLDER = 1000
 AXES = "zyx"
 MAKE_AGAIN = "make the segmentation again, in blocks by 05 with DATA.DROP_DS_MONGOTABLE True"
 
@@ -86,13 +86,34 @@ def write_tables(
     Returns:
         For each of PARTS how many rows were written.
     """
-    folder, volume = segments_folder(output, dataset), Volume.of(array)
     remove_tables(output, dataset)
-    finished: dict[str, Callable[[Columns], Columns]] = {
-        SEGMENTS: partial(_finished_segments, volume=volume),
-        NEIGHBORS: _finished_neighbors,
-    }
-    rows = {kind: _write(folder / kind, _SCHEMAS[kind], map(finished[kind], parts[kind])) for kind in PARTS}
+    write_range(output, dataset, array, 0, parts)
+    return finish_tables(output, dataset, array, step)
+
+
+def write_range(output: Path, dataset: str, array: Array, number: int, parts: Mapping[str, Iterable[Columns]]) -> None:
+    """Write the rows of a range of ids: of all ids, or of those that come after the ids of lower numbers.
+
+    Args:
+        output, dataset, array, parts: as for `write_tables`.
+        number: of the range, from 0. Writing it again gives the same files.
+    """
+    folder, volume = segments_folder(output, dataset), Volume.of(array)
+    _write(folder / SEGMENTS, number, _SEGMENTS, (_finished_segments(rows, volume) for rows in parts[SEGMENTS]))
+    _write(folder / NEIGHBORS, number, _NEIGHBORS, map(_finished_neighbors, parts[NEIGHBORS]))
+
+
+def finish_tables(output: Path, dataset: str, array: Array, step: str) -> dict[str, int]:
+    """Record that all ranges are written, and of which segmentation they are.
+
+    Args:
+        output, dataset, array, step: as for `write_tables`.
+
+    Returns:
+        For each of PARTS how many rows there are.
+    """
+    folder = segments_folder(output, dataset)
+    rows = {kind: _count(folder / kind) for kind in PARTS}
     record = Record(step, {dataset: identity(array)}, {})
     with write_whole(folder / RECORD) as file:
         file.write_text(json.dumps(record.to_json() | {"rows": rows}), encoding="utf-8")
@@ -125,7 +146,7 @@ def require_tables(output: Path, dataset: str) -> Path:
     if record is None or record.inputs != {dataset: identity(open_array(output, dataset))}:
         raise UserError(f"{folder} is of another {dataset} than the one in {output}: {MAKE_AGAIN}")
     for kind in PARTS:
-        found = sum(count_rows(file, MAKE_AGAIN) for file in _files(folder / kind))
+        found = _count(folder / kind)
         if not isinstance(rows, dict) or found != rows.get(kind):
             raise UserError(f"{folder / kind} has {found} rows, and others were written: {MAKE_AGAIN}")
     return folder
@@ -154,24 +175,22 @@ def read_table(folder: Path, kind: str, names: Sequence[str] | None = None) -> I
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*/*.parquet"))
+    return sorted(folder.glob("*/*/*.parquet"))
 
 
-def _write(folder: Path, schema: pa.Schema, batches: Iterable[Columns]) -> int:
-    """Write rows to as many files as they need, but one at least: it says which columns there would be."""
-    rows = 0
+def _count(folder: Path) -> int:
+    return sum(count_rows(file, MAKE_AGAIN) for file in _files(folder))
+
+
+def _write(folder: Path, number: int, schema: pa.Schema, batches: Iterable[Columns]) -> None:
+    """Write the rows of a range to as many files as they need; if there are none, its columns."""
+    rows, files = 0, folder / f"{number // RANGES_IN_FOLDER:06}" / f"{number:09}"
     with tqdm(desc=folder.name, unit="row", unit_scale=True, delay=2) as bar:
-        for number, batch in enumerate(regrouped(batches, ROWS_IN_FILE)):
-            rows += write_rows(_file(folder, number), schema, [batch])
+        for file, batch in enumerate(regrouped(batches, ROWS_IN_FILE)):
+            rows += write_rows(files / f"{file:06}.parquet", schema, [batch])
             bar.update(rows - bar.n)
     if not rows:
-        write_rows(_file(folder, 0), schema, [])
-    return rows
-
-
-def _file(folder: Path, number: int) -> Path:
-    """Return the path of a file. Whoever sorts paths as text has the rows in order."""
-    return folder / f"{number // FILES_IN_FOLDER:06}" / f"{number:09}.parquet"
+        write_rows(files / f"{0:06}.parquet", schema, [])
 
 
 def _finished_segments(rows: Columns, volume: Volume) -> Columns:
@@ -199,7 +218,5 @@ def _schema(**types: Any) -> pa.Schema:
 
 
 _NANOMETERS = {f"{what}_{axis}": pa.float64() for what in ("begin", "end", "center") for axis in AXES}
-_SCHEMAS = {
-    SEGMENTS: _schema(id=pa.uint64(), voxels=pa.int64(), **_NANOMETERS, fragments=pa.int64(), touches_face=pa.bool_()),
-    NEIGHBORS: _schema(segment_a=pa.uint64(), segment_b=pa.uint64(), faces=pa.int64(), score=pa.float32()),
-}
+_SEGMENTS = _schema(id=pa.uint64(), voxels=pa.int64(), **_NANOMETERS, fragments=pa.int64(), touches_face=pa.bool_())
+_NEIGHBORS = _schema(segment_a=pa.uint64(), segment_b=pa.uint64(), faces=pa.int64(), score=pa.float32())

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lsdseg.errors import UserError
 from lsdseg.files import write_whole
 
-GROUP = 2**15  # rows that are read at once
+GROUP = 2**13  # rows that are read at once
 
 # Name of a column -> its values, (n,).
 Columns = dict[str, NDArray[Any]]

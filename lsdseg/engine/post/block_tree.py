@@ -35,13 +35,11 @@ class TreeFiles:
         folder: where the files go.
         grid: number of blocks along z, y, x.
         suffix: of the files.
-        shows: the kind of file of a node that is written last: it says that the node has anything.
     """
 
     folder: Path
     grid: tuple[int, ...]
     suffix: ClassVar[str] = ".npz"
-    shows: ClassVar[str] = LEFT
 
     def level_grid(self, level: int) -> Position:
         """Number of nodes of a level along z, y, x."""
@@ -59,7 +57,7 @@ class TreeFiles:
 
     def has(self, level: int, position: Position) -> bool:
         """Return whether a node has anything."""
-        return self.file(level, self.shows, position).is_file()
+        return self.file(level, LEFT, position).is_file()
 
     def file(self, level: int, kind: str, position: Position) -> Path:
         """Return the file of a kind of a node."""

@@ -4,8 +4,11 @@ Each block counts what it sees. What all blocks know is put together in a tree o
 number of them, and all segments together may not fit into memory.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
+from operator import itemgetter
+from pathlib import Path
 from typing import ClassVar
 
 import fastremap
@@ -81,14 +84,21 @@ def segments_of_volume(labels: Ids, fragments: Ids | None = None) -> dict[str, l
 
 @dataclass(frozen=True)
 class SegmentTree(TreeFiles):
-    """The files of a tree over a grid of blocks, which puts together what the blocks know of segments."""
+    """The files of a tree over a grid of blocks, which puts together what the blocks know of segments.
 
+    A block has one file of each kind, and a node above a folder with one for each range of ids of which it knows any.
+
+    Attributes:
+        width: how many ids are in a range.
+    """
+
+    width: int
     suffix: ClassVar[str] = ".parquet"
-    shows: ClassVar[str] = SEGMENTS
 
     def write_block(self, position: Position, found: Mapping[str, Columns]) -> None:
         """Keep what a block holds, see `segments_in`."""
-        self._write(0, position, {kind: [rows] for kind, rows in found.items()})
+        for kind in PARTS:
+            write_rows(self.file(0, kind, position), PARTS[kind].schema, [found[kind]])
 
     def merge_node(self, level: int, position: Position) -> None:
         """Put together what the nodes below a node know. Without any, it has nothing to do.
@@ -96,11 +106,21 @@ class SegmentTree(TreeFiles):
         Raises:
             UserError: a file is damaged.
         """
-        if below := list(self.below(level, position)):
-            self._write(level, position, {kind: self._merged(kind, level - 1, below) for kind in PARTS})
+        below = list(self.below(level, position))
+        for kind in PARTS:
+            rows = merged(PARTS[kind], [self._rows(kind, level - 1, place) for place in below])
+            pieces = (piece for batch in rows for piece in _in_ranges(batch, PARTS[kind].key[0], self.width))
+            for number, of_range in groupby(pieces, itemgetter(0)):
+                file = self._file_of_range(level, kind, position, number)
+                write_rows(file, PARTS[kind].schema, (batch for _, batch in of_range))
 
-    def merge_level(self, level: int) -> dict[str, Iterator[Columns]]:
-        """Put together what all nodes of a level know.
+    def ranges(self, level: int) -> list[int]:
+        """The numbers of the ranges of which the nodes of a level know any segments; 0 stands for all ids in blocks."""
+        files = (file for place in self.all_nodes(level) for file in self._files(SEGMENTS, level, place))
+        return sorted({int(file.stem) if level else 0 for file in files})
+
+    def merge_range(self, level: int, number: int) -> dict[str, Iterator[Columns]]:
+        """Put together what all nodes of a level know of a range.
 
         Returns:
             For each of `PARTS` its rows in batches, sorted, as `write_tables` takes them.
@@ -108,16 +128,37 @@ class SegmentTree(TreeFiles):
         Raises:
             UserError: while they are read, if a file is damaged.
         """
-        places = self.all_nodes(level)
-        return {kind: self._merged(kind, level, places) for kind in PARTS}
+        places, found = self.all_nodes(level), dict[str, Iterator[Columns]]()
+        for kind in PARTS:
+            files = [self._file_of_range(level, kind, place, number) for place in places]
+            found[kind] = merged(PARTS[kind], [read_rows(file, REMEDY) for file in files if file.is_file()])
+        return found
 
-    def _merged(self, kind: str, level: int, places: Sequence[Position]) -> Iterator[Columns]:
-        return merged(PARTS[kind], [read_rows(self.file(level, kind, place), REMEDY) for place in places])
+    def has(self, level: int, position: Position) -> bool:
+        """Return whether a node has anything."""
+        return bool(self._files(SEGMENTS, level, position))
 
-    def _write(self, level: int, position: Position, rows: Mapping[str, Iterable[Columns]]) -> None:
-        """Write the files of a node; that with its segments comes last and says that the node is done."""
-        for kind in (NEIGHBORS, SEGMENTS):
-            write_rows(self.file(level, kind, position), PARTS[kind].schema, rows[kind])
+    def _file_of_range(self, level: int, kind: str, position: Position, number: int) -> Path:
+        file = self.file(level, kind, position)
+        return file.with_suffix("") / f"{number}{self.suffix}" if level else file
+
+    def _files(self, kind: str, level: int, position: Position) -> list[Path]:
+        """The files of a node, in the order of their ids."""
+        file = self.file(level, kind, position)
+        if level:
+            return sorted(file.with_suffix("").glob(f"*{self.suffix}"), key=lambda found: int(found.stem))
+        return [file] if file.is_file() else []
+
+    def _rows(self, kind: str, level: int, position: Position) -> Iterator[Columns]:
+        return (batch for file in self._files(kind, level, position) for batch in read_rows(file, REMEDY))
+
+
+def _in_ranges(batch: Columns, key: str, width: int) -> Iterator[tuple[int, Columns]]:
+    """Divide a sorted batch into ranges of ids: the number of each, and its rows. A block's first id is 1."""
+    numbers = (batch[key] - np.uint64(1)) // np.uint64(width)
+    starts = np.flatnonzero(np.append(True, numbers[1:] != numbers[:-1])).tolist()
+    for start, end in pairwise([*starts, len(numbers)]):
+        yield int(numbers[start]), {name: column[start:end] for name, column in batch.items()}
 
 
 def _scored(edges: Edges | None) -> Iterator[Columns]:

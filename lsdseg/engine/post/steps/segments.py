@@ -1,8 +1,9 @@
 """Tables of the segments, which step 4 writes beside a segmentation.
 
 While a worker relabels a block, it also counts what the block holds of each segment. When all blocks are done, workers
-put the counts of eight blocks together, then those of eight of these boxes, and so on, until few files are left. They
-are merged to the tables row by row. So no process ever holds all segments.
+put the counts of eight blocks together, then those of eight of these boxes, and so on, until few boxes are left. Rows
+of boxes are divided into ranges of ids, and in the end each range is merged to its part of the tables. So no process
+ever holds all segments, nor looks at all of them.
 """
 
 import shutil
@@ -16,12 +17,13 @@ from typing import Any
 import daisy
 import fastremap
 import numpy as np
+from funlib.geometry import Roi
 from numpy.typing import NDArray
 from yacs.config import CfgNode
 
 from lsdseg.data_utils.layout import segments_folder
 from lsdseg.data_utils.records import identity
-from lsdseg.data_utils.segment_tables import NEIGHBORS, SEGMENTS, has_tables, write_tables
+from lsdseg.data_utils.segment_tables import NEIGHBORS, SEGMENTS, finish_tables, has_tables, write_range
 from lsdseg.data_utils.volumes import open_array, read
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import BlockStep
@@ -35,10 +37,12 @@ from lsdseg.engine.post.tables import Lut, look_up, lut_record, relabel
 from lsdseg.engine.sample import Sample
 from lsdseg.errors import DamagedError, UserError
 from lsdseg.rag import open_store
+from lsdseg.rag.store import voxels_in_block
 
 # In the folder of markers, until the tables are written: what was counted, and the markers of the levels of the tree.
 COUNTS, LEVELS = "counts", "levels"
-MOST_NODES = 64  # whose files one process merges, with some MB of each in memory
+MOST_NODES = 64  # whose files are merged at once, with some MB of each in memory
+BLOCKS_IN_RANGE = 4096  # a range has the segments whose first fragment is in one of so many blocks, by their numbers
 
 Ids = NDArray[np.uint64]
 # Counts in a block, given its position, its slices, its fragments and its segments.
@@ -60,7 +64,8 @@ def with_counts(sample: Sample, step: BlockStep, lut: Path, merge_function: str,
         folder.mkdir(parents=True)
     counts = str(folder) if folder.is_dir() else ""
     scores = merge_function if _has_scores(sample, lut, merge_function, fragments) else ""
-    return replace(step, arguments=step.arguments | {"counts": counts, "scores": scores})
+    width = BLOCKS_IN_RANGE * voxels_in_block(sample.cfg)
+    return replace(step, arguments=step.arguments | {"counts": counts, "scores": scores, "width": width})
 
 
 def _has_scores(sample: Sample, lut: Path, merge_function: str, fragments: str) -> bool:
@@ -87,7 +92,7 @@ def open_counter(sample: Sample, arguments: dict[str, Any], lut: Lut) -> Count |
     """
     if not arguments["counts"]:
         return None
-    tree, scores = SegmentTree(Path(arguments["counts"]), block_grid(sample)), arguments["scores"]
+    tree, scores = _tree(sample, arguments), arguments["scores"]
     fragments = open_array(sample.output, sample.fragments_dataset)
     store = open_store(sample.cfg, sample.output, "r", identity(fragments)) if scores else None
 
@@ -144,14 +149,18 @@ def write_counted(sample: Sample, dataset: str, step: BlockStep) -> None:
 
 
 def _put_together(sample: Sample, dataset: str, step: BlockStep) -> None:
-    """Put together what blocks counted, on workers as long as it is in many files, and write the tables."""
-    tree, level = SegmentTree(step.markers / COUNTS, step.grid), 0
+    """Put together what blocks counted, on workers where it is in many files, and finish the tables."""
+    tree, level = _tree(sample, step.arguments), 0
     levels = partial(level_step, sample, step, open_worker=f"{__name__}:open_worker", folder=step.markers / LEVELS)
     while prod(tree.level_grid(level)) > MOST_NODES:
         level += 1
         run_blocks(sample.cfg, levels(level, UP))
-    array, script = open_array(sample.output, dataset), "05_extract_segmentation_from_lut.py"
-    rows = write_tables(sample.output, dataset, array, script, tree.merge_level(level))
+    array, ranges = open_array(sample.output, dataset), tree.ranges(level) or [0]
+    if len(ranges) == 1:
+        write_range(sample.output, dataset, array, 0, tree.merge_range(level, ranges[0]))
+    else:
+        run_blocks(sample.cfg, _ranges_step(step, dataset, level, ranges))
+    rows = finish_tables(sample.output, dataset, array, "05_extract_segmentation_from_lut.py")
     scored = "" if step.arguments["scores"] else ", without scores: the graph is not that of the look-up table"
     print(
         f"{rows[SEGMENTS]} segments, and {rows[NEIGHBORS]} pairs of them that touch{scored}, in "
@@ -159,8 +168,41 @@ def _put_together(sample: Sample, dataset: str, step: BlockStep) -> None:
     )
 
 
+def _ranges_step(step: BlockStep, dataset: str, level: int, ranges: list[int]) -> BlockStep:
+    """The step over ranges of ids: the n-th block stands for the n-th range of which the nodes of a level know any."""
+    one = Roi((0, 0, 0), (1, 1, 1))
+    return replace(
+        step,
+        name=f"{step.name}_ranges",
+        total_roi=Roi((0, 0, 0), (len(ranges), 1, 1)),
+        read_roi=one,
+        write_roi=one,
+        open_worker=f"{__name__}:open_range_worker",
+        arguments=step.arguments | {"dataset": dataset, "level": level, "ranges": ranges},
+        markers=step.markers / LEVELS / "ranges",
+        may_skip=False,
+    )
+
+
 def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:
     """Open what a worker needs for a level of the tree; returns what it does with each of its nodes."""
     sample, level = Sample.of_arguments(cfg, arguments), arguments["level"]
-    tree = SegmentTree(Path(arguments["counts"]), block_grid(sample))
+    tree = _tree(sample, arguments)
     return lambda block: tree.merge_node(level, block_position(sample, block.write_roi.begin, level))
+
+
+def open_range_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], None]:
+    """Open what a worker needs to write the tables; returns what it does with each range of ids."""
+    sample, dataset = Sample.of_arguments(cfg, arguments), arguments["dataset"]
+    tree, array = _tree(sample, arguments), open_array(sample.output, dataset)
+
+    def process(block: daisy.Block) -> None:
+        number = int(block.write_roi.begin[0])
+        rows = tree.merge_range(arguments["level"], arguments["ranges"][number])
+        write_range(sample.output, dataset, array, number, rows)
+
+    return process
+
+
+def _tree(sample: Sample, arguments: dict[str, Any]) -> SegmentTree:
+    return SegmentTree(Path(arguments["counts"]), block_grid(sample), arguments["width"])
