@@ -26,7 +26,7 @@ from lsdseg.data_utils.records import Record, identity
 from lsdseg.data_utils.sorted_rows import Columns, Kind, count_rows, read_rows, regrouped, write_rows
 from lsdseg.data_utils.volumes import open_array
 from lsdseg.errors import UserError
-from lsdseg.files import explain_os_errors, read_json, write_whole
+from lsdseg.files import PARTIAL, explain_os_errors, read_json, write_whole
 
 SEGMENTS, NEIGHBORS = "segments", "neighbors"
 RECORD = "record.json"
@@ -113,6 +113,8 @@ def finish_tables(output: Path, dataset: str, array: Array, step: str) -> dict[s
         For each of PARTS how many rows there are.
     """
     folder = segments_folder(output, dataset)
+    for file in folder.rglob(f"*{PARTIAL}"):  # of writers that were killed
+        file.unlink(missing_ok=True)
     rows = {kind: _count(folder / kind) for kind in PARTS}
     record = Record(step, {dataset: identity(array)}, {})
     with write_whole(folder / RECORD) as file:

@@ -161,7 +161,9 @@ def _put_together(sample: Sample, dataset: str, step: BlockStep) -> None:
     else:
         run_blocks(sample.cfg, _ranges_step(step, dataset, level, ranges))
     rows = finish_tables(sample.output, dataset, array, "05_extract_segmentation_from_lut.py")
-    scored = "" if step.arguments["scores"] else ", without scores: the graph is not that of the look-up table"
+    scored = (
+        "" if step.arguments["scores"] else " (without scores: the graph that the look-up table was made from is gone)"
+    )
     print(
         f"{rows[SEGMENTS]} segments, and {rows[NEIGHBORS]} pairs of them that touch{scored}, in "
         f"{segments_folder(sample.output, dataset)}"
