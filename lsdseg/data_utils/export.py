@@ -144,11 +144,7 @@ def export_dataset(
     if array.voxel_size.dims != 3 or len(array.shape) > 4:
         raise UserError(f"{name} in {source} has shape {array.shape}: only ([channel,] z, y, x) can be exported")
     require_whole(source, name)
-    labels = is_labels(name, array)
-    if renumbered and not labels:
-        raise UserError(f"--renumber is for ids, but {name} is {array.dtype}: leave it out")
-    if mesh and not (labels and to == "precomputed" and len(array.shape) == 3):
-        raise UserError(f"meshes are made of a segmentation and written --to precomputed: leave out --mesh for {name}")
+    _check_options(name, array, to, mesh=mesh, renumbered=renumbered)
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists: add --overwrite, or write elsewhere")
 
@@ -162,7 +158,7 @@ def export_dataset(
 
     check()
     settings = {"dataset": name, "format": to, "region": region, "renumbered": renumbered}
-    record = Record(STEP, {"the dataset": identity(array)}, settings)
+    labels, record = is_labels(name, array), Record(STEP, {"the dataset": identity(array)}, settings)
     segments = _segments(source, name) if to == "precomputed" and region is None and not renumbered else None
     array = _part(array, f"{name} in {source}", region, renumbered)
     with ExitStack() as opened:
@@ -171,6 +167,15 @@ def export_dataset(
         opened.enter_context(_explain_library_errors(target))
         resolve(written_as.write)(Export(name, array, labels, record, mesh, segments), path)
     print(f"{target}: {written_as.title} of {name}, {array.shape}, {tuple(array.voxel_size)} nm")
+
+
+def _check_options(name: str, array: Array, to: str, *, mesh: bool, renumbered: bool) -> None:
+    """Raise UserError if an array has no ids to renumber, or no segments to make meshes of in this format."""
+    labels = is_labels(name, array)
+    if renumbered and not labels:
+        raise UserError(f"--renumber is for ids, but {name} is {array.dtype}: leave it out")
+    if mesh and not (labels and to == "precomputed" and len(array.shape) == 3):
+        raise UserError(f"meshes are made of a segmentation and written --to precomputed: leave out --mesh for {name}")
 
 
 def _segments(source: Path, dataset: str) -> Path | None:
