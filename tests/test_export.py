@@ -321,11 +321,13 @@ def test_segments_have_their_sizes_in_neuroglancer(tmp_path, capsys, monkeypatch
     assert export("renumbered", renumbered=True) is None
     monkeypatch.setattr(export_precomputed, "MOST_SEGMENTS", 3)
     assert export("many") is None
-    assert "exported without the sizes of segments: there are more than 3" in capsys.readouterr().out
+    assert "sizes of segments are left out: there are more than 3" in capsys.readouterr().out
     monkeypatch.undo()
     write()
     assert export("made_anew") is None
-    assert re.search(r"exported without the sizes .* is of another volumes/segmentation_050", capsys.readouterr().out)
+    assert re.search(
+        r"sizes of segments are left out: .* is of another volumes/segmentation_050", capsys.readouterr().out
+    )
 
 
 def test_meshes_need_a_segmentation_and_precomputed(sample, tmp_path):

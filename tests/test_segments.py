@@ -11,6 +11,7 @@ from lsdseg.data_utils.records import Record
 from lsdseg.data_utils.segment_tables import (
     NEIGHBORS,
     SEGMENTS,
+    find_segment,
     finish_tables,
     read_table,
     remove_tables,
@@ -129,7 +130,12 @@ def test_blocks_and_memory_give_what_a_count_of_all_voxels_finds(
         for number, found in enumerate(tree.ranges(top) or [0]):
             write_range(path, DATASET, array, number, tree.merge_range(top, found))
         finish_tables(path, DATASET, array, "a test")
-        assert_tables(path, DATASET, fragments, edges)
+        table = assert_tables(path, DATASET, fragments, edges)[SEGMENTS]
+        folder = require_tables(path, DATASET)
+        for segment in (0, 1, *table["id"].tolist(), 2**63):
+            row = table[table["id"] == segment]
+            found = find_segment(folder, segment)
+            assert found is None if row.empty else found == pytest.approx(row.iloc[0].to_dict(), rel=1e-12)
         write_tables(path, DATASET, array, "a test", segments_of_volume(labels, fragments))
         assert_tables(path, DATASET, fragments)
 

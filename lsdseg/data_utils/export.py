@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from lsdseg.config.implementations import resolve
 from lsdseg.data_utils.export_formats import FORMATS
 from lsdseg.data_utils.labels import renumber
-from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS, segments_folder
+from lsdseg.data_utils.layout import FRAGMENTS, SEGMENTATIONS
 from lsdseg.data_utils.records import Record, identity
 from lsdseg.data_utils.regions import check_region, crop, parse_region
 from lsdseg.data_utils.replace import check_apart, write_folder
-from lsdseg.data_utils.segment_tables import require_tables
+from lsdseg.data_utils.segment_tables import find_tables
 from lsdseg.data_utils.volumes import list_arrays, name_arrays, open_array, read, require_whole
 from lsdseg.errors import UserError
 from lsdseg.files import cannot_write, room_on_disk, write_whole
@@ -159,7 +159,7 @@ def export_dataset(
     check()
     settings = {"dataset": name, "format": to, "region": region, "renumbered": renumbered}
     labels, record = is_labels(name, array), Record(STEP, {"the dataset": identity(array)}, settings)
-    segments = _segments(source, name) if to == "precomputed" and region is None and not renumbered else None
+    segments = find_tables(source, name) if to == "precomputed" and region is None and not renumbered else None
     array = _part(array, f"{name} in {source}", region, renumbered)
     with ExitStack() as opened:
         opened.enter_context(room_on_disk(target))
@@ -176,17 +176,6 @@ def _check_options(name: str, array: Array, to: str, *, mesh: bool, renumbered: 
         raise UserError(f"--renumber is for ids, but {name} is {array.dtype}: leave it out")
     if mesh and not (labels and to == "precomputed" and len(array.shape) == 3):
         raise UserError(f"meshes are made of a segmentation and written --to precomputed: leave out --mesh for {name}")
-
-
-def _segments(source: Path, dataset: str) -> Path | None:
-    """Return the folder with the tables of a segmentation, if it has any. If they are of no use, say so."""
-    if not segments_folder(source, dataset).is_dir():
-        return None
-    try:
-        return require_tables(source, dataset)
-    except UserError as error:
-        print(f"exported without the sizes of segments: {error}")
-        return None
 
 
 def _part(array: Array, where: str, region: str | None, renumbered: bool) -> Array:

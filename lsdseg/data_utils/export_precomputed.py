@@ -91,7 +91,7 @@ def _write_properties(segments: Path, path: Path) -> bool:
     for batch in read_table(segments, SEGMENTS, list(found[0])):
         found.append(batch)
         if sum(len(rows["id"]) for rows in found) > MOST_SEGMENTS:
-            print(f"exported without the sizes of segments: there are more than {MOST_SEGMENTS}")
+            print(f"sizes of segments are left out: there are more than {MOST_SEGMENTS} segments")
             return False
     ids, voxels, outer = (np.concatenate([rows[name] for rows in found]) for name in found[0])
     dtype = "uint32" if voxels.max(initial=0) < 2**32 else "float32"

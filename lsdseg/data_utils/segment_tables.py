@@ -11,6 +11,7 @@ Tables of a segmentation that was made anew since are refused: `require_tables`.
 
 import json
 import shutil
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,6 +161,40 @@ def has_tables(output: Path, dataset: str) -> bool:
         return bool(require_tables(output, dataset))
     except UserError:
         return False
+
+
+def find_tables(output: Path, dataset: str) -> Path | None:
+    """Return the folder of the tables of a segmentation, None without any that can be used. Say why others cannot."""
+    if not segments_folder(output, dataset).is_dir():
+        return None
+    try:
+        return require_tables(output, dataset)
+    except UserError as error:
+        print(f"sizes of segments are left out: {error}")
+        return None
+
+
+def find_segment(folder: Path, segment: int) -> dict[str, Any] | None:
+    """Find the row of a segment, without reading more than one file; None if there is no such segment.
+
+    Args:
+        folder: see `require_tables`.
+        segment: its id.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    files = _files(folder / SEGMENTS)
+    number = bisect_right(files, segment, key=_first_id) - 1
+    for batch in read_rows(files[number], MAKE_AGAIN) if number >= 0 else ():
+        row = int(np.searchsorted(batch["id"], np.uint64(segment)))
+        if row < len(batch["id"]):
+            return {name: column[row].item() for name, column in batch.items()} if batch["id"][row] == segment else None
+    return None
+
+
+def _first_id(file: Path) -> int:
+    return next((int(batch["id"][0]) for batch in read_rows(file, MAKE_AGAIN, ["id"])), 0)
 
 
 def read_table(folder: Path, kind: str, names: Sequence[str] | None = None) -> Iterator[Columns]:
