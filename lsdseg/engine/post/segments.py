@@ -27,7 +27,9 @@ REMEDY = "run 05_extract_segmentation_from_lut.py with DATA.DROP_DS_MONGOTABLE T
 Ids = NDArray[np.uint64]
 
 
-def segments_in(labels: Ids, begin: Sequence[int], fragments: Ids, edges: Edges | None = None) -> dict[str, Columns]:
+def segments_in(
+    labels: Ids, begin: Sequence[int], fragments: Ids | None = None, edges: Edges | None = None
+) -> dict[str, Columns]:
     """Count what a box holds of each segment.
 
     A face between two voxels belongs to the box of the voxel that comes after it.
@@ -36,22 +38,21 @@ def segments_in(labels: Ids, begin: Sequence[int], fragments: Ids, edges: Edges 
         labels: uint64 (z + 1, y + 1, x + 1), segments; 0 is background. Those with index 0 along an axis lie before the
             box, and are 0 where the volume begins.
         begin: of the box in the volume, in voxels, z, y, x.
-        fragments: uint64 (n,), for each fragment that belongs to the box its segment.
+        fragments: uint64 (n,), for each fragment in the box its segment. None: fragments are not counted.
         edges: pairs of segments and scores, uint64, uint64 and float32 (m,), in any order.
 
     Returns:
         For each of `PARTS` its rows, sorted.
     """
-    ids = fastremap.unique(labels[1:, 1:, 1:])
-    ids = ids[ids > 0]
+    inner = fastremap.unique(labels[1:, 1:, 1:]) if fragments is None else fragments
+    ids, counts = np.unique(inner[inner > 0], return_counts=True)
     voxels = np.zeros(len(ids), np.int64)
     first, last, sums = (np.zeros((3, len(ids)), np.int64) for _ in range(3))
     first[:] = np.iinfo(np.int64).max
     pairs, faces = _scan(labels, ids, voxels, first, last, sums)
-    found: Columns = {"id": ids, "voxels": voxels, "fragments": np.zeros(len(ids), np.int64)}
+    found: Columns = {"id": ids, "voxels": voxels, "fragments": counts * (fragments is not None)}
     for axis, low, high, total, start in zip(AXES, first, last, sums, begin, strict=True):
         found |= {f"begin_{axis}": low + start, f"end_{axis}": high + start, f"sum_{axis}": total + start * voxels}
-    found["fragments"] += np.bincount(ids.searchsorted(fragments), minlength=len(ids))
     (a, b), faces = pairs[faces > 0].T, faces[faces > 0]
     touching: Columns = {"segment_a": a, "segment_b": b, "faces": faces, "score": np.full(len(a), np.nan, np.float32)}
     return {SEGMENTS: found, NEIGHBORS: reduced(PARTS[NEIGHBORS], [touching, *_scored(edges)])}
@@ -72,7 +73,7 @@ def segments_of_volume(labels: Ids, fragments: Ids | None = None) -> dict[str, l
     parts: list[dict[str, Columns]] = []
     for start in range(0, len(labels), depth):
         box = np.pad(labels[max(0, start - 1) : start + depth], [(int(start == 0), 0), (1, 0), (1, 0)])
-        parts.append(segments_in(box, (start, 0, 0), np.empty(0, np.uint64)))
+        parts.append(segments_in(box, (start, 0, 0)))
         if fragments is not None:
             segment_of[fragments[start : start + depth]] = labels[start : start + depth]
     found = {kind: reduced(PARTS[kind], [part[kind] for part in parts]) for kind in PARTS}
