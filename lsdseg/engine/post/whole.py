@@ -51,7 +51,8 @@ def segment_sample(sample: Sample) -> list[str]:
     Writes the datasets of the method's `segmentations` (uint64, 0 is background); what the attributes of each say of
     how it was made is `method` and, for waterz, `merge_function` and `threshold`, for mutex `biases`.
     INS_SEGMENT.LINK_SECTIONS links segments, but not fragments, across sections. Each dataset gets its name only when
-    it is complete; those of other methods stay.
+    it is complete; those of other methods stay. Tables of the segments are written beside the output, see
+    `lsdseg.data_utils.segment_tables`.
 
     Returns:
         The names of the datasets.

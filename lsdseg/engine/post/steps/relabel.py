@@ -37,12 +37,12 @@ from lsdseg.errors import UserError
 
 
 def extract_segmentation(cfg: CfgNode, merge_function: str, threshold: float) -> None:
-    """Write `volumes/final_segmentation_MERGE_FUNCTION_070` of every sample from its look-up table, and its tables.
+    """Write `volumes/final_segmentation_MERGE_FUNCTION_070` of every sample from its look-up table.
 
-    The tables say of each segment where it is and how large, and which touch; see `lsdseg.data_utils.segment_tables`.
+    Tables of its segments are written beside the output, see `lsdseg.data_utils.segment_tables`.
 
     Raises:
-        UserError: the look-up table is missing, or was made from other fragments.
+        UserError: the look-up table is missing, or was made from other fragments; blocks failed.
     """
     for sample in samples_of(cfg):
         path = existing_lut(sample.output, merge_function, threshold)
