@@ -62,7 +62,7 @@ def with_counts(sample: Sample, step: BlockStep, lut: Path, merge_function: str,
     folder = step.markers / COUNTS
     if not step.markers.is_dir():
         folder.mkdir(parents=True)
-    counts = str(folder) if folder.is_dir() else ""
+    counts = str(folder.absolute()) if folder.is_dir() else ""
     scores = merge_function if _has_scores(sample, lut, merge_function, fragments) else ""
     width = BLOCKS_IN_RANGE * voxels_in_block(sample.cfg)
     return replace(step, arguments=step.arguments | {"counts": counts, "scores": scores, "width": width})
