@@ -36,6 +36,7 @@ from lsdseg.engine.post.steps.tables import EDGES
 from lsdseg.engine.post.tables import Lut, look_up, lut_record, relabel
 from lsdseg.engine.sample import Sample
 from lsdseg.errors import DamagedError, UserError
+from lsdseg.files import explain_os_errors
 from lsdseg.rag import open_store
 from lsdseg.rag.store import voxels_in_block
 
@@ -61,7 +62,8 @@ def with_counts(sample: Sample, step: BlockStep, lut: Path, merge_function: str,
     """
     folder = step.markers / COUNTS
     if not step.markers.is_dir():
-        folder.mkdir(parents=True)
+        with explain_os_errors(folder):
+            folder.mkdir(parents=True)
     counts = str(folder.absolute()) if folder.is_dir() else ""
     scores = merge_function if _has_scores(sample, lut, merge_function, fragments) else ""
     width = BLOCKS_IN_RANGE * voxels_in_block(sample.cfg)
