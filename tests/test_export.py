@@ -19,7 +19,11 @@ from lsdseg.data_utils.export import export_dataset
 from lsdseg.data_utils.export_formats import FORMATS
 from lsdseg.data_utils.layout import LABELS, RAW
 from lsdseg.data_utils.pyramid import Level, mean, mode
+from lsdseg.data_utils.records import Record
+from lsdseg.data_utils.segment_tables import write_tables
+from lsdseg.data_utils.stored import read_json
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, write_array
+from lsdseg.engine.post.segments import segments_of_volume
 from lsdseg.errors import UserError
 
 # An odd first voxel along x, and a negative one along y: windows of coarser levels begin before the volume.
@@ -286,6 +290,44 @@ def test_a_mesh_is_closed_across_blocks_and_in_place(tmp_path, monkeypatch):
             np.testing.assert_allclose(middle[::-1], center, atol=20)
         else:
             np.testing.assert_allclose(vertices.min(axis=0)[::-1], low, atol=1e-3)
+
+
+def test_segments_have_their_sizes_in_neuroglancer(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "sample.zarr"
+
+    def export(name, **options):
+        export_dataset(path, tmp_path / name, to="precomputed", dataset=None, overwrite=True, **options)
+        return read_json(tmp_path / name / "info").get("segment_properties")
+
+    def write():
+        made = Record("a test", {}, {}).attributes
+        return write_array(path, SEGMENTATION, IDS, voxel_size=VOXEL_SIZE, offset=OFFSET, attributes=made)
+
+    write_tables(path, SEGMENTATION, write(), "a test", segments_of_volume(IDS))
+    assert export("all") == "segment_properties"
+    inline = read_json(tmp_path / "all" / "segment_properties" / "info")["inline"]
+    ids, counts = np.unique(IDS[IDS > 0], return_counts=True)
+    size, tags = inline["properties"]
+    assert inline["ids"] == list(map(str, ids))
+    assert (size["id"], size["data_type"], size["values"]) == ("voxels", "uint32", counts.tolist())
+    orphans = [segment for segment, tagged in zip(ids, tags["values"], strict=True) if tagged]
+    inner = np.zeros(SHAPE, bool)
+    inner[1:-1, 1:-1, 1:-1] = True
+    assert orphans == [segment for segment in ids if inner[segment == IDS].all()]
+    assert 2**32 - 1 in orphans
+    assert export("all") == "segment_properties"  # in place of the one before
+
+    assert export("part", region="400:800,-24:80,12:100") is None
+    assert export("renumbered", renumbered=True) is None
+    monkeypatch.setattr(export_precomputed, "MOST_SEGMENTS", 3)
+    assert export("many") is None
+    assert "sizes of segments are left out: there are more than 3" in capsys.readouterr().out
+    monkeypatch.undo()
+    write()
+    assert export("made_anew") is None
+    assert re.search(
+        r"sizes of segments are left out: .* is of another volumes/segmentation_050", capsys.readouterr().out
+    )
 
 
 def test_meshes_need_a_segmentation_and_precomputed(sample, tmp_path):

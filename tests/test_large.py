@@ -20,17 +20,20 @@ from funlib.geometry import Roi
 from scipy.ndimage import gaussian_filter
 from skimage.metrics import variation_of_information
 from skimage.segmentation import find_boundaries
+from test_segments import assert_tables
 
 from lsdseg.config.loader import CHECKOUT, load_config
 from lsdseg.data_utils.layout import data_folder, edits_path, lut_path, output_path, rag_folder, scores_path
 from lsdseg.data_utils.phantom import make_phantom
 from lsdseg.data_utils.records import record_of
+from lsdseg.data_utils.segment_tables import SEGMENTS, read_table, require_tables
 from lsdseg.data_utils.stored import read_header
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, seal_array, voxels_of, write_array
 from lsdseg.engine.post.fragments import extract_fragments
+from lsdseg.engine.post.steps import segments as counts
 from lsdseg.engine.post.steps.edges import agglomerate_blockwise
 from lsdseg.engine.post.steps.fragments import extract_fragments_blockwise
-from lsdseg.engine.post.steps.relabel import extract_segmentation
+from lsdseg.engine.post.steps.relabel import extract_segmentation, is_extracted
 from lsdseg.engine.post.steps.tables import find_segments, tables_left
 from lsdseg.engine.post.tables import load_lut, save_lut
 from lsdseg.engine.post.whole import segment
@@ -194,6 +197,7 @@ def assert_as_undisturbed(cfg, segmentation, undisturbed):
     np.testing.assert_array_equal(read(open_array(output(cfg.DATA.HOME), "volumes/fragments")), fragments)
     for ours, theirs in zip(edges_in(cfg), edges, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+    assert_tables(output(cfg.DATA.HOME), FINAL, fragments, edges)
 
 
 def test_blocks_give_what_one_process_gives(home, undisturbed, labels):
@@ -203,16 +207,56 @@ def test_blocks_give_what_one_process_gives(home, undisturbed, labels):
     assert 5 < len(np.unique(in_memory))
     assert sum(variation_of_information(in_memory, undisturbed[0])) < 0.05
     assert sum(variation_of_information(labels[0], undisturbed[0])) < 0.5
+    assert_tables(output(home), "volumes/segmentation_050", read(open_array(output(home), "volumes/fragments")))
 
 
-def test_four_workers_and_a_second_run_give_the_same(home, undisturbed, capsys):
+def test_four_workers_and_a_second_run_give_the_same(home, undisturbed, capsys, monkeypatch):
+    monkeypatch.setattr(counts, "MOST_NODES", 8)
+    monkeypatch.setattr(counts, "BLOCKS_IN_RANGE", 8)
     cfg = config(home, SYSTEM__NUM_WORKERS=4, INS_SEGMENT__CONTACTS_IN_MEMORY=900)
     assert_as_undisturbed(cfg, whole_way(cfg), undisturbed)
     array = open_array(output(home), FINAL)
     assert (tuple(array.offset), array.attrs["threshold"]) == (OFFSET, THRESHOLD)
-    assert "agglomerate_hist_quant_75_up_1 of" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "agglomerate_hist_quant_75_up_1 of" in shown
+    assert "segmentation_hist_quant_75_050_up_1 of" in shown
+    assert "segmentation_hist_quant_75_050_ranges of" in shown
     whole_way(cfg)
     assert capsys.readouterr().out.count("nothing to do") == 3
+
+
+def test_tables_of_segments_are_those_of_the_segmentation_that_is_there(home, undisturbed, capsys, monkeypatch):
+    cfg, path, fragments, edges = config(home, SYSTEM__NUM_WORKERS=1), output(home), *undisturbed[1:]
+    with monkeypatch.context() as patch:
+        patch.setattr(counts, "finish_tables", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            whole_way(cfg)
+    (sample,) = samples_of(cfg)
+    assert not is_extracted(sample, MERGE_FUNCTION, THRESHOLD)
+    with pytest.raises(UserError, match="there are no tables of the segments of volumes/final_segmentation"):
+        require_tables(path, FINAL)
+    capsys.readouterr()
+    extract_segmentation(cfg, MERGE_FUNCTION, THRESHOLD)
+    assert "nothing to do, all 64 blocks are done" in capsys.readouterr().out
+    assert is_extracted(sample, MERGE_FUNCTION, THRESHOLD)
+    assert_tables(path, FINAL, fragments, edges)
+
+    # A segmentation of an earlier version, whose blocks were not counted, is left as it is.
+    shutil.rmtree(path.with_suffix(".segments"))
+    extract_segmentation(cfg, MERGE_FUNCTION, THRESHOLD)
+    assert "no tables of the segments of volumes/final_segmentation_hist_quant_75_050" in capsys.readouterr().out
+    assert is_extracted(sample, MERGE_FUNCTION, THRESHOLD)
+
+    # Without the edges that the look-up table was made from, nobody knows the scores.
+    agglomerate_blockwise(config(home, SYSTEM__NUM_WORKERS=1, DATA__DROP_DS_MONGOTABLE=True))
+    anew = config(home, SYSTEM__NUM_WORKERS=2, DATA__DROP_DS_MONGOTABLE=True)
+    extract_segmentation(anew, MERGE_FUNCTION, THRESHOLD)
+    assert "(without scores: the graph that the look-up table was made from is gone)" in capsys.readouterr().out
+    assert_tables(path, FINAL, fragments)
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
 
 
 def test_tables_in_parts_give_the_same(home, undisturbed, capsys):
@@ -537,6 +581,8 @@ def test_the_steps_go_on_without_blocks_that_cannot_be_read_if_they_may(home, ca
     np.testing.assert_array_equal(segmentation == 0, missing | (segmentation == 0))
     assert not segmentation[missing].any()
     assert segmentation[~missing].any()
+    found = read_table(require_tables(path, FINAL), SEGMENTS, ["voxels"])
+    assert sum(batch["voxels"].sum() for batch in found) == np.count_nonzero(segmentation)
 
 
 def test_a_run_that_starts_over_goes_on_after_an_interruption(home, capsys):
@@ -552,7 +598,7 @@ def test_a_run_that_starts_over_goes_on_after_an_interruption(home, capsys):
     for step, reads_the_chunk in [
         (lambda: agglomerate_blockwise(anew), 27),
         (lambda: find_segments(anew, MERGE_FUNCTION, THRESHOLD), 0),
-        (lambda: extract_segmentation(anew, MERGE_FUNCTION, THRESHOLD), 1),
+        (lambda: extract_segmentation(anew, MERGE_FUNCTION, THRESHOLD), 4),
     ]:
         if reads_the_chunk:
             chunk.write_bytes(whole[:40])

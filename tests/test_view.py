@@ -21,7 +21,9 @@ from lsdseg.data_utils.checks import check_training_volumes
 from lsdseg.data_utils.layout import data_folder, edits_path, quality_path
 from lsdseg.data_utils.phantom import make_phantom
 from lsdseg.data_utils.records import identity
+from lsdseg.data_utils.segment_tables import find_tables, write_tables
 from lsdseg.data_utils.volumes import open_array, read, write_array
+from lsdseg.engine.post.segments import segments_of_volume
 from lsdseg.engine.sample import Sample
 from lsdseg.engine.training.lsd import local_shape_descriptors
 from lsdseg.engine.training.pipeline import training_batches
@@ -29,6 +31,7 @@ from lsdseg.engine.view.export_labels import export_labels
 from lsdseg.engine.view.layers import find_layer, layers_of
 from lsdseg.engine.view.page import Voxels, listen, make_page
 from lsdseg.engine.view.proofread import Editor, open_proofreading
+from lsdseg.engine.view.sizes import Sizes
 from lsdseg.engine.view.walk import Walk, read_places
 from lsdseg.errors import UserError
 from lsdseg.rag import open_store
@@ -591,6 +594,36 @@ def test_a_key_walks_through_doubtful_places(layers, server, chromium, tmp_path)
         tab.tab.get_by_text(f"segment {segment}, doubt").wait_for(timeout=10_000)
         assert page.state.position == pytest.approx([10 * segment, segment / 10, 30], abs=1e-3)
     assert not tab.errors
+
+
+def test_the_size_of_a_selected_segment_is_said(layers, sample, server, chromium, capsys):
+    output, name = sample[1], "volumes/segmentation_040"
+    labels, layer = read(open_array(output, name)), find_layer(layers, "segmentation_040")
+    write_tables(output, name, open_array(output, name), "a test", segments_of_volume(labels))
+    page = make_page(layers, "sizes")
+    Sizes(page, layers, output)
+    tab = Tab(chromium, page, "sizes")
+
+    def select(*segments):
+        with page.txn() as state:
+            state.layers[layer.name].segments = segments
+
+    ids, counts = np.unique(labels[labels > 0], return_counts=True)
+    for number, (segment, voxels) in enumerate(list(zip(ids, counts, strict=True))[:3], 1):
+        select(*ids[:number])  # one more than before
+        tab.tab.get_by_text(f"segment {segment}: {voxels} voxels").wait_for(timeout=10_000)
+    select()
+    select(10**6)
+    tab.tab.get_by_text("has no segment 1000000 in its tables").wait_for(timeout=10_000)
+    assert not tab.errors
+
+    (labels := labels.copy())[:] += 1
+    write_array(output, "volumes/segmentation_070", labels, **PLACED)
+    write_tables(output, "volumes/segmentation_070", open_array(output, name), "a test", segments_of_volume(labels))
+    assert find_tables(output, "volumes/segmentation_070") is None
+    assert "sizes of segments are left out: " in capsys.readouterr().out
+    shutil.rmtree(output / "volumes/segmentation_070")
+    shutil.rmtree(output.with_suffix(".segments"))
 
 
 def test_no_list_of_doubtful_places(tmp_path):

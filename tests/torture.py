@@ -424,7 +424,7 @@ def digest(*arrays: np.ndarray) -> str:
 
 
 def results(cfg: CfgNode, steps: list[str]) -> dict[str, str]:
-    """A hash of every array with its place, of the graph, and of every table."""
+    """A hash of every array with its place, of the graph, of every look-up table, and of the tables of segments."""
     (sample,) = samples_of(cfg)
     found = {}
     for name in list_arrays(sample.output):
@@ -441,7 +441,7 @@ def results(cfg: CfgNode, steps: list[str]) -> dict[str, str]:
             path = lut_path(sample.output, MERGE_FUNCTION, threshold)
             found[path.name] = digest(load_lut(path))
         found["tables"] = str(sorted(path.name for path in path.parent.glob("*.npz")))
-    return found
+    return found | _tables_of_segments(sample.output.parent)
 
 
 def results_of_segment(folder: Path) -> dict[str, str]:
@@ -451,7 +451,16 @@ def results_of_segment(folder: Path) -> dict[str, str]:
         for name in list_arrays(zarr):
             array = open_array(zarr, name)
             found[f"{zarr.name}/{name}"] = digest(read(array), np.array([*array.offset, *array.voxel_size]))
-    return found | {path.name: digest(load_lut(path)) for path in folder.rglob("luts_full/*.npz")}
+    found |= {path.name: digest(load_lut(path)) for path in folder.rglob("luts_full/*.npz")}
+    return found | _tables_of_segments(folder)
+
+
+def _tables_of_segments(folder: Path) -> dict[str, str]:
+    """A hash of every file of the tables of segments below a folder. Records have other ids each time."""
+    files = {str(file.relative_to(folder)): file for file in folder.rglob("*.segments/**/*") if file.is_file()}
+    return {
+        name: "" if file.name == "record.json" else digest(np.fromfile(file, np.uint8)) for name, file in files.items()
+    }
 
 
 def _digest_rows(*columns: np.ndarray) -> str:

@@ -25,6 +25,7 @@ from lsdseg.data_utils.placement import offset_nm, voxel_size_nm
 from lsdseg.data_utils.records import Record, identity
 from lsdseg.data_utils.regions import check_region, crop, parse_region
 from lsdseg.data_utils.replace import check_apart, write_folder
+from lsdseg.data_utils.segment_tables import find_tables
 from lsdseg.data_utils.volumes import list_arrays, name_arrays, open_array, read, require_whole
 from lsdseg.errors import UserError
 from lsdseg.files import cannot_write, room_on_disk, write_whole
@@ -42,6 +43,7 @@ class Export(NamedTuple):
         record: what is written along: what the export was made from.
         mesh: write meshes of the segments, too.
         skeletons: write skeletons of the segments, too.
+        segments: folder with the tables of the segments, see `require_tables`. None: there are none.
     """
 
     dataset: str
@@ -50,6 +52,7 @@ class Export(NamedTuple):
     record: Record
     mesh: bool
     skeletons: bool
+    segments: Path | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -143,12 +146,7 @@ def export_dataset(
     """
     written_as, name = FORMATS[to], dataset or only_segmentation(source)
     array = _open_volume(source, name)
-    labels = is_labels(name, array)
-    if renumbered and not labels:
-        raise UserError(f"--renumber is for ids, but {name} is {array.dtype}: leave it out")
-    beside = [option for option, wanted in (("--mesh", mesh), ("--skeletons", skeletons)) if wanted]
-    if beside and not (labels and to == "precomputed" and len(array.shape) == 3):
-        raise UserError(f"{beside[0]} is for a segmentation that is written --to precomputed: leave it out for {name}")
+    _check_options(name, array, to, mesh=mesh, skeletons=skeletons, renumbered=renumbered)
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists: add --overwrite, or write elsewhere")
 
@@ -162,13 +160,14 @@ def export_dataset(
 
     check()
     settings = {"dataset": name, "format": to, "region": region, "renumbered": renumbered}
-    record = Record(STEP, {"the dataset": identity(array)}, settings)
+    labels, record = is_labels(name, array), Record(STEP, {"the dataset": identity(array)}, settings)
+    segments = find_tables(source, name) if to == "precomputed" and region is None and not renumbered else None
     array = _part(array, f"{name} in {source}", region, renumbered)
     with ExitStack() as opened:
         opened.enter_context(room_on_disk(target))
         path = opened.enter_context(write_folder(target, check) if written_as.folder else write_whole(target))
         opened.enter_context(_explain_library_errors(target))
-        resolve(written_as.write)(Export(name, array, labels, record, mesh, skeletons), path)
+        resolve(written_as.write)(Export(name, array, labels, record, mesh, skeletons, segments), path)
     print(f"{target}: {written_as.title} of {name}, {array.shape}, {voxel_size_nm(array)} nm")
 
 
@@ -179,6 +178,16 @@ def _open_volume(source: Path, name: str) -> Array:
         raise UserError(f"{name} in {source} has shape {array.shape}: only ([channel,] z, y, x) can be exported")
     require_whole(source, name)
     return array
+
+
+def _check_options(name: str, array: Array, to: str, *, mesh: bool, skeletons: bool, renumbered: bool) -> None:
+    """Raise UserError if an array has no ids to renumber, or no segments to describe in this format."""
+    labels = is_labels(name, array)
+    if renumbered and not labels:
+        raise UserError(f"--renumber is for ids, but {name} is {array.dtype}: leave it out")
+    beside = [option for option, wanted in (("--mesh", mesh), ("--skeletons", skeletons)) if wanted]
+    if beside and not (labels and to == "precomputed" and len(array.shape) == 3):
+        raise UserError(f"{beside[0]} is for a segmentation that is written --to precomputed: leave it out for {name}")
 
 
 def _part(array: Array, where: str, region: str | None, renumbered: bool) -> Array:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorstore
 from tqdm import tqdm
 
@@ -17,6 +18,8 @@ from lsdseg.data_utils.export import STEP, Export
 from lsdseg.data_utils.export_mesh import write_meshes
 from lsdseg.data_utils.export_skeletons import write_skeletons
 from lsdseg.data_utils.pyramid import EDGE, Level, plan_levels, voxel_count, write_pyramid
+from lsdseg.data_utils.segment_tables import SEGMENTS, read_table
+from lsdseg.data_utils.sorted_rows import Columns
 from lsdseg.data_utils.stored import read_json
 from lsdseg.errors import UserError
 
@@ -25,11 +28,12 @@ IMAGES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int6
 IDS = ("uint32", "uint64")  # what compressed_segmentation holds
 MANY_CHUNKS = 4096  # a level with more is sharded
 SHARD_BITS, SHARD_BYTES = 6, 2**28  # one shard holds 2**6 chunks, fewer if they take more; it is made in memory
-PROVENANCE, MESH, SKELETONS = "provenance", "mesh", "skeletons"
+PROVENANCE, MESH, SKELETONS, PROPERTIES = "provenance", "mesh", "skeletons", "segment_properties"
+MOST_SEGMENTS = 10**6  # a page reads the properties of all of them at once
 
 
 def write_precomputed(export: Export, path: Path) -> None:
-    """Write a pyramid, and meshes and skeletons if they are wanted.
+    """Write a pyramid, meshes and skeletons if they are wanted, and the sizes of segments if they are known.
 
     Args:
         export: the dataset.
@@ -60,8 +64,10 @@ def write_precomputed(export: Export, path: Path) -> None:
     along |= {SKELETONS: write_skeletons} if export.skeletons else {}
     for name, write in along.items():
         write(export, path / name)
-        info = read_json(path / "info") | {name: name}
-        (path / "info").write_text(json.dumps(info), encoding="utf-8")
+    more = {name: name for name in along}
+    if export.segments is not None and _write_properties(export.segments, path / PROPERTIES):
+        more[PROPERTIES] = PROPERTIES
+    (path / "info").write_text(json.dumps(read_json(path / "info") | more), encoding="utf-8")
     made = {"by": STEP, "method": export.record.to_json()}
     provenance = {"description": export.dataset, "owners": [], "sources": [], "processing": [made]}
     (path / PROVENANCE).write_text(json.dumps(provenance), encoding="utf-8")
@@ -71,10 +77,39 @@ def is_own(path: Path) -> bool:
     """Return whether an export wrote all that is in a folder."""
     try:
         provenance, info = read_json(path / PROVENANCE), read_json(path / "info")
-        known = {"info", PROVENANCE, MESH, SKELETONS, *(scale["key"] for scale in info["scales"])}
+        known = {"info", PROVENANCE, MESH, SKELETONS, PROPERTIES, *(scale["key"] for scale in info["scales"])}
         return provenance["processing"][0]["by"] == STEP and {child.name for child in path.iterdir()} <= known
     except (UserError, KeyError, IndexError, TypeError):
         return False
+
+
+def _write_properties(segments: Path, path: Path) -> bool:
+    """Write the size of every segment, by which Neuroglancer lists and filters them, and a tag of orphans.
+
+    Returns:
+        Whether it was written; not for more than MOST_SEGMENTS.
+    """
+    found: list[Columns] = [{"id": np.empty(0, "u8"), "voxels": np.empty(0, "i8"), "touches_face": np.empty(0, bool)}]
+    for batch in read_table(segments, SEGMENTS, list(found[0])):
+        found.append(batch)
+        if sum(len(rows["id"]) for rows in found) > MOST_SEGMENTS:
+            print(f"sizes of segments are left out: there are more than {MOST_SEGMENTS} segments")
+            return False
+    ids, voxels, outer = (np.concatenate([rows[name] for rows in found]) for name in found[0])
+    dtype = "uint32" if voxels.max(initial=0) < 2**32 else "float32"
+    size = {"id": "voxels", "type": "number", "data_type": dtype, "values": voxels.tolist()}
+    tag: dict[str, Any] = {
+        "id": "tags",
+        "type": "tags",
+        "tags": ["orphan"],
+        "tag_descriptions": ["touches no face of the volume"],
+    }
+    tag["values"] = [[] if touches else [0] for touches in outer.tolist()]
+    inline = {"ids": list(map(str, ids.tolist())), "properties": [size, tag]}
+    path.mkdir()
+    content = {"@type": "neuroglancer_segment_properties", "inline": inline}
+    (path / "info").write_text(json.dumps(content), encoding="utf-8")
+    return True
 
 
 def _create(export: Export, path: Path, level: Level, dtype: str, sharding: dict[str, Any]) -> Any:

@@ -6,6 +6,7 @@ OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.blocks/STEP        markers of i
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.blocks/STEP.lock   keeps two runs from writing the results of a step
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.rag                its region adjacency graph
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.edits              what people merged and split in it
+OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE.segments           tables of the segments of its segmentations
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/luts_full/seg_*.npz       look-up tables from fragments to segments
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE_scores.json        scores of its segmentations
 OUTFILE/MODEL_TYPE/{2d,3d}/RUN/CHECKPOINT/SAMPLE_quality.json       its doubtful segments
@@ -144,6 +145,11 @@ def rag_folder(output: Path) -> Path:
 def edits_path(output: Path) -> Path:
     """Return the log of edits beside an output zarr, see `lsdseg.rag.edits`: SAMPLE.edits."""
     return output.with_suffix(".edits")
+
+
+def segments_folder(output: Path, dataset: str) -> Path:
+    """Return the folder beside an output zarr with the tables of a segmentation: SAMPLE.segments/segmentation_055."""
+    return output.with_suffix(".segments") / dataset.removeprefix("volumes/")
 
 
 def log_folder(sample: str, step: str) -> Path:

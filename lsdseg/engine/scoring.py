@@ -7,6 +7,7 @@ thresholds can be compared before any of them is written. And the graph says how
 import re
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from lsdseg.engine.post.methods import method_that_scores
 from lsdseg.engine.post.steps.fragments import require_fragments
 from lsdseg.engine.post.steps.grid import block_grid
 from lsdseg.engine.post.steps.tables import require_current
-from lsdseg.engine.post.tables import existing_lut, load_lut, load_part, lut_record, relabel
+from lsdseg.engine.post.tables import Lut, existing_lut, load_lut, lut_record, relabel
 from lsdseg.engine.sample import Sample
 from lsdseg.errors import UserError
 from lsdseg.rag import open_store
@@ -143,25 +144,22 @@ class _Labels:
 
     def __init__(self, sample: Sample, lut: Path) -> None:
         self.fragments = open_array(sample.output, sample.fragments_dataset)
-        self.lut, self.grid, self.block = lut, block_grid(sample), sample.cfg.INS_SEGMENT.BLOCK_SIZE
+        self.path, self.lut, self.block = lut, Lut(lut, block_grid(sample)), sample.cfg.INS_SEGMENT.BLOCK_SIZE
         self.shape, self.ndim, self.chunks = self.fragments.shape, 3, self.fragments.chunk_shape
-        self.whole = None if lut.is_dir() else load_lut(lut)
 
     def __getitem__(self, slices: Any) -> NDArray[np.uint64]:
         """Read voxels."""
         voxels = read(self.fragments, slices)
         try:
-            return relabel(voxels, self._table(slices) if self.whole is None else self.whole)
+            return relabel(voxels, self.lut.of_blocks(*self._blocks(slices)))
         except ValueError as error:
-            raise UserError(f"{self.lut}: {error}; run 03 and 04 again") from error
+            raise UserError(f"{self.path}: {error}; run 03 and 04 again") from error
 
-    def _table(self, slices: Any) -> NDArray[np.uint64]:
-        """Put the parts of a table together whose blocks have some of the voxels."""
+    def _blocks(self, slices: Any) -> Iterator[tuple[int, ...]]:
+        """Positions of the blocks that have some of the voxels."""
         if slices is ...:
             slices = (slice(None),) * 3
         ranges = [s.indices(size) for s, size in zip(slices, self.shape, strict=True)]
-        blocks = [range(first // b, -(-last // b)) for (first, last, _), b in zip(ranges, self.block, strict=True)]
-        places = np.stack(np.meshgrid(*blocks, indexing="ij"), axis=-1).reshape(-1, 3).tolist()
-        table = np.concatenate([load_part(self.lut, tuple(place), self.grid) for place in places], axis=1)
-        ordered: NDArray[np.uint64] = table[:, np.argsort(table[0])]
-        return ordered
+        return product(
+            *(range(first // b, -(-last // b)) for (first, last, _), b in zip(ranges, self.block, strict=True))
+        )

@@ -28,31 +28,22 @@ TOP: Position = ()  # of the node above all nodes of the last level, which may b
 
 
 @dataclass(frozen=True)
-class BlockTree(ABC):
-    """The files of a tree over a grid of blocks.
+class TreeFiles:
+    """Where the files of a tree over a grid of blocks are.
 
     Attributes:
         folder: where the files go.
         grid: number of blocks along z, y, x.
-        script: makes the files, for messages.
+        suffix: of the files.
     """
 
     folder: Path
     grid: tuple[int, ...]
-    script: ClassVar[str]
+    suffix: ClassVar[str] = ".npz"
 
     def level_grid(self, level: int) -> Position:
         """Number of nodes of a level along z, y, x."""
         return tuple(-(-size // 2**level) for size in self.grid)
-
-    def size(self, level: int) -> int:
-        """How much all nodes of a level have left.
-
-        Raises:
-            UserError: a file is damaged.
-        """
-        files = (self.folder / str(level) / LEFT).glob("*/*.npz")
-        return sum(int(self.load(file, "count")["count"]) for file in files)
 
     def below(self, level: int, position: Position) -> Iterator[Position]:
         """The nodes below a node that have anything."""
@@ -63,6 +54,36 @@ class BlockTree(ABC):
     def all_nodes(self, level: int) -> list[Position]:
         """The nodes of a level that have anything."""
         return [place for place in np.ndindex(self.level_grid(level)) if self.has(level, place)]
+
+    def has(self, level: int, position: Position) -> bool:
+        """Return whether a node has anything."""
+        return self.file(level, LEFT, position).is_file()
+
+    def file(self, level: int, kind: str, position: Position) -> Path:
+        """Return the file of a kind of a node."""
+        if position == TOP:
+            return self.folder / "top" / f"{kind}{self.suffix}"
+        return self.folder / str(level) / kind / numbered(position, self.level_grid(level)).with_suffix(self.suffix)
+
+
+@dataclass(frozen=True)
+class BlockTree(TreeFiles, ABC):
+    """A tree whose nodes leave to the one above what they cannot settle, and are then told what became of it.
+
+    Attributes:
+        script: makes the files, for messages.
+    """
+
+    script: ClassVar[str]
+
+    def size(self, level: int) -> int:
+        """How much all nodes of a level have left.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        files = (self.folder / str(level) / LEFT).glob("*/*.npz")
+        return sum(int(self.load(file, "count")["count"]) for file in files)
 
     def tell_node(self, level: int, position: Position) -> None:
         """Tell the nodes below a node what became of what they have left.
@@ -76,16 +97,6 @@ class BlockTree(ABC):
     @abstractmethod
     def _tell(self, level: int, position: Position, below: Sequence[Position]) -> None:
         """Write the TOLD of nodes below a node, by the SETTLED and the TOLD of that node."""
-
-    def has(self, level: int, position: Position) -> bool:
-        """Return whether a node has anything."""
-        return self.file(level, LEFT, position).is_file()
-
-    def file(self, level: int, kind: str, position: Position) -> Path:
-        """Return the file of a kind of a node."""
-        if position == TOP:
-            return self.folder / "top" / f"{kind}.npz"
-        return self.folder / str(level) / kind / numbered(position, self.level_grid(level))
 
     def save(self, path: Path, arrays: dict[str, Any]) -> None:
         """Write arrays to a file, which appears whole or not at all."""
@@ -105,6 +116,11 @@ class BlockTree(ABC):
             raise UserError(
                 f"{path} is missing or damaged: run {self.script} with DATA.DROP_DS_MONGOTABLE True"
             ) from error
+
+
+def around(position: Position, grid: Position) -> Iterator[Position]:
+    """The positions of a block and of its neighbors in a grid: edges reach no farther."""
+    return product(*(range(max(0, at - 1), min(at + 2, size)) for at, size in zip(position, grid, strict=True)))
 
 
 def numbered(position: Position, grid: Position) -> Path:

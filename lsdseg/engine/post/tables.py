@@ -98,6 +98,26 @@ def relabel(fragments: ArrayLike, lut: NDArray[np.uint64]) -> NDArray[np.uint64]
     return result.reshape(voxels.shape)
 
 
+def look_up(fragments: ArrayLike, lut: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Segments of a few fragments that may be anywhere in a large LUT; as `relabel`, but 0 is not in a LUT.
+
+    Args:
+        fragments: unsigned ids, (n,).
+        lut: uint64 (2, n).
+
+    Raises:
+        ValueError: ids that are not in the LUT.
+    """
+    ids = np.asarray(fragments, np.uint64)
+    rows = np.searchsorted(lut[0], ids)
+    inside = rows < lut.shape[1]
+    known = np.zeros(len(ids), bool)
+    known[inside] = lut[0, rows[inside]] == ids[inside]
+    if not known.all():
+        raise ValueError(f"{np.count_nonzero(~known)} ends of edges are at fragments that are not in the LUT")
+    return np.asarray(lut[1, rows])
+
+
 def save_lut(path: Path | str, lut: NDArray[np.uint64], record: Record | None = None) -> None:
     """Write a LUT, uint64 (2, n), as an .npz file; it has its name only when it is complete.
 
@@ -238,6 +258,34 @@ def load_part(folder: Path, position: Position, grid: Position) -> NDArray[np.ui
     lut = load_lut(file)
     check_fragments(file, lut)
     return lut
+
+
+class Lut:
+    """A LUT on disk, a file or a folder with parts. What is not asked for is not read.
+
+    Args:
+        path: the file or the folder.
+        grid: number of blocks along z, y, x.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+
+    def __init__(self, path: Path, grid: Position):
+        self._path, self._grid = path, grid
+        self._whole = None if path.is_dir() else load_lut(path)
+
+    def of_blocks(self, *positions: Position) -> NDArray[np.uint64]:
+        """Return uint64 (2, n), with all fragments of some blocks, and perhaps more.
+
+        Raises:
+            UserError: a part is damaged.
+        """
+        if self._whole is not None:
+            return self._whole
+        parts = np.concatenate([load_part(self._path, place, self._grid) for place in positions], axis=1)
+        ordered: NDArray[np.uint64] = parts[:, np.argsort(parts[0], kind="stable")]
+        return ordered
 
 
 def finish_parts(folder: Path, record: Record) -> None:

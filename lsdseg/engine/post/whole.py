@@ -15,6 +15,7 @@ from lsdseg.data_utils.layout import FRAGMENTS
 from lsdseg.data_utils.masks import open_mask, read_mask
 from lsdseg.data_utils.placement import offset_nm, voxel_size_nm
 from lsdseg.data_utils.records import Record, is_made, record_of
+from lsdseg.data_utils.segment_tables import write_tables
 from lsdseg.data_utils.volumes import list_arrays, open_array, read, rename_array, write_array
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.offsets import Offset, spans_sections
@@ -23,6 +24,7 @@ from lsdseg.engine.post.inputs import IN_MEMORY, inputs_of
 from lsdseg.engine.post.link import link_sections
 from lsdseg.engine.post.methods import Segmentation, method_of
 from lsdseg.engine.post.placement import open_placement, read_placement
+from lsdseg.engine.post.segments import segments_of_volume
 from lsdseg.engine.sample import AFFINITIES, Sample, samples_of
 from lsdseg.errors import UserError
 from lsdseg.files import PARTIAL
@@ -50,7 +52,8 @@ def segment_sample(sample: Sample) -> list[str]:
     Writes the datasets of the method's `segmentations` (uint64, 0 is background); what the attributes of each say of
     how it was made is `method` and, for waterz, `merge_function` and `threshold`, for mutex `biases`.
     INS_SEGMENT.LINK_SECTIONS links segments, but not fragments, across sections. Each dataset gets its name only when
-    it is complete; those of other methods stay.
+    it is complete; those of other methods stay. Tables of the segments are written beside the output, see
+    `lsdseg.data_utils.segment_tables`.
 
     Returns:
         The names of the datasets.
@@ -74,17 +77,21 @@ def _segment_sample(sample: Sample) -> list[str]:
         raise UserError(f"{AFFINITIES} in {sample.output}: {error}; run predicter.py again") from error
 
     record = _record(sample)
-    names = []
+    names: list[str] = []
+    fragments = None
     total = len(method_of(settings).segmentation_names(settings))
     with tqdm(total=total, desc=settings.METHOD, unit="segmentation") as bar:
         for name, labels, attributes in segmentations(affinities, sample.offsets, settings, mask, placement):
             # Fragments that were made block by block stay: the region adjacency graph speaks of them.
             if name != FRAGMENTS or not _in_blocks(sample):
                 place = {"voxel_size": voxel_size_nm(array), "offset": offset_nm(array)}
-                write_array(
+                written = write_array(
                     sample.output, f"{name}{PARTIAL}", labels, **place, attributes=attributes | record.attributes
                 )
+                if name != FRAGMENTS:
+                    write_tables(sample.output, name, written, IN_MEMORY, segments_of_volume(labels, fragments))
                 rename_array(sample.output, f"{name}{PARTIAL}", name)
+            fragments = labels if name == FRAGMENTS else fragments
             names.append(name)
             bar.set_description(name)
             bar.update(name != FRAGMENTS)

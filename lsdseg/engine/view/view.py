@@ -96,6 +96,7 @@ def _serve(shown: Sequence[_Shown], options: Options) -> None:
     # Neuroglancer is imported only after all that can be wrong in a volume was found.
     from lsdseg.engine.view.page import links, listen, make_page, serve
     from lsdseg.engine.view.proofread import Editor, open_proofreading
+    from lsdseg.engine.view.sizes import Sizes
     from lsdseg.engine.view.walk import Walk, read_places
 
     places = [(options.worst, read_places(page.sample.output, options.worst)) for page in shown if options.worst]
@@ -106,6 +107,8 @@ def _serve(shown: Sequence[_Shown], options: Options) -> None:
     ]
     listen(options.host, options.port)
     pages = [(page.sample.output.stem, make_page(page.layers, page.sample.output.stem, page.compare)) for page in shown]
+    for (_, page), of_page in zip(pages, shown, strict=True):
+        Sizes(page, of_page.layers, of_page.sample.output)
     for (_, page), proofreading in zip(pages, edited, strict=False):
         Editor(page, proofreading)
     for (_, page), (name, listed) in zip(pages, places, strict=False):

@@ -1,15 +1,13 @@
 """Step 3 for graphs with more fragments than one process can take: look-up tables in parts, one for each block."""
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import daisy
 import numpy as np
-from funlib.geometry import Roi
 from yacs.config import CfgNode
 
 from lsdseg.data_utils.layout import lut_path
@@ -17,9 +15,9 @@ from lsdseg.data_utils.records import Record, identity
 from lsdseg.data_utils.volumes import open_array
 from lsdseg.engine.blocks.markers import discard_markers, read_settings
 from lsdseg.engine.blocks.stopwatch import Stopwatch
-from lsdseg.engine.post.block_tree import Position
+from lsdseg.engine.post.block_tree import Position, around
 from lsdseg.engine.post.graph import Edges
-from lsdseg.engine.post.steps.grid import block_grid, block_position, block_step
+from lsdseg.engine.post.steps.grid import block_grid, block_number, block_position, block_step
 from lsdseg.engine.post.steps.levels import DOWN, UP, climb, level_step
 from lsdseg.engine.post.table_tree import TableTree
 from lsdseg.engine.post.tables import finish_parts, in_blocks, remove_lut, save_part
@@ -103,7 +101,7 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
 
 
 def _settle_block(tree: TableTree, position: Position, store: RagStore, merge_function: str) -> None:
-    ranges = {place: store.id_range(_number(place, tree.grid)) for place in _around(position, tree.grid)}
+    ranges = {place: store.id_range(block_number(place, tree.grid)) for place in around(position, tree.grid)}
     ids = np.sort(store.read_nodes(*ranges[position])[0])
     if not len(ids):
         return
@@ -115,18 +113,6 @@ def _settle_block(tree: TableTree, position: Position, store: RagStore, merge_fu
         tree.settle_block(position, ids, store.read_edges(merge_function, *ranges[position]), (u, v, scores), by_number)
     except ValueError as error:
         raise UserError(f"the graph {store} is damaged ({error}): {REMEDY.format('02 and 03')}") from error
-
-
-def _around(position: Position, grid: Position) -> Iterator[Position]:
-    """The positions of a block and of its neighbors: edges reach no farther."""
-    return product(*(range(max(0, at - 1), min(at + 2, size)) for at, size in zip(position, grid, strict=True)))
-
-
-def _number(position: Position, grid: Position) -> int:
-    """The number under which daisy, and so the graph, knows the block at a position."""
-    block = Roi(position, (1, 1, 1))
-    number: int = daisy.Block(Roi((0, 0, 0), grid), block, block).block_id[1]  # type: ignore[no-untyped-call]
-    return number
 
 
 def _tree(sample: Sample, arguments: dict[str, Any]) -> TableTree:

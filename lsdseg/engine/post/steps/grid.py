@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import daisy
 import numpy as np
 from funlib.geometry import Coordinate, Roi
 from funlib.persistence import Array
@@ -125,3 +126,10 @@ def block_position(sample: Sample, begin: Coordinate, level: int = 0) -> Positio
     """The position of the node of the tree whose box begins there."""
     array, block = sample.affinities, Coordinate(sample.cfg.INS_SEGMENT.BLOCK_SIZE)
     return tuple((begin - array.roi.begin) // (block * array.voxel_size * 2**level))
+
+
+def block_number(position: Position, grid: Position) -> int:
+    """The number under which daisy, and so the graph, knows the block at a position."""
+    block = Roi(position, (1, 1, 1))
+    number: int = daisy.Block(Roi((0, 0, 0), grid), block, block).block_id[1]  # type: ignore[no-untyped-call]
+    return number

@@ -13,6 +13,7 @@ from yacs.config import CfgNode
 
 from lsdseg.data_utils.layout import FRAGMENTS, final_segmentation_name
 from lsdseg.data_utils.records import Record
+from lsdseg.data_utils.segment_tables import remove_tables
 from lsdseg.data_utils.volumes import open_array, read, require_whole, voxels_of
 from lsdseg.engine.blocks.lock import working_on
 from lsdseg.engine.blocks.markers import begun_before, blocks_left, complete, discard_markers
@@ -20,6 +21,7 @@ from lsdseg.engine.blocks.rates import rate_name
 from lsdseg.engine.blocks.run import run_blocks
 from lsdseg.engine.blocks.step import NOTHING, BlockStep, Work
 from lsdseg.engine.post.methods import method_that_scores
+from lsdseg.engine.post.steps.edges import edges_name
 from lsdseg.engine.post.steps.fragments import require_fragments
 from lsdseg.engine.post.steps.grid import (
     begun_labels,
@@ -29,8 +31,9 @@ from lsdseg.engine.post.steps.grid import (
     create_labels,
     seal_labels,
 )
+from lsdseg.engine.post.steps.segments import is_counted, open_counter, with_counts, write_counted
 from lsdseg.engine.post.steps.tables import require_current, tables_name
-from lsdseg.engine.post.tables import check_lut, existing_lut, load_lut, load_part, lut_record, relabel
+from lsdseg.engine.post.tables import Lut, check_lut, existing_lut, load_lut, lut_record, relabel
 from lsdseg.engine.sample import Sample, samples_of
 from lsdseg.errors import UserError
 
@@ -38,13 +41,15 @@ from lsdseg.errors import UserError
 def extract_segmentation(cfg: CfgNode, merge_function: str, threshold: float) -> None:
     """Write `volumes/final_segmentation_MERGE_FUNCTION_070` of every sample from its look-up table.
 
+    Tables of its segments are written beside the output, see `lsdseg.data_utils.segment_tables`.
+
     Raises:
-        UserError: the look-up table is missing, or was made from other fragments.
+        UserError: the look-up table is missing, or was made from other fragments; blocks failed.
     """
     for sample in samples_of(cfg):
         path = existing_lut(sample.output, merge_function, threshold)
         name = final_segmentation_name(merge_function, threshold)
-        reads = ["predict", "fragments", tables_name(merge_function)]
+        reads = ["predict", "fragments", edges_name(merge_function), tables_name(merge_function)]
         with working_on(sample.output, _step_name(name), reads=reads):
             record = _record(sample, path, merge_function, threshold)
             begun = begun_before(
@@ -58,10 +63,13 @@ def extract_segmentation(cfg: CfgNode, merge_function: str, threshold: float) ->
             if begun is None:
                 discard_markers(sample.markers(_step_name(name)))
                 made_by = {"method": method_that_scores(merge_function).name, "merge_function": merge_function}
+                remove_tables(sample.output, name)
                 create_labels(sample, name, made_by | {"threshold": threshold} | record.attributes)
             step = _relabel_step(sample, name, path, (begun or record).id)
+            step = with_counts(sample, step, path, merge_function, record.inputs[FRAGMENTS])
             run_blocks(cfg, step)
             seal_labels(sample, name, step, open_array(sample.output, sample.fragments_dataset))
+            write_counted(sample, name, step)
             complete(step)
             print(f"{name} in {sample.output}")
 
@@ -78,7 +86,8 @@ def is_extracted(sample: Sample, merge_function: str, threshold: float) -> bool:
     if begun is None:
         return False
     require_whole(sample.output, name)
-    return not blocks_left(_relabel_step(sample, name, path, begun.id))
+    step = _relabel_step(sample, name, path, begun.id)
+    return not blocks_left(step) and not is_counted(step)
 
 
 def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Block], Work]:
@@ -86,15 +95,18 @@ def open_worker(cfg: CfgNode, arguments: dict[str, Any]) -> Callable[[daisy.Bloc
     sample = Sample.of_arguments(cfg, arguments)
     fragments = open_array(sample.output, sample.fragments_dataset)
     segmentation = open_array(sample.output, arguments["segmentation"], "r+")
-    path, grid = Path(arguments["lut"]), block_grid(sample)
-    whole = None if path.is_dir() else load_lut(path)
+    lut = Lut(Path(arguments["lut"]), block_grid(sample))
+    count = open_counter(sample, arguments, lut)
 
     def process(block: daisy.Block) -> Work:
-        lut = load_part(path, block_position(sample, block.write_roi.begin), grid) if whole is None else whole
+        position = block_position(sample, block.write_roi.begin)
         where = voxels_of(fragments, block.write_roi.intersect(fragments.roi))
         labels = read(fragments, where)
         try:
-            segmentation[where] = relabel(labels, lut)
+            segments = relabel(labels, lut.of_blocks(position))
+            segmentation[where] = segments
+            if count is not None:
+                count(position, where, labels, segments)
         except ValueError as error:
             raise UserError(f"{arguments['lut']}: {error}; run 03 and 04 again") from error
         return Work(labels.size, labels.size) if labels.any() else NOTHING
