@@ -15,10 +15,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import daisy
 import numpy as np
 from daisy.logging import set_log_basedir, set_log_mode
+from funlib.geometry import Roi
 
 from lsdseg.config.implementations import resolve
 from lsdseg.config.loader import load_config
@@ -70,11 +72,7 @@ def work(config: Path, step: Path, records: Path, log: Path) -> None:
             if block is None:
                 return
             wall, cpu, written = time.monotonic(), time.process_time(), bytes_written()
-            roi = block.write_roi
-            begin, shape = (list(to_nanometers(edge, what["per_nanometer"])) for edge in (roi.begin, roi.shape))
-            position = np.rint((np.array(begin) - what["begin"]) / what["block"]).astype(int)
-            number = int(np.ravel_multi_index(position, what["grid"]))
-            report = Report(number, begin, shape, log.name)
+            report = _report(block.write_roi, what, log.name)
             report_begin(log, report)
             try:
                 work_done = process(block) or NOTHING
@@ -93,8 +91,15 @@ def work(config: Path, step: Path, records: Path, log: Path) -> None:
             wall, cpu = time.monotonic() - wall, time.process_time() - cpu
             megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
             with explain_os_errors(records):
-                record_block(records, number, wall, megabytes, work_done, bytes_written() - written)
+                record_block(records, report.block, wall, megabytes, work_done, bytes_written() - written)
             print(f"block {block.block_id[1]}: {wall:.4f} s, {cpu:.4f} s CPU", flush=True)
+
+
+def _report(roi: Roi, what: dict[str, Any], log: str) -> Report:
+    """Say where a block is that a worker begins; `what` is what step.json says."""
+    begin, shape = (list(to_nanometers(edge, what["per_nanometer"])) for edge in (roi.begin, roi.shape))
+    position = np.rint((np.array(begin) - what["begin"]) / what["block"]).astype(int)
+    return Report(int(np.ravel_multi_index(position, what["grid"])), begin, shape, log)
 
 
 def _connect(host: str) -> daisy.Client:

@@ -149,24 +149,29 @@ def evaluate(
     for sample, names, graph in work:
         report = score_sample(sample, names, given, fragments, graph)
         print(format_table(report))
-        best = _open(sample, report["best"], graph.unwritten)
-        table = _count_overlaps(sample, best)
-        neurons = list_neurons(*table)
-        for path, content in (
-            (scores_path(sample.output), json.dumps(report, indent=2).encode()),
-            (scores_path(sample.output, "csv"), _csv(report["scores"], COLUMNS).encode()),
-            (scores_path(sample.output, "png"), _plot(report)),
-            (neurons_path(sample.output), _csv(neurons, NEURON_COLUMNS).encode()),
-            (scores_path(sample.output, "html"), _html(sample, report, best, table, neurons).encode()),
-        ):
-            with write_whole(path) as partial:
-                partial.write_bytes(content)
+        _write_files(sample, report, graph)
         if report["best"] in graph.unwritten:
             made_by = graph.unwritten[report["best"]].attrs
             at = f"-mf {made_by['merge_function']} -th {made_by['threshold']:g}"
             print(f"to write it: python 05_extract_segmentation_from_lut.py -c CONFIG {at}")
         print(f"best         {report['best']}")
         print(f"report       {scores_path(sample.output, 'html')}; numbers and a plot are beside it")
+
+
+def _write_files(sample: Sample, report: Report, graph: FromGraph) -> None:
+    """Write the scores of a sample, and what they say of its best segmentation."""
+    best = _open(sample, report["best"], graph.unwritten)
+    table = _count_overlaps(sample, best)
+    neurons = list_neurons(*table)
+    for path, content in (
+        (scores_path(sample.output), json.dumps(report, indent=2).encode()),
+        (scores_path(sample.output, "csv"), _csv(report["scores"], COLUMNS).encode()),
+        (scores_path(sample.output, "png"), _plot(report)),
+        (neurons_path(sample.output), _csv(neurons, NEURON_COLUMNS).encode()),
+        (scores_path(sample.output, "html"), _html(sample, report, best, table, neurons).encode()),
+    ):
+        with write_whole(path) as partial:
+            partial.write_bytes(content)
 
 
 def _with_truth(samples: list[Sample], file: Path | None, dataset: str | None) -> list[Sample]:

@@ -371,12 +371,11 @@ def _merge(
                 if key in edges:
                     g = edges[key]
                     alive[f] = False
-                    if rule == MUTEX:
-                        surer = f if (score[f], order[f]) < (score[g], order[g]) else g
-                        borders.sums[g], order[g], score[g] = borders.sums[surer], order[surer], score[surer]
-                    else:
+                    if rule != MUTEX:
                         _combine(borders, f, g, alive)
                         order[g], score[g] = max(order[g], order[f]), _score(borders, g, rule)
+                    elif (score[f], order[f]) < (score[g], order[g]):  # the surer stands for both
+                        borders.sums[g], order[g], score[g] = borders.sums[f], order[f], score[f]
                     heapq.heappush(queue, (score[g], order[g], g))
                     lists.degree[c] -= 1
                 else:

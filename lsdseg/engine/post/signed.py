@@ -63,23 +63,15 @@ def find_signed_contacts(
         keys[is_direct(offset)].append(smaller[apart] * count + larger[apart])
         weights[is_direct(offset)].append((channel[here][apart] + np.float64(bias)) / largest)
 
-    pairs, faces, direct = _means(keys[True], weights[True])
-    far_pairs, _, far = _means(keys[False], weights[False])
-    every = np.union1d(pairs, far_pairs)
-    heard, shared = np.zeros(len(every)), np.zeros(len(every), np.int64)
-    at = np.searchsorted(every, pairs)
-    heard[at], shared[at] = direct, faces
-    at = np.searchsorted(every, far_pairs)
-    heard[at] = np.where(np.abs(far) > np.abs(heard[at]), far, heard[at])
-    kept = (shared > 0) | (heard < 0)
-    u, v = np.divmod(every[kept], max(count, 1))
+    pairs, faces, heard = _surest(_means(keys[True], weights[True]), _means(keys[False], weights[False]))
+    u, v = np.divmod(pairs, max(count, 1))
     return Contacts(
         ids[u],
         ids[v],
-        np.rint(heard[kept] * UNIT).astype(np.int64),
+        np.rint(heard * UNIT).astype(np.int64),
         np.arange(len(u) + 1),
         np.zeros(len(u), np.uint8),
-        shared[kept],
+        faces,
         ids[u],
         ids[v],
         ids[sides > 0],
@@ -110,9 +102,23 @@ def _mark_sides(
     sides[second[own[second] & ~own[first] & (first > 0)]] |= np.uint8(behind)
 
 
-def _means(
-    keys: list[NDArray[np.int64]], weights: list[NDArray[np.float64]]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+# Pairs, ascending, and of each how many affinities it has, and their mean weight.
+Weighted = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
+
+
+def _surest(direct: Weighted, far: Weighted) -> Weighted:
+    """Take the larger weight of each pair, and leave out pairs that share no face and attract; counts are of faces."""
+    pairs = np.union1d(direct[0], far[0])
+    weights, faces = np.zeros(len(pairs)), np.zeros(len(pairs), np.int64)
+    at = np.searchsorted(pairs, direct[0])
+    weights[at], faces[at] = direct[2], direct[1]
+    at = np.searchsorted(pairs, far[0])
+    weights[at] = np.where(np.abs(far[2]) > np.abs(weights[at]), far[2], weights[at])
+    kept = (faces > 0) | (weights < 0)
+    return pairs[kept], faces[kept], weights[kept]
+
+
+def _means(keys: list[NDArray[np.int64]], weights: list[NDArray[np.float64]]) -> Weighted:
     """Pairs, ascending, how many weights each has, and their mean."""
     pairs, inverse, counts = np.unique(
         np.concatenate([np.empty(0, np.int64), *keys]), return_inverse=True, return_counts=True
