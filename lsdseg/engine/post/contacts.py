@@ -331,8 +331,7 @@ def _merge(
 
     Args:
         u, v, borders, order: of each edge its nodes, what is known of it, and which of equally close ones comes first.
-        rule: see `_score`.
-        nodes: what is known of each node.
+        rule, nodes: see `_score` and `_Nodes`.
         limit: keeps large nodes apart.
 
     Returns: of each merge the node that stays, the one that goes, and the score; which edges are left.
@@ -371,11 +370,7 @@ def _merge(
                 if key in edges:
                     g = edges[key]
                     alive[f] = False
-                    if rule != MUTEX:
-                        _combine(borders, f, g, alive)
-                        order[g], score[g] = max(order[g], order[f]), _score(borders, g, rule)
-                    elif (score[f], order[f]) < (score[g], order[g]):  # the surer stands for both
-                        borders.sums[g], order[g], score[g] = borders.sums[f], order[f], score[f]
+                    _absorb(borders, f, g, rule, order, score, alive)
                     heapq.heappush(queue, (score[g], order[g], g))
                     lists.degree[c] -= 1
                 else:
@@ -435,6 +430,24 @@ def _score(borders: _Borders, e: int, rule: int) -> float:
         if passed >= pivot:
             return float(1 - (borders.bins[histogram][i] + 0.5) / BINS)
     return 0.0  # the 100th percentile
+
+
+@numba.njit(cache=True)
+def _absorb(
+    borders: _Borders,
+    f: int,
+    g: int,
+    rule: int,
+    order: Numbers,
+    score: NDArray[np.float64],
+    alive: NDArray[np.bool_],
+) -> None:
+    """Let edge g stand for edge f, too."""
+    if rule != MUTEX:
+        _combine(borders, f, g, alive)
+        order[g], score[g] = max(order[g], order[f]), _score(borders, g, rule)
+    elif (score[f], order[f]) < (score[g], order[g]):  # only the surer one is heard
+        borders.sums[g], order[g], score[g] = borders.sums[f], order[f], score[f]
 
 
 @numba.njit(cache=True)

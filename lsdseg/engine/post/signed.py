@@ -51,8 +51,7 @@ def find_signed_contacts(
     numbers, count = unsigned.astype(np.int64), len(ids)
     own = (ids >= first_id) & (ids <= last_id)
     largest = max(max(abs(bias), abs(1 + bias)) for bias in biases)
-    keys: dict[bool, list[NDArray[np.int64]]] = {True: [], False: []}
-    weights: dict[bool, list[NDArray[np.float64]]] = {True: [], False: []}
+    found: dict[bool, list[tuple[NDArray[np.int64], NDArray[np.float64]]]] = {True: [], False: []}
     sides = np.zeros(count, np.uint8)
     for channel, offset, bias in zip(floats, offsets, biases, strict=True):
         here, there = voxel_pairs(numbers.shape, offset)
@@ -60,10 +59,9 @@ def find_signed_contacts(
         _mark_sides(sides, own, first, second, offset)
         smaller, larger = np.minimum(first, second), np.maximum(first, second)
         apart = (smaller != larger) & (smaller > 0) & own[smaller]
-        keys[is_direct(offset)].append(smaller[apart] * count + larger[apart])
-        weights[is_direct(offset)].append((channel[here][apart] + np.float64(bias)) / largest)
-
-    pairs, faces, heard = _surest(_means(keys[True], weights[True]), _means(keys[False], weights[False]))
+        weights = (channel[here][apart] + np.float64(bias)) / largest
+        found[is_direct(offset)].append((smaller[apart] * count + larger[apart], weights))
+    pairs, faces, heard = _surest(_means(found[True]), _means(found[False]))
     u, v = np.divmod(pairs, max(count, 1))
     return Contacts(
         ids[u],
@@ -118,10 +116,9 @@ def _surest(direct: Weighted, far: Weighted) -> Weighted:
     return pairs[kept], faces[kept], weights[kept]
 
 
-def _means(keys: list[NDArray[np.int64]], weights: list[NDArray[np.float64]]) -> Weighted:
-    """Pairs, ascending, how many weights each has, and their mean."""
-    pairs, inverse, counts = np.unique(
-        np.concatenate([np.empty(0, np.int64), *keys]), return_inverse=True, return_counts=True
-    )
-    sums = np.bincount(inverse, np.concatenate([np.empty(0), *weights]), len(pairs))
-    return pairs, counts, sums / np.maximum(counts, 1)
+def _means(found: list[tuple[NDArray[np.int64], NDArray[np.float64]]]) -> Weighted:
+    """Put keys of pairs and weights together."""
+    keys = np.concatenate([np.empty(0, np.int64), *(keys for keys, _ in found)])
+    weights = np.concatenate([np.empty(0), *(weights for _, weights in found)])
+    pairs, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    return pairs, counts, np.bincount(inverse, weights, len(pairs)) / np.maximum(counts, 1)
