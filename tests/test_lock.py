@@ -39,9 +39,9 @@ SCRIPTS = {
 KEEPS_OUT = {
     ("predict", ()): list(SCRIPTS),
     ("fragments", ("predict",)): list(SCRIPTS),
-    ("agglomerate_mean", ("predict", "fragments")): [name for name in SCRIPTS if name != "05"],
+    ("agglomerate_mean", ("predict", "fragments")): list(SCRIPTS),
     ("tables_mean", ("predict", "fragments", "agglomerate_mean")): list(SCRIPTS),
-    ("segmentation_mean_050", ("predict", "fragments", "tables_mean")): [name for name in SCRIPTS if name != "03"],
+    ("segmentation_mean_050", ("predict", "fragments", "agglomerate_mean", "tables_mean")): list(SCRIPTS),
 }
 
 
@@ -122,9 +122,13 @@ def test_nothing_that_another_run_works_on_is_touched(cfg, work, kept_out, monke
 def test_what_does_not_meet_runs_side_by_side(cfg, monkeypatch):
     monkeypatch.chdir(cfg.DATA.HOME)
     monkeypatch.setattr(lock, "SECONDS_TO_WAIT", 0)
-    with another_run(output_path(cfg, sample(cfg)), "segmentation_mean_070", ("predict", "fragments", "tables_mean")):
-        for name in ("03", "05"):
-            SCRIPTS[name](cfg)
+    (_, reads) = list(KEEPS_OUT)[-1]
+    other = cfg.clone()
+    other.defrost()
+    other.INS_SEGMENT.MERGE_FUNCTION = "hist_quant_50"
+    with another_run(output_path(cfg, sample(cfg)), "segmentation_mean_070", reads):
+        SCRIPTS["03"](other)
+        SCRIPTS["05"](cfg)
 
 
 def test_a_lock_is_given_back_and_may_be_taken_twice(tmp_path, monkeypatch):
