@@ -105,6 +105,7 @@ READ = {
 }
 NOT_IMAGEJ, NOT_OME = ("int16", "uint64"), ("uint64",)  # types that a format cannot hold
 ANYWHERE = (0, 0, 0)  # the offset of what says none
+IN_PLACE = ["zarr2.zarr", "in.n5", "in.hdf", "precomputed", "ome04.zarr", "ome05.zarr"]
 NAMES = {"tiff": "out.tif", "hdf5": "out.hdf"}
 
 
@@ -132,7 +133,10 @@ def test_every_format_is_read_to_the_same_zarr(name, volume):
 
 @pytest.mark.parametrize("to", [to for to in FORMATS if to != "swc"])  # which holds no voxels
 @few
-@given(volume=drawn_volumes(), name=st.sampled_from(["zarr2.zarr", "in.n5", "in.hdf", "precomputed", "ome05.zarr"]))
+@given(
+    volume=drawn_volumes(),
+    name=st.sampled_from(IN_PLACE),
+)
 def test_every_export_comes_back(to, name, volume):
     """The volume that is exported lies in any format: it is read where it is."""
     with tempfile.TemporaryDirectory() as folder:

@@ -46,6 +46,15 @@ def is_zarr(path: Path) -> bool:
     return any((path / name).is_file() for name in headers)
 
 
+def has_other_axes(path: Path) -> bool:
+    """Return whether a zarr is a pyramid of OME with axes other than [channel,] z, y, x."""
+    try:
+        axes = [axis["name"] for multiscale in multiscales_of(path) for axis in multiscale["axes"]]
+    except (KeyError, TypeError):  # damaged: whoever reads it says so
+        return False
+    return "z" in axes and axes not in (["z", "y", "x"], ["c", "z", "y", "x"])
+
+
 def names_in_place(path: Path, dataset: str = RAW) -> list[str]:
     """Return the names of the volumes that there are where a dataset is.
 

@@ -21,7 +21,15 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from lsdseg.data_utils.formats import Volume
-from lsdseg.data_utils.in_place import cut, is_in_place, is_zarr, names_in_place, open_box, open_in_place
+from lsdseg.data_utils.in_place import (
+    cut,
+    has_other_axes,
+    is_in_place,
+    is_zarr,
+    names_in_place,
+    open_box,
+    open_in_place,
+)
 from lsdseg.data_utils.layout import LABELS, LABELS_MASK, RAW
 from lsdseg.data_utils.place_files import BESIDE, REMOTE, Place, is_place, read_place
 from lsdseg.data_utils.placement import (
@@ -199,6 +207,7 @@ def create_array(
     if chunk_shape is None:
         edge = 64 if dims == 3 else 512
         chunk_shape = (*shape[:-dims], *(min(edge, size) for size in shape[-dims:]))
+    dtype = np.dtype(np.dtype(dtype).str)  # numpy has two types of 64 bits that are alike, and zarr 3 knows only one
     copied = {key: value for key, value in (attributes or {}).items() if key != CHUNKS}
     with replacing_array(path, dataset) as new:
         source = zarr.open_array(
@@ -368,7 +377,7 @@ def list_arrays(path: Path | str) -> list[str]:
     if is_place(path):
         place, (there, _, _) = read_place(path), _followed(path, RAW)
         return sorted({*(names_in_place(path) if there == path else list_arrays(there)), *place.beside})
-    if not is_zarr(path) and is_in_place(path):
+    if (not is_zarr(path) or has_other_axes(path)) and is_in_place(path):
         return names_in_place(path)
     names, folders, seen = [], [path], set()
     while folders:
@@ -474,7 +483,7 @@ def _is_elsewhere(path: Path, dataset: str) -> bool:
     """Return whether the zarr library does not open a dataset, but others do."""
     folder = array_folder(path, dataset)
     readable = is_array(folder) and (ZARR_VERSION >= 3 or (folder / ".zarray").is_file())
-    return not readable and not _section_names(folder) and is_in_place(path)
+    return (not readable or has_other_axes(path)) and not _section_names(folder) and is_in_place(path)
 
 
 def _stored_name(path: Path | str, dataset: str) -> str:
