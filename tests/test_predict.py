@@ -66,6 +66,9 @@ TILES = {"MODEL.GROW_INPUT", "MODEL.OUTPUT_SHAPE", "MODEL.CONTEXT"}  # the same 
 HOW = {"TRAIN.DEVICE", "TRAIN.THREADS", "TRAIN.MIXED_PRECISION"}  # the same numbers up to rounding
 CHECKED = {"DATA.FIB", "MODEL.VOXEL_SIZE"}  # the section of the network, and whether it fits the volume
 
+OTHERS = {"INS_SEGMENT.BLOCK_SIZE", "INS_SEGMENT.EPSILON_AGGLOMERATE"}  # where a sample looks for its fragments
+TIMED = {"CLUSTER.TYPE"}  # under which the time that it took is kept
+
 
 def test_what_a_prediction_reads_is_what_it_depends_on(home):
     cfg = Watched(config(home))
@@ -75,7 +78,7 @@ def test_what_a_prediction_reads_is_what_it_depends_on(home):
         key.replace("MODEL_ISO.", "MODEL.") for key, rule in RULES.items() if {NETWORK, PREDICTION} & set(rule.affects)
     }
     assert read_keys >= {"TRAIN.NEIGHBORHOOD", "MODEL.INTENSITYSCALESHIFT_SCALE", "DATA.AFFS_DTYPE"}
-    assert read_keys - compared <= WHERE | INPUTS | TILES | HOW | CHECKED
+    assert read_keys - compared <= WHERE | INPUTS | TILES | HOW | CHECKED | OTHERS | TIMED
 
 
 def predictions(cfg):

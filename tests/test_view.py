@@ -350,7 +350,7 @@ def test_volume_elsewhere(tmp_path):
     for name, (dataset, dtype, offset) in arrays.items():
         voxels = np.ones((8, 8, 8), dtype)
         write_array(tmp_path / name, dataset, voxels, voxel_size=(10, 10, 10), offset=(offset, 0, 0))
-    with pytest.raises(UserError, match=r"volumes/fragments at 1000..1080 x .* share no voxel"):
+    with pytest.raises(UserError, match=r"volumes/fragments at 1000:1080,.* share no voxel"):
         layers_of(load_config(), tmp_path / "volume.zarr", tmp_path / "sample.zarr")
 
 
