@@ -12,8 +12,9 @@ from test_post import affinities_of, with_boundaries
 from lsdseg.data_utils.phantom import make_phantom
 from lsdseg.engine.evaluate.metrics import count_overlaps, scores
 from lsdseg.engine.post.agglomerate import agglomerate
+from lsdseg.engine.post.contacts import Contacts, find_contacts, settle, simplified
 from lsdseg.engine.post.fragments import extract_fragments
-from lsdseg.engine.post.graph import edges_of_block, fragments_of_block, score_edges
+from lsdseg.engine.post.graph import fragments_of_block, score_edges
 from lsdseg.engine.post.tables import connected_segments, relabel
 from lsdseg.errors import UserError
 
@@ -64,18 +65,18 @@ def layout(shape, context):
         yield number, inner, outer, [(i.start - o.start, o.stop - i.stop) for i, o in zip(inner, outer, strict=True)]
 
 
-def run_blocks(affinities, merge_function, context, *, order=1, edge_context=None):
-    """Fragments (z, y, x) and edges [(u, v, scores)] of a volume, block by block, in this or (-1) reverse order."""
+def run_blocks(affinities, context, *, order=1):
+    """Fragments (z, y, x) and contacts of a volume, block by block, in this or (-1) reverse order."""
     shape = affinities.shape[1:]
-    fragments, edges = np.zeros(shape, np.uint64), []
+    fragments, contacts = np.zeros(shape, np.uint64), []
     for block, inner, outer, widths in list(layout(shape, context))[::order]:
         fragments[inner], _, _ = fragments_of_block(
             affinities[:, *outer], context=widths, block=block, voxels_in_block=VOXELS_IN_BLOCK
         )
-    for block, _, outer, _ in list(layout(shape, edge_context or context))[::order]:
+    for block, _, outer, _ in list(layout(shape, 1))[::order]:
         first, last = block * VOXELS_IN_BLOCK + 1, (block + 1) * VOXELS_IN_BLOCK
-        edges.append(edges_of_block(score_edges(affinities[:, *outer], fragments[outer], merge_function), first, last))
-    return fragments, edges
+        contacts.append(find_contacts(affinities[:, *outer], fragments[outer], first, last))
+    return fragments, contacts
 
 
 def partition(labels):
@@ -224,10 +225,9 @@ def test_blocks_without_room_are_refused():
         fragments_of_block(affinities, context=(2, 2, 10), block=0, voxels_in_block=16**3)
 
 
-@pytest.mark.parametrize("context", [1, 5])
-def test_every_pair_of_neighbors_is_one_edge_of_one_block(phantom, context):
-    fragments, edges = run_blocks(phantom[1][:, :64, :64, :64], "mean", 12, edge_context=context)
-    pairs = np.concatenate([np.stack([u, v], axis=1) for u, v, _ in edges])
+def test_every_pair_of_neighbors_is_a_contact_of_one_block(phantom):
+    fragments, contacts = run_blocks(phantom[1][:, :64, :64, :64], 12)
+    pairs = np.concatenate([np.stack([part.u, part.v], axis=1) for part in contacts])
     expected = neighbors(fragments)
     assert len(pairs) == len(expected) > 300
     assert (np.unique(pairs, axis=0) == expected).all()
@@ -243,8 +243,10 @@ def test_block_by_block_is_as_in_memory(volume, request):
 
     runs = []
     for order in (1, -1):
-        fragments, edges = run_blocks(affinities, merge_function, 16, order=order)
-        luts = connected_segments(np.unique(fragments[fragments > 0]), edges, thresholds)
+        fragments, parts = run_blocks(affinities, 16, order=order)
+        contacts, _ = Contacts.of_all([simplified(part, merge_function) for part in parts])
+        edges = contacts.u, contacts.v, settle(contacts, merge_function).scores
+        luts = connected_segments(np.unique(fragments[fragments > 0]), [edges], thresholds)
         runs.append([fragments, *(relabel(fragments, lut) for lut in luts.values())])
     for a, b in zip(*runs, strict=True):
         assert (a == b).all()

@@ -3,8 +3,7 @@
 A fragment is one 6-connected body within one block, each block has its own range of ids, and an edge belongs to the
 block of its smaller id. So the edges of a volume are complete, and none is written twice: where two fragments touch,
 two voxels share a face, and both lie in the block of the smaller id or in the layer of voxels around it. With a context
-of one voxel, that block sees the whole border of the two. More context finds no more edges; it lets scores see more of
-the neurites.
+of one voxel, that block sees the whole border of the two.
 """
 
 from collections.abc import Callable, Sequence
@@ -74,19 +73,6 @@ def fragments_of_block(
     ids = np.arange(first_id, first_id + count, dtype=np.uint64)
     centers = cc3d.statistics(pieces)["centroids"][1:]
     return np.append(np.uint64(0), ids)[pieces], ids, centers
-
-
-def edges_of_block(edges: Edges, first_id: int, last_id: int) -> Edges:
-    """The edges that belong to a block: those whose smaller id ``u`` is in first_id..last_id.
-
-    Args:
-        edges: those of the block with its context, from `score_edges`, of one voxel or more.
-        first_id: the first id that the block's fragments can have.
-        last_id: the last one.
-    """
-    u, v, scores = edges
-    own = (u >= first_id) & (u <= last_id)
-    return u[own], v[own], scores[own]
 
 
 def score_edges(affinities: ArrayLike, fragments: ArrayLike, merge_function: str) -> Edges:
