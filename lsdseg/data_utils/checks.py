@@ -126,14 +126,14 @@ def _open_labels(path: Path | str, dataset: str, cfg: CfgNode, raw: Array) -> Ar
             f"{where} has voxel size {voxel_size_nm(labels)} nm, {cfg.DATA.RAW} has "
             f"{voxel_size_nm(raw)}: correct its {_place_key(path, dataset, 'resolution')}, or resample the labels"
         )
-    roi, shift = in_picometers(labels).roi, in_picometers(labels).offset - in_picometers(raw).offset
-    if not in_picometers(raw).roi.contains(roi):
+    own, whole = in_picometers(labels), in_picometers(raw)
+    if not whole.roi.contains(own.roi):
         raise UserError(
             f"{where} has shape {labels.shape} at {offset_nm(labels)} nm, which is not inside {cfg.DATA.RAW} with "
             f"{raw.shape} at {offset_nm(raw)}: crop the labels, or correct their "
             f"{_place_key(path, dataset, 'offset')}"
         )
-    if any(shift % in_picometers(raw).voxel_size):
+    if any((own.offset - whole.offset) % whole.voxel_size):
         raise UserError(
             f"{where} has offset {offset_nm(labels)} nm, which is between the voxels of {cfg.DATA.RAW} at "
             f"{offset_nm(raw)}: correct its {_place_key(path, dataset, 'offset')}"

@@ -30,6 +30,7 @@ import numba
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lsdseg.engine.offsets import DIRECT_NEIGHBORS, Offset
 from lsdseg.engine.post.affinities import float_affinities, voxel_pairs
 from lsdseg.engine.post.graph import LARGEST_ID, number_fragments, threshold_of_merge
 
@@ -133,11 +134,10 @@ def find_contacts(affinities: ArrayLike, fragments: ArrayLike, first_id: int, la
     numbers, count = unsigned.astype(np.int64), len(ids)
     own = (ids >= first_id) & (ids <= last_id)
     keys, values, sides = [], [], np.zeros(count, np.uint8)
-    for axis, (channel, offset) in enumerate(zip(floats, ((-1, 0, 0), (0, -1, 0), (0, 0, -1)), strict=True)):
+    for channel, offset in zip(floats, DIRECT_NEIGHBORS, strict=True):
         here, there = voxel_pairs(numbers.shape, offset)
         first, second = numbers[here], numbers[there]
-        sides[first[own[first] & ~own[second] & (second > 0)]] |= 1 << 2 * axis
-        sides[second[own[second] & ~own[first] & (first > 0)]] |= 2 << 2 * axis
+        mark_sides(sides, own, first, second, offset)
         smaller, larger = np.minimum(first, second), np.maximum(first, second)
         touching = (smaller != larger) & (smaller > 0) & own[smaller]
         keys.append(smaller[touching] * count + larger[touching])
@@ -159,11 +159,37 @@ def find_contacts(affinities: ArrayLike, fragments: ArrayLike, first_id: int, la
         counts.astype(np.int64),
         ids[u],
         ids[v],
-        ids[sides > 0],
-        sides[sides > 0],
-        ids[own],
-        np.bincount(numbers.ravel(), minlength=count)[own],
+        *open_and_sized(ids, sides, own, numbers),
     )
+
+
+def mark_sides(
+    sides: NDArray[np.uint8],
+    own: NDArray[np.bool_],
+    first: NDArray[np.int64],
+    second: NDArray[np.int64],
+    offset: Offset,
+) -> None:
+    """Note in `sides`, in bits as `Contacts.open_sides`, where the partners lie of own fragments that others have.
+
+    Args:
+        sides: of each fragment.
+        own: of each fragment whether it is an own one.
+        first, second: numbers of the fragments of voxels, and of their partners at the offset.
+        offset: z, y, x. A partner across an edge may lie on any of its sides, so all of them count.
+    """
+    ahead = sum((1 if step < 0 else 2) << 2 * axis for axis, step in enumerate(offset) if step)
+    behind = sum((2 if step < 0 else 1) << 2 * axis for axis, step in enumerate(offset) if step)
+    sides[first[own[first] & ~own[second] & (second > 0)]] |= np.uint8(ahead)
+    sides[second[own[second] & ~own[first] & (first > 0)]] |= np.uint8(behind)
+
+
+def open_and_sized(
+    ids: NDArray[np.uint64], sides: NDArray[np.uint8], own: NDArray[np.bool_], numbers: Numbers
+) -> tuple[NDArray[np.uint64], NDArray[np.uint8], NDArray[np.uint64], Numbers]:
+    """The last four columns of `Contacts`, of fragments with these ids that lie in `numbers`, see `mark_sides`."""
+    sizes = np.bincount(numbers.ravel(), minlength=len(ids))
+    return ids[sides > 0], sides[sides > 0], ids[own], sizes[own]
 
 
 def simplified(contacts: Contacts, merge_function: str) -> Contacts:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lsdseg.engine.offsets import Offset, is_direct
 from lsdseg.engine.post.affinities import float_affinities, voxel_pairs
-from lsdseg.engine.post.contacts import UNIT, Contacts
+from lsdseg.engine.post.contacts import UNIT, Contacts, mark_sides, open_and_sized
 from lsdseg.engine.post.graph import number_fragments
 
 
@@ -56,7 +56,7 @@ def find_signed_contacts(
     for channel, offset, bias in zip(floats, offsets, biases, strict=True):
         here, there = voxel_pairs(numbers.shape, offset)
         first, second = numbers[here], numbers[there]
-        _mark_sides(sides, own, first, second, offset)
+        mark_sides(sides, own, first, second, offset)
         smaller, larger = np.minimum(first, second), np.maximum(first, second)
         apart = (smaller != larger) & (smaller > 0) & own[smaller]
         weights = (channel[here][apart] + np.float64(bias)) / largest
@@ -72,32 +72,8 @@ def find_signed_contacts(
         faces,
         ids[u],
         ids[v],
-        ids[sides > 0],
-        sides[sides > 0],
-        ids[own],
-        np.bincount(numbers.ravel(), minlength=count)[own],
+        *open_and_sized(ids, sides, own, numbers),
     )
-
-
-def _mark_sides(
-    sides: NDArray[np.uint8],
-    own: NDArray[np.bool_],
-    first: NDArray[np.int64],
-    second: NDArray[np.int64],
-    offset: Offset,
-) -> None:
-    """Note in `sides`, in bits as `Contacts.open_sides`, where the partners lie of own fragments that others have.
-
-    Args:
-        sides: of each fragment.
-        own: of each fragment whether it is an own one.
-        first, second: numbers of the fragments of voxels, and of their partners at the offset.
-        offset: z, y, x. A partner across an edge may lie on any of its sides, so all of them count.
-    """
-    ahead = sum((1 if step < 0 else 2) << 2 * axis for axis, step in enumerate(offset) if step)
-    behind = sum((2 if step < 0 else 1) << 2 * axis for axis, step in enumerate(offset) if step)
-    sides[first[own[first] & ~own[second] & (second > 0)]] |= np.uint8(ahead)
-    sides[second[own[second] & ~own[first] & (first > 0)]] |= np.uint8(behind)
 
 
 # Pairs, ascending, and of each how many affinities it has, and their mean weight.
